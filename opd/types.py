@@ -1,0 +1,169 @@
+"""The nouns that flow: Prompt -> Rollout -> Scored -> Batch -> StepReport.
+
+Legend of shape suffixes, used in every room:
+    B rows (sequences)      T positions of a row     N kept target tokens, packed
+    K ids of a support      V vocabulary             D hidden width     C a chunk of N
+
+Numpy arrays up to ``Scored`` (they cross processes); tensors from ``Batch`` (see ``batch.py``) on.
+All log-probs are natural logarithms in float32, after the sampling temperature.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+
+
+class FinishReason(StrEnum):
+    """Why a rollout ended: an end token, or the token budget."""
+
+    stop = "stop"
+    length = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question, tokenised. No loss reads ``answer``."""
+
+    uid: str
+    token_ids: IntArray
+    answer: str | None = None
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.token_ids.dtype == np.int32 and self.token_ids.ndim == 1
+        assert len(self.token_ids) > 0, f"prompt {self.uid} is empty"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a rollout engine writes: ``n`` samples a prompt; temperature 0 is greedy.
+
+    ``seed`` and a prompt's ``uid`` and sample number fix every draw, whatever the order of requests.
+    ``support_k`` asks the engine for its own k likeliest ids per position (a student top-k support).
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_tokens: int = 256
+    seed: int = 0
+    support_k: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """What the student wrote.
+
+    ``token_ids`` [T] holds the completion, end token included; ``logps`` [T] are the engine's own
+    log-probs of it; ``version`` counts the optimizer steps taken by the weights that wrote it;
+    ``support_ids`` [T, K] are the engine's likeliest ids when ``Sampling.support_k`` asked for them.
+    """
+
+    prompt: Prompt
+    token_ids: IntArray
+    logps: FloatArray
+    finish_reason: FinishReason
+    version: int
+    sample: int = 0
+    text: str = ""
+    support_ids: IntArray | None = None
+
+    def __post_init__(self) -> None:
+        assert self.token_ids.dtype == np.int32 and self.logps.dtype == np.float32
+        assert self.token_ids.shape == self.logps.shape, "one log-prob for each token"
+        assert len(self.token_ids) > 0, "an empty completion teaches nothing"
+        assert self.support_ids is None or self.support_ids.shape[0] == len(self.token_ids)
+
+    @property
+    def sequence(self) -> IntArray:
+        """Prompt and completion, [P + T] int32."""
+        return np.concatenate([self.prompt.token_ids, self.token_ids])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupportLogps:
+    """A truncated distribution: ``ids`` [T, K] int32, ``logps`` [T, K], ``tail_logp`` [T].
+
+    Unused places of a ragged support carry id -1 and log-prob -inf. ``tail_logp`` is
+    log(1 - sum of the support's probability), -inf when the support is the whole vocabulary.
+    """
+
+    ids: IntArray
+    logps: FloatArray
+    tail_logp: FloatArray
+
+    def __post_init__(self) -> None:
+        assert self.ids.shape == self.logps.shape
+        assert self.tail_logp.shape == self.ids.shape[:1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A rollout and what the teacher said about each of its T completion tokens.
+
+    ``logps`` [T]: the teacher's log-probs of the sampled tokens. Of the rest, what was wanted:
+    ``support``; ``full_logps`` [T, V]; or ``hidden`` [T, D], the teacher's final hidden states, from
+    which its head (``Teacher.head``) gives the full distribution without moving it.
+    """
+
+    rollout: Rollout
+    logps: FloatArray | None = None
+    support: SupportLogps | None = None
+    full_logps: FloatArray | None = None
+    hidden: FloatArray | None = None
+
+    def __post_init__(self) -> None:
+        length = len(self.rollout.token_ids)
+        for said in (self.logps, self.full_logps, self.hidden):
+            assert said is None or said.shape[0] == length, "one teacher row for each token"
+        assert self.support is None or self.support.ids.shape[0] == length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What to ask of a teacher besides the log-probs of the sampled tokens.
+
+    ``top_k`` > 0: the teacher's k likeliest ids; ``rollout_support``: the log-probs of each rollout's
+    ``support_ids``; both together: their union. ``full``: the whole distribution, as ``full_logps`` or
+    as ``hidden``, whichever is the smaller per token. ``temperature`` divides the teacher's logits.
+    """
+
+    top_k: int = 0
+    rollout_support: bool = False
+    full: bool = False
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherInfo:
+    """What a teacher tells of itself before any work: enough to refuse it."""
+
+    model: str
+    vocab_size: int
+    hidden_size: int
+    tokenizer_fingerprint: str
+    tokenizer_size: int
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One optimizer step, already reduced over ranks. Metric names are rooms: ``loss/total``."""
+
+    version: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One evaluation, reduced over ranks, and a few transcripts to look at."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]] = field(default_factory=list)
