@@ -1,0 +1,226 @@
+"""Turns rows into tokenised prompts, checking every row and naming the one that is wrong."""
+
+import itertools
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opd.data.rows import read_rows
+from opd.types import IntArray, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_prompts(
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    prompt_field: str = "prompt",
+    answer_field: str = "answer",
+    answer_regex: str | None = None,
+    template: str | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    chat_template: bool | None = None,
+    chat_options: Mapping[str, Any] | None = None,
+    system: str | None = None,
+    limit: int | None = None,
+    max_prompt_tokens: int | None = None,
+) -> list[Prompt]:
+    """The prompts of ``source``, in its order, at most the first ``limit``.
+
+    source: a .jsonl, .jsonl.gz, .json, .csv or .parquet path, or a hub id (``split``, ``subset``).
+    prompt_field: a string, or a list of {"role", "content"} messages.
+    template: builds the prompt from the row's fields instead: ``"{question}\\nAnswer:"``; literal
+        braces are doubled.
+    answer_field: optional in a row; a string, number or boolean, or a list of alternatives, which
+        are joined by ``|``. ``answer_regex`` keeps its first group (or whole match) of the answer,
+        stripped: ``"#### (.+)"`` for GSM8K.
+    chat_template: True wraps a string as a user message in the tokenizer's chat template; False
+        refuses messages; None applies the template to messages only, or to all when ``system`` is
+        given. ``chat_options`` go to the template (``{"enable_thinking": False}``).
+    uid: the row's ``uid`` when it has one, else its number in the source.
+
+    Raises ``ValueError`` naming file, line, what was found and what is allowed: for unreadable
+    rows, missing or empty prompts, wrong types, duplicate uids and prompts of more than
+    ``max_prompt_tokens`` tokens. Prompts are never cut or dropped silently.
+    """
+    reading = _Reading(
+        tokenizer=tokenizer,
+        prompt_field=prompt_field,
+        answer_field=answer_field,
+        answer_regex=_compiled(answer_regex),
+        template=template,
+        chat_template=chat_template,
+        chat_options=dict(chat_options or {}),
+        system=system,
+        max_prompt_tokens=max_prompt_tokens,
+    )
+    rows = itertools.islice(read_rows(source, split=split, subset=subset), limit)
+    prompts: list[Prompt] = []
+    first_seen: dict[str, str] = {}
+    for index, (place, row) in enumerate(rows):
+        prompt = reading.prompt(place, row, index)
+        if prompt.uid in first_seen:
+            raise ValueError(
+                f"{place}: found uid {prompt.uid!r} again, first at {first_seen[prompt.uid]}; "
+                "make each uid unique, or leave uid out"
+            )
+        first_seen[prompt.uid] = place
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{source}: found no rows; expected at least one prompt")
+    return prompts
+
+
+def _compiled(answer_regex: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if answer_regex is None else re.compile(answer_regex)
+    except re.error as error:
+        raise ValueError(
+            f"answer_regex={answer_regex!r} is not a regular expression ({error})"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """How one row becomes one prompt."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    prompt_field: str
+    answer_field: str
+    answer_regex: re.Pattern[str] | None
+    template: str | None
+    chat_template: bool | None
+    chat_options: dict[str, Any] = field(default_factory=dict)
+    system: str | None
+    max_prompt_tokens: int | None
+
+    def prompt(self, place: str, row: Mapping[str, Any], index: int) -> Prompt:
+        said = self._filled(place, row) if self.template is not None else self._said(place, row)
+        text, templated = self._rendered(place, said)
+        # The chat template writes the special tokens itself; twice would be once too many.
+        ids = self.tokenizer(text, add_special_tokens=not templated)["input_ids"]
+        token_ids: IntArray = np.asarray(ids, dtype=np.int32)
+        if len(token_ids) == 0:
+            raise ValueError(f"{place}: the prompt {text[:60]!r} tokenises to nothing; remove it")
+        if self.max_prompt_tokens is not None and len(token_ids) > self.max_prompt_tokens:
+            raise ValueError(
+                f"{place}: found a prompt of {len(token_ids)} tokens; allowed: "
+                f"{self.max_prompt_tokens}; shorten or remove it, or raise the limit"
+            )
+        return Prompt(
+            uid=_uid(place, row, index),
+            token_ids=token_ids,
+            answer=self._answer(place, row),
+            text=text,
+        )
+
+    def _filled(self, place: str, row: Mapping[str, Any]) -> str:
+        assert self.template is not None
+        try:
+            return string.Formatter().vformat(self.template, (), row)
+        except (KeyError, IndexError) as error:
+            raise ValueError(
+                f"{place}: the template asks for {error}; found the fields {_names(row)}; "
+                "double literal braces: {{ }}"
+            ) from error
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"template={self.template!r} cannot be filled ({error}); write fields as {{name}} "
+                "and double literal braces: {{ }}"
+            ) from error
+
+    def _said(self, place: str, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+        if self.prompt_field not in row:
+            raise ValueError(
+                f"{place}: no field {self.prompt_field!r}; found {_names(row)}; name the right one "
+                "with prompt_field, or use a template"
+            )
+        said = row[self.prompt_field]
+        if isinstance(said, str):
+            return said
+        if not isinstance(said, list):
+            raise ValueError(
+                f"{place}: found a prompt of type {type(said).__name__}; expected a string or a "
+                'list of {"role", "content"} messages'
+            )
+        return [_message(place, number, message) for number, message in enumerate(said, start=1)]
+
+    def _rendered(self, place: str, said: str | list[dict[str, Any]]) -> tuple[str, bool]:
+        """The prompt's text, and whether the chat template wrote it."""
+        if not (said.strip() if isinstance(said, str) else said):
+            raise ValueError(f"{place}: the prompt is empty; write one or remove the row")
+        if isinstance(said, str):
+            if not (self.chat_template or (self.chat_template is None and self.system)):
+                return said, False
+            said = [{"role": "user", "content": said}]
+        elif self.chat_template is False:
+            raise ValueError(
+                f"{place}: found a list of messages, but chat_template=false; "
+                "set chat_template=true, or give the prompt as a string"
+            )
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{place}: the tokenizer {self.tokenizer.name_or_path!r} has no chat template; "
+                "set chat_template=false and give plain strings, or use an instruct model"
+            )
+        if self.system and said[0]["role"] != "system":
+            said = [{"role": "system", "content": self.system}, *said]
+        text = self.tokenizer.apply_chat_template(
+            said, tokenize=False, add_generation_prompt=True, **self.chat_options
+        )
+        assert isinstance(text, str)
+        return text, True
+
+    def _answer(self, place: str, row: Mapping[str, Any]) -> str | None:
+        said = row.get(self.answer_field)
+        if said is None:
+            return None
+        parts = said if isinstance(said, list) else [said]
+        if not parts or not all(isinstance(part, str | int | float) for part in parts):
+            raise ValueError(
+                f"{place}: found an answer of type {type(said).__name__} ({str(said)[:60]!r}); "
+                "expected a string, a number, a boolean or a list of these"
+            )
+        answer = "|".join(str(part) for part in parts)
+        if self.answer_regex is None:
+            return answer
+        match = self.answer_regex.search(answer)
+        if match is None:
+            raise ValueError(
+                f"{place}: answer_regex={self.answer_regex.pattern!r} finds nothing in "
+                f"{answer[-60:]!r}; correct the expression or the row"
+            )
+        return (match.group(1) if self.answer_regex.groups else match.group()).strip()
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, row)) or "none"
+
+
+def _uid(place: str, row: Mapping[str, Any], index: int) -> str:
+    uid = row.get("uid")
+    if uid is None:
+        return str(index)
+    if not isinstance(uid, str | int) or isinstance(uid, bool) or not str(uid):
+        raise ValueError(f"{place}: found uid {uid!r}; expected a non-empty string or an integer")
+    return str(uid)
+
+
+def _message(place: str, number: int, message: Any) -> dict[str, Any]:
+    if (
+        not isinstance(message, dict)
+        or not isinstance(message.get("role"), str)
+        or not isinstance(message.get("content"), str)
+    ):
+        raise ValueError(
+            f"{place}: message {number} is {str(message)[:60]}; expected "
+            '{"role": "user", "content": "..."}'
+        )
+    return message
