@@ -1,0 +1,1 @@
+"""Asks held-out questions and grades the answers."""

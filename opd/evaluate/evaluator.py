@@ -1,0 +1,197 @@
+"""Evaluates one task: ask, grade, sum over ranks, keep a few transcripts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opd.evaluate.grade import Grade
+from opd.interfaces import Evaluator, RolloutEngine, Teacher
+from opd.types import Evaluation, FinishReason, Prompt, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from opd.world import World
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens left out."""
+
+Measure = Callable[[Sequence[Rollout]], Mapping[str, float]]
+"""This rank's rollouts to metrics already reduced over ranks; collective."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskEvaluator:
+    """An ``Evaluator`` of one task; each rank asks every ``world.size``-th prompt.
+
+    Every step asks with the same ``seed``, so that two steps differ by the weights alone. Metrics,
+    all below ``eval/<task>/``:
+
+    accuracy, length (tokens), truncated (share): of one greedy answer a prompt.
+    mean_at_k, pass_at_<j>: of ``k`` answers sampled at ``temperature`` (``k`` = 0: not asked);
+        pass_at_<j>, for j = 2, 4, 8, ... up to k, is the unbiased estimate ``pass_at``.
+    whatever ``measure`` says of one rollout at temperature 1 of each of the first
+        ``measured`` prompts: reverse_kl on held-out prompts.
+    teacher_accuracy: the given number, at step 0 only.
+
+    The first ``samples`` answers of rank 0 are kept as transcripts; with a ``teacher`` they carry
+    ``gap``: teacher log-prob minus student log-prob of every token (nats).
+    The engine, ``teacher`` and ``measure`` may be collective, so every rank calls each of them,
+    with an empty list where its share is empty.
+    """
+
+    task: str
+    prompts: Sequence[Prompt]
+    engine: RolloutEngine
+    decode: Decode
+    grade: Grade
+    world: "World"
+    max_tokens: int
+    seed: int = 0
+    k: int = 0
+    temperature: float = 1.0
+    samples: int = 4
+    teacher: Teacher | None = None
+    teacher_accuracy: float | None = None
+    measure: Measure | None = None
+    measured: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError(f"task {self.task}: found no prompts; give at least one")
+        unanswered = next((prompt.uid for prompt in self.prompts if prompt.answer is None), None)
+        if unanswered is not None:
+            raise ValueError(
+                f"task {self.task}: prompt {unanswered} has no answer to grade against; "
+                "name the right answer_field, or add the answers"
+            )
+
+    def evaluate(self, step: int) -> Evaluation:
+        """Metrics reduced over ranks; collective."""
+        share = self.prompts[self.world.rank :: self.world.size]
+        greedy = self._ask(share, n=1, temperature=0.0)
+        right = [self._right(rollout) for rollout in greedy]
+        sums = _greedy_sums(greedy, right) | self._sampled_sums(share)
+        metrics = {name: total / len(self.prompts) for name, total in self.world.sum(sums).items()}
+        if self.measure is not None:
+            known = self.prompts[: self.measured][self.world.rank :: self.world.size]
+            metrics |= self.measure(self._ask(known, n=1, temperature=1.0))
+        if step == 0 and self.teacher_accuracy is not None:
+            metrics["teacher_accuracy"] = self.teacher_accuracy
+        return Evaluation(
+            metrics={f"eval/{self.task}/{name}": value for name, value in metrics.items()},
+            samples=self._transcripts(greedy[: self.samples], right),
+        )
+
+    def _ask(self, prompts: Sequence[Prompt], n: int, temperature: float) -> list[Rollout]:
+        sampling = Sampling(
+            n=n, temperature=temperature, max_tokens=self.max_tokens, seed=self.seed
+        )
+        return self.engine.generate(prompts, sampling)
+
+    def _right(self, rollout: Rollout) -> bool:
+        assert rollout.prompt.answer is not None
+        return self.grade(self.decode(rollout.token_ids.tolist()), rollout.prompt.answer)
+
+    def _sampled_sums(self, share: Sequence[Prompt]) -> dict[str, float]:
+        if not self.k:
+            return {}
+        rollouts = self._ask(share, n=self.k, temperature=self.temperature)
+        right = np.array([self._right(rollout) for rollout in rollouts], dtype=bool)
+        counts = right.reshape(len(share), self.k).sum(axis=1).tolist()
+        powers = [2**e for e in range(1, self.k.bit_length()) if 2**e <= self.k]
+        return {"mean_at_k": sum(counts) / self.k} | {
+            f"pass_at_{j}": sum(pass_at(j, self.k, count) for count in counts) for j in powers
+        }
+
+    def _transcripts(self, rollouts: list[Rollout], right: list[bool]) -> list[dict[str, Any]]:
+        gaps: list[list[float] | None] = [None] * len(rollouts)
+        if self.teacher is not None:
+            scored = self.teacher.score(rollouts)
+            gaps = [
+                None if row.logps is None else (row.logps - row.rollout.logps).tolist()
+                for row in scored
+            ]
+        if self.world.rank != 0:
+            return []
+        return [
+            _transcript(self.task, rollout, self.decode, correct, gap)
+            for rollout, correct, gap in zip(rollouts, right, gaps, strict=False)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluators:
+    """Several tasks as one ``Evaluator``, asked in the order given."""
+
+    tasks: Sequence[Evaluator]
+
+    def evaluate(self, step: int) -> Evaluation:
+        """The tasks' metrics and samples together; collective."""
+        metrics: dict[str, float] = {}
+        samples: list[dict[str, Any]] = []
+        for task in self.tasks:
+            evaluation = task.evaluate(step)
+            metrics |= evaluation.metrics
+            samples += evaluation.samples
+        return Evaluation(metrics=metrics, samples=samples)
+
+
+def pass_at(j: int, n: int, right: int) -> float:
+    """Chance that one of ``j`` answers drawn from ``n``, of which ``right`` are right, is right.
+
+    1 - C(n - right, j) / C(n, j), the unbiased estimator of pass@j (Chen et al. 2021,
+    arXiv 2107.03374).
+    """
+    assert 0 < j <= n
+    return 1.0 - comb(n - right, j) / comb(n, j)
+
+
+def token_texts(token_ids: Sequence[int], decode: Decode) -> list[str]:
+    """The text that each token adds, so that joined they are the decoded completion.
+
+    A token alone may decode to less (sentencepiece drops a leading space) or to half a character,
+    which then appears whole with its last token.
+    """
+    texts: list[str] = []
+    held = 0
+    for end in range(1, len(token_ids) + 1):
+        start = max(0, held - _CONTEXT)
+        before, now = decode(token_ids[start:held]), decode(token_ids[start:end])
+        if now.endswith("\ufffd") and end < len(token_ids):
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        held = end
+    return texts
+
+
+_CONTEXT = 8
+
+
+def _greedy_sums(rollouts: Sequence[Rollout], right: Sequence[bool]) -> dict[str, float]:
+    return {
+        "accuracy": float(sum(right)),
+        "length": float(sum(len(rollout.token_ids) for rollout in rollouts)),
+        "truncated": float(
+            sum(rollout.finish_reason is FinishReason.length for rollout in rollouts)
+        ),
+    }
+
+
+def _transcript(
+    task: str, rollout: Rollout, decode: Decode, correct: bool, gap: list[float] | None
+) -> dict[str, Any]:
+    token_ids = rollout.token_ids.tolist()
+    row: dict[str, Any] = {
+        "task": task,
+        "uid": rollout.prompt.uid,
+        "prompt": rollout.prompt.text or decode(rollout.prompt.token_ids.tolist()),
+        "completion": decode(token_ids),
+        "answer": rollout.prompt.answer,
+        "correct": correct,
+        "finish_reason": str(rollout.finish_reason),
+        "tokens": token_texts(token_ids, decode),
+    }
+    return row if gap is None else row | {"gap": gap}

@@ -1,0 +1,97 @@
+"""Graders: pure functions that say whether a completion gives the expected answer."""
+
+import re
+import threading
+import unicodedata
+from collections.abc import Callable
+from decimal import Decimal
+from functools import partial
+
+Grade = Callable[[str, str], bool]
+"""(completion, answer) -> is it right?"""
+
+GRADERS = ("exact", "after", "contains", "number", "math")
+
+# A sign counts only where it cannot be a minus between two operands ("5-3" ends in 3).
+_NUMBER = re.compile(r"((?<![\w)])[-\u2212])?\$?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?|(\.\d+)")
+_PARSE_SECONDS = 5
+
+
+def grader(name: str, marker: str = "#") -> Grade:
+    """The grader called ``name``; every one ignores white space around both texts.
+
+    exact: the completion is the answer.
+    after: what follows the last ``marker`` is the answer; no marker is wrong.
+    contains: the answer occurs as whole words, ignoring case and punctuation; ``|`` separates
+        alternatives.
+    number: the completion's last number equals the answer's, ``1,000.0`` being ``1000``.
+    math: equal as mathematics, by math-verify (LaTeX, fractions, sets, intervals); safe in any
+        thread, but only in the main one is its time limited.
+    """
+    match name:
+        case "exact":
+            return _exact
+        case "after":
+            if not marker:
+                raise ValueError('found an empty marker for the grader "after"; give one, e.g. "#"')
+            return partial(_after, marker)
+        case "contains":
+            return _contains
+        case "number":
+            return _number
+        case "math":
+            return _math
+    raise ValueError(f"found grader {name!r}; allowed: {', '.join(GRADERS)}; choose one of them")
+
+
+def _exact(completion: str, answer: str) -> bool:
+    return completion.strip() == answer.strip()
+
+
+def _after(marker: str, completion: str, answer: str) -> bool:
+    _, found, tail = completion.rpartition(marker)
+    return bool(found) and _exact(tail, answer)
+
+
+def _words(text: str) -> str:
+    """Case folded words between single spaces; "U.S." is "us" and "3.14" stays one word."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    joined = re.sub(r"(?<=\w)[.,'\u2019](?=\w)", "", folded)
+    spaced = re.sub(r"[^\w\s]|_", " ", joined)
+    return f" {' '.join(spaced.split())} "
+
+
+def _contains(completion: str, answer: str) -> bool:
+    said = _words(completion)
+    alternatives = (_words(part) for part in answer.split("|"))
+    return any(part in said for part in alternatives if part.strip())
+
+
+def _last_number(text: str) -> Decimal | None:
+    matches = list(_NUMBER.finditer(text))
+    if not matches:
+        return None
+    sign, whole, fraction, bare = matches[-1].groups()
+    digits = bare or f"{whole.replace(',', '')}{fraction or ''}"
+    return -Decimal(digits) if sign else Decimal(digits)
+
+
+def _number(completion: str, answer: str) -> bool:
+    expected = _last_number(answer)
+    if expected is None:
+        raise ValueError(
+            f"found the answer {answer[:60]!r} without a number; the grader number needs one: "
+            "use exact, contains or math, or extract it with answer_regex"
+        )
+    return _last_number(completion) == expected
+
+
+def _math(completion: str, answer: str) -> bool:
+    from math_verify import parse, verify
+
+    # math-verify limits its time by SIGALRM, which Python allows in the main thread alone.
+    main = threading.current_thread() is threading.main_thread()
+    seconds = _PARSE_SECONDS if main else 0
+    marked = "$" in answer or "\\boxed" in answer or "\\(" in answer or "\\[" in answer
+    gold = parse(answer if marked else f"\\boxed{{{answer}}}", parsing_timeout=seconds)
+    return verify(gold, parse(completion, parsing_timeout=seconds), timeout_seconds=seconds)
