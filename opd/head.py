@@ -32,23 +32,54 @@ def head_spec(config: Any, vocab_size: int | None = None) -> HeadSpec:
     )
 
 
+def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ right`` in float32, whatever the dtypes, autocast or not.
+
+    A product of two bfloat16 numbers is exact in float32, so where tensor cores add up in float32
+    and hand the sum out unrounded (CUDA), half-precision operands go in as they are; elsewhere they
+    are cast. A bfloat16 *result* would round logits near 20 by up to 0.06 nats, as much as the
+    differences between teacher and student that distillation is about.
+    """
+    halves = left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(left.device.type, enabled=False):
+        if left.is_cuda and halves and not (left.requires_grad or right.requires_grad):
+            return torch.mm(left, right, out_dtype=torch.float32)  # has no derivative in torch
+        return left.float() @ right.float()
+
+
+def head_logits(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """``hidden @ weight.T`` [C, vocab_size] in float32; no float32 copy of the matrix is made."""
+    weight_VD = weight_VD[:vocab_size]
+    if weight_VD.dtype == torch.float32:
+        return matmul_float32(hidden_CD, weight_VD.T)
+    logits = hidden_CD.new_empty(hidden_CD.shape[0], vocab_size, dtype=torch.float32)
+    for rows in vocab_blocks(weight_VD):
+        logits[:, rows] = matmul_float32(hidden_CD, weight_VD[rows].T)
+    return logits
+
+
+def normalise(logits_CV: torch.Tensor, spec: HeadSpec, temperature: float) -> torch.Tensor:
+    """Raw float32 logits into log-probs of softmax(logits / temperature), cap and scale applied."""
+    logits = logits_CV if spec.scale == 1.0 else logits_CV * spec.scale
+    if spec.softcap is not None:
+        logits = spec.softcap * torch.tanh(logits / spec.softcap)
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
 def head_logps(
     hidden_CD: torch.Tensor, weight_VD: torch.Tensor, spec: HeadSpec, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Log-probs [C, spec.vocab_size], float32, of softmax(logits / temperature).
+    """Log-probs [C, spec.vocab_size] of softmax(logits / temperature), float32 all the way."""
+    return normalise(head_logits(hidden_CD, weight_VD, spec.vocab_size), spec, temperature)
 
-    The product runs in the operands' common dtype (float32 when either is), the softmax in float32.
-    """
-    dtype = torch.promote_types(hidden_CD.dtype, weight_VD.dtype)
-    weight = weight_VD[: spec.vocab_size].to(dtype)
-    logits = torch.nn.functional.linear(hidden_CD.to(dtype), weight).float()
-    if spec.scale != 1.0:
-        logits = logits * spec.scale
-    if spec.softcap is not None:
-        logits = spec.softcap * torch.tanh(logits / spec.softcap)
-    return torch.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=-1)
+
+def vocab_blocks(weight_VD: torch.Tensor) -> list[slice]:
+    """The matrix in blocks of rows whose float32 copy is a quarter of a chunk."""
+    vocab_size, width = weight_VD.shape
+    step = chunk_rows(width, CHUNK_BYTES // 4)
+    return [slice(start, min(start + step, vocab_size)) for start in range(0, vocab_size, step)]
 
 
 def chunk_rows(vocab_size: int, budget_bytes: int = CHUNK_BYTES) -> int:
-    """How many tokens' float32 log-probs over ``vocab_size`` ids fit into ``budget_bytes``; at least 1."""
+    """How many float32 rows of ``vocab_size`` ids fit into ``budget_bytes``; at least 1."""
     return max(1, budget_bytes // (4 * vocab_size))

@@ -1,0 +1,15 @@
+"""What the student is asked to lower: pure functions of log-probs and a batch, sums out."""
+
+from opd.losses.divergence import Divergence, DivergenceKind
+from opd.losses.mismatch import mismatch_metrics
+from opd.losses.nll import NegativeLogLikelihood
+from opd.losses.policy_gradient import Importance, PolicyGradient
+
+__all__ = [
+    "Divergence",
+    "DivergenceKind",
+    "Importance",
+    "NegativeLogLikelihood",
+    "PolicyGradient",
+    "mismatch_metrics",
+]
