@@ -1,0 +1,21 @@
+"""What computes hidden states: vLLM in a server, or a Hugging Face model in this process."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from opd.head import HeadSpec
+from opd.types import IntArray, TeacherInfo
+
+
+class Backend(Protocol):
+    """A causal model up to, and without, its output head."""
+
+    info: TeacherInfo
+    spec: HeadSpec
+    head_VD: torch.Tensor
+
+    def hidden(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
+        """The final-norm hidden states [L, D] float32 of each sequence, every position of it."""
+        ...

@@ -1,0 +1,69 @@
+"""Hidden states from a Hugging Face model in this process."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from opd.head import HeadSpec
+from opd.teacher.checkpoint import longest, read_info, read_spec
+from opd.teacher.options import Dtype
+from opd.types import IntArray, TeacherInfo
+
+
+class TorchBackend:
+    """A frozen ``AutoModelForCausalLM`` on ``device``, run in batches of ``batch_tokens``.
+
+    No quantised models and no code from the checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: Dtype = "auto",
+        device: str = "cpu",
+        batch_tokens: int = 8192,
+        max_length: int | None = None,
+    ) -> None:
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        head = network.get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+            raise ValueError(f"{model}: its output head is not a plain matrix: {head}")
+        self.network = network.base_model.to(device).eval().requires_grad_(False)
+        self.head_VD: torch.Tensor = head.weight.detach().to(device).float()
+        self.spec: HeadSpec = read_spec(model)
+        self.info: TeacherInfo = read_info(model, max_length=max_length or longest(model))
+        self.batch_tokens = batch_tokens
+
+    @torch.inference_mode()
+    def hidden(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
+        """See ``Backend``; the tensors lie on the model's device."""
+        found: dict[int, torch.Tensor] = {}
+        for group in _groups([len(s) for s in sequences], self.batch_tokens):
+            width = len(sequences[group[0]])
+            ids_BT = np.zeros((len(group), width), np.int64)
+            mask_BT = np.zeros((len(group), width), np.int64)
+            for row, index in enumerate(group):
+                ids_BT[row, : len(sequences[index])] = sequences[index]
+                mask_BT[row, : len(sequences[index])] = 1
+            hidden_BTD = self.network(
+                input_ids=torch.from_numpy(ids_BT).to(self.head_VD.device),
+                attention_mask=torch.from_numpy(mask_BT).to(self.head_VD.device),
+                use_cache=False,
+            ).last_hidden_state.float()
+            for row, index in enumerate(group):
+                found[index] = hidden_BTD[row, : len(sequences[index])]
+        return [found[index] for index in range(len(sequences))]
+
+
+def _groups(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices by falling length, in groups of at most ``tokens`` padded tokens, or of one."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

@@ -1,0 +1,85 @@
+"""Hidden states from vLLM's pooling runner: batched, tensor parallel, no log-prob dictionaries.
+
+The engine returns the final-norm hidden state of every token; the head is applied outside of it
+(see ``scoring.py``): a few [chunk, V] blocks in float32 are all that a large vocabulary costs.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from opd.head import HeadSpec
+from opd.teacher.checkpoint import read_head, read_info, read_spec
+from opd.teacher.options import Dtype
+from opd.types import IntArray, TeacherInfo
+
+QUIET = {"VLLM_LOGGING_LEVEL": "WARNING"}
+CPU_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # without it "uni" silently becomes "mp"
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its CPU build warns of what nobody can change
+}
+
+
+class VllmBackend:
+    """One vLLM engine; the float32 copy of the head lies on its first device.
+
+    ``gpu_memory_fraction`` is the engine's share of each GPU: leave room for the head beside it.
+    ``kv_cache_bytes`` is the whole cache on a machine without GPU. ``batch_tokens`` bounds one
+    engine step; longer sequences are prefilled in chunks.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: Dtype = "auto",
+        max_length: int | None = None,
+        batch_tokens: int = 8192,
+        tensor_parallel_size: int = 1,
+        gpu_memory_fraction: float = 0.8,
+        kv_cache_bytes: int = 1 << 30,
+    ) -> None:
+        cuda = torch.cuda.is_available()
+        for name, value in (QUIET if cuda else CPU_ENVIRONMENT).items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+        from vllm.config import PoolerConfig
+
+        one_process = not cuda and tensor_parallel_size == 1
+        self.engine = LLM(
+            model,
+            runner="pooling",
+            convert="embed",
+            pooler_config=PoolerConfig(task="token_embed"),
+            dtype=dtype,
+            max_model_len=max_length,
+            max_num_batched_tokens=batch_tokens,
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_fraction,
+            kv_cache_memory_bytes=None if cuda else kv_cache_bytes,
+            enforce_eager=not cuda,
+            distributed_executor_backend="uni" if one_process else None,
+            enable_prefix_caching=False,  # a cached prefix has no hidden states to return
+            trust_remote_code=False,
+        )
+        self.info: TeacherInfo = read_info(model, max_length=self.engine.model_config.max_model_len)
+        self.spec: HeadSpec = read_spec(model)
+        self.head_VD: torch.Tensor = read_head(model).to("cuda" if cuda else "cpu")
+
+    def hidden(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
+        """See ``Backend``; the tensors lie on the CPU."""
+        from vllm import PoolingParams
+        from vllm.inputs import TokensPrompt
+
+        outputs = self.engine.encode(
+            [TokensPrompt(prompt_token_ids=sequence.tolist()) for sequence in sequences],
+            pooling_params=PoolingParams(use_activation=False),  # no normalisation to length one
+            pooling_task="token_embed",
+            use_tqdm=False,
+        )
+        hidden = [output.outputs.data.float() for output in outputs]
+        lengths = [len(sequence) for sequence in sequences]
+        assert [len(h) for h in hidden] == lengths, "the engine left out hidden states"
+        return hidden

@@ -1,0 +1,37 @@
+"""Cut a list of rollouts into requests, and show how many are answered."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from opd.interfaces import Progress
+from opd.types import Rollout
+
+
+def by_tokens(
+    rollouts: Sequence[Rollout], tokens: int, *, targets: int | None = None
+) -> list[list[Rollout]]:
+    """Neighbours in groups of at most ``tokens`` tokens and ``targets`` completion tokens.
+
+    A rollout that is longer than that gets a group of its own. Order is kept.
+    """
+    groups: list[list[Rollout]] = []
+    room = room_targets = 0
+    limit = tokens if targets is None else targets
+    for rollout in rollouts:
+        length, asked = len(rollout.sequence), len(rollout.token_ids)
+        if groups and length <= room and asked <= room_targets:
+            groups[-1].append(rollout)
+        else:
+            groups.append([rollout])
+            room, room_targets = tokens, limit
+        room, room_targets = room - length, room_targets - asked
+    return groups
+
+
+def bar(
+    progress: Progress | None, rollouts: Sequence[Rollout]
+) -> AbstractContextManager[Callable[[int], None]]:
+    """The bar of one ``score`` call; silent without ``progress``."""
+    if progress is None:
+        return nullcontext(lambda _: None)
+    return progress.track("teacher", len(rollouts))

@@ -1,0 +1,83 @@
+"""What a teacher needs of a Hugging Face checkpoint besides the layers: tokenizer, sizes, head."""
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer
+
+from opd.head import HeadSpec, head_spec
+from opd.teacher.vocabulary import fingerprint
+from opd.types import TeacherInfo
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HEADS = ("lm_head.weight",)
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+
+
+def read_info(model: str, *, max_length: int) -> TeacherInfo:
+    """``TeacherInfo`` of a checkpoint folder or hub name; reads no weights."""
+    text = AutoConfig.from_pretrained(model).get_text_config()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return TeacherInfo(
+        model=model,
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        tokenizer_fingerprint=fingerprint(tokenizer),
+        tokenizer_size=len(tokenizer),
+        max_length=max_length,
+    )
+
+
+def read_spec(model: str) -> HeadSpec:
+    """The ``HeadSpec`` of a checkpoint's config."""
+    return head_spec(AutoConfig.from_pretrained(model))
+
+
+def longest(model: str) -> int:
+    """How many positions the checkpoint's config allows."""
+    return AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+
+
+def read_head(model: str) -> torch.Tensor:
+    """The output head [V, D], float32, straight from the safetensors files.
+
+    That is ``lm_head.weight`` under whatever prefix where the checkpoint has one, else the input
+    embedding, to which the head is then tied. ``ValueError`` for a head that is not a plain matrix.
+    """
+    files = _tensor_files(model)
+    names = _named(files, HEADS) or _named(files, EMBEDDINGS)
+    if len(names) != 1:
+        raise ValueError(
+            f"{model}: looked for one tensor named {' or '.join(HEADS + EMBEDDINGS)} to use as the "
+            f"output head and found {names or 'none'}; give an unquantised causal language model"
+        )
+    bias = names[0].removesuffix("weight") + "bias"
+    if bias in files:
+        raise ValueError(f"{model}: its output head has a bias ({bias}), which is not supported")
+    with safe_open(files[names[0]], framework="pt") as opened:
+        return opened.get_tensor(names[0]).float()
+
+
+def _named(files: dict[str, Path], endings: tuple[str, ...]) -> list[str]:
+    return [n for n in files for end in endings if n == end or n.endswith(f".{end}")]
+
+
+def _tensor_files(model: str) -> dict[str, Path]:
+    """Which file holds each tensor."""
+    folder = Path(model)
+    if not folder.is_dir():
+        patterns = ["*.safetensors", f"*{INDEX}"]
+        folder = Path(snapshot_download(model, allow_patterns=patterns))
+    if (folder / INDEX).exists():
+        shards = json.loads((folder / INDEX).read_text())["weight_map"]
+        return {name: folder / shard for name, shard in shards.items()}
+    if not (folder / SINGLE).exists():
+        raise ValueError(
+            f"{model}: found neither {SINGLE} nor {INDEX}; a teacher needs a safetensors checkpoint"
+        )
+    with safe_open(folder / SINGLE, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), folder / SINGLE)

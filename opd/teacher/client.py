@@ -1,0 +1,152 @@
+"""A teacher behind HTTP: splits, sends a few requests at once, retries, says what failed."""
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+from safetensors.numpy import load
+
+from opd.interfaces import Progress
+from opd.teacher.answer import bytes_per_target, form_of
+from opd.teacher.batches import bar, by_tokens
+from opd.teacher.vocabulary import Vocabulary, require_fit
+from opd.teacher.wire import MEDIA_TYPE, read_answer, request_bytes, request_of, scored_of
+from opd.types import FloatArray, Rollout, Scored, TeacherInfo, Wanted
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+HEAD_BYTES = 64 << 20  # of one piece of the head
+
+
+class ServerTeacher:
+    """Scores over HTTP; safe to call from several threads.
+
+    Asks the server what it is at once. ``ValueError`` when its vocabulary does not fit the
+    student's or it refuses a request; ``ConnectionError`` when it stays away, or fails, at the last
+    of ``retries`` repetitions.
+    A request carries at most ``batch_tokens`` tokens, its answer at most ``answer_bytes`` (a single
+    longer rollout goes alone), and ``connections`` of them are under way at once.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        wanted: Wanted,
+        student: Vocabulary,
+        token: str | None = None,
+        timeout: float = 600.0,
+        retries: int = 6,
+        batch_tokens: int = 16384,
+        answer_bytes: int = 256 << 20,
+        connections: int = 4,
+        progress: Progress | None = None,
+    ) -> None:
+        self.url, self.wanted, self.retries = url, wanted, retries
+        self.batch_tokens, self.answer_bytes = batch_tokens, answer_bytes
+        self.connections, self.progress = connections, progress
+        self._http = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
+            trust_env=False,  # a proxy named in the environment must see neither token nor tokens
+        )
+        told = self._send("GET", "/info").json()
+        self._linear_head = bool(told.pop("linear_head"))
+        self._info = TeacherInfo(**told)
+        self.vocab_size = require_fit(self._info, student)
+        self._head: FloatArray | None = None
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        """See ``Teacher``."""
+        groups = self._groups(rollouts)
+        scored: list[Scored] = []
+        with (
+            ThreadPoolExecutor(self.connections) as pool,
+            bar(self.progress, rollouts) as advance,
+        ):
+            waiting = [pool.submit(self._score_group, group) for group in groups]
+            try:
+                for future in waiting:
+                    part = future.result()
+                    scored += part
+                    advance(len(part))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        return scored
+
+    def info(self) -> TeacherInfo:
+        """See ``Teacher``; asked once, when this client was made."""
+        return self._info
+
+    def head(self) -> FloatArray:
+        """Rows [vocab_size, D] of the ids that both sides have; fetched once, in pieces."""
+        if self._head is None:
+            rows = max(1, HEAD_BYTES // (4 * self._info.hidden_size))
+            pieces = [
+                self._send(
+                    "GET", f"/head?start={start}&stop={min(start + rows, self.vocab_size)}"
+                ).content
+                for start in range(0, self.vocab_size, rows)
+            ]
+            self._head = np.concatenate([load(piece)["head"] for piece in pieces])
+        return self._head
+
+    def _groups(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+        if not rollouts:
+            return []
+        longest = max(len(rollout.sequence) for rollout in rollouts)
+        if longest > self._info.max_length:
+            raise ValueError(
+                f"a rollout has {longest} tokens with its prompt, teacher {self._info.model} takes "
+                f"at most {self._info.max_length}; lower rollout.max_tokens, or serve the teacher "
+                "with a larger max_length"
+            )
+        per_target = bytes_per_target(self._request(rollouts[:1]), self._info.hidden_size)
+        return by_tokens(rollouts, self.batch_tokens, targets=self.answer_bytes // per_target)
+
+    def _request(self, rollouts: Sequence[Rollout]):
+        want = form_of(
+            self.wanted,
+            linear_head=self._linear_head,
+            hidden_size=self._info.hidden_size,
+            vocab_size=self.vocab_size,
+        )
+        return request_of(rollouts, self.wanted, want=want, vocab_size=self.vocab_size)
+
+    def _score_group(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        body = request_bytes(self._request(rollouts))
+        answer = self._send("POST", "/score", body, {"Content-Type": MEDIA_TYPE})
+        return scored_of(rollouts, read_answer(answer.content))
+
+    def _send(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
+        """One request, tried again after failures that may pass; scoring twice does no harm."""
+        started, failure = time.monotonic(), ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(_pause(attempt))
+            try:
+                response = self._http.request(method, path, content=body, headers=headers)
+            except httpx.TransportError as error:
+                failure = f"{type(error).__name__}: {error}"
+                continue
+            if response.is_success:
+                return response
+            failure = f"HTTP {response.status_code}: {response.text[:500]}"
+            if response.status_code < 500:
+                raise ValueError(f"teacher at {self.url} refused {method} {path}: {failure}")
+        raise ConnectionError(
+            f"teacher at {self.url} failed {self.retries + 1} times in "
+            f"{time.monotonic() - started:.0f} s, last with {failure}; is it running? "
+            "(start one with `opd teacher`)"
+        )
+
+
+def _pause(attempt: int) -> float:
+    """Doubling, at most half a minute, and spread so that many ranks do not return all at once."""
+    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)

@@ -1,0 +1,65 @@
+"""A teacher in the trainer's process; the same numbers as the server's, by the same code."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from opd.interfaces import Progress
+from opd.teacher.answer import answer, form_of, hidden_of, require_answerable
+from opd.teacher.backend import Backend
+from opd.teacher.batches import bar, by_tokens
+from opd.teacher.scoring import folded_head
+from opd.teacher.vocabulary import Vocabulary, require_fit
+from opd.teacher.wire import request_of, scored_of
+from opd.types import FloatArray, Rollout, Scored, TeacherInfo, Wanted
+
+
+class LocalTeacher:
+    """Scores with ``backend`` (usually a ``TorchBackend``), ``batch_tokens`` at a time.
+
+    ``ValueError`` at once when its vocabulary does not fit the student's.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        wanted: Wanted,
+        student: Vocabulary,
+        batch_tokens: int = 16384,
+        progress: Progress | None = None,
+    ) -> None:
+        self.backend = backend
+        self.wanted = wanted
+        self.vocab_size = require_fit(backend.info, student)
+        self.batch_tokens = batch_tokens
+        self.progress = progress
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        """See ``Teacher``."""
+        scored: list[Scored] = []
+        with bar(self.progress, rollouts) as advance:
+            for group in by_tokens(rollouts, self.batch_tokens):
+                scored += self._score_group(group)
+                advance(len(group))
+        return scored
+
+    def info(self) -> TeacherInfo:
+        """See ``Teacher``."""
+        return self.backend.info
+
+    def head(self) -> FloatArray:
+        """Rows [vocab_size, D] of the ids that student and teacher share; scale included."""
+        spec = replace(self.backend.spec, vocab_size=self.vocab_size)
+        return folded_head(self.backend.head_VD, spec).numpy()
+
+    def _score_group(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        want = form_of(
+            self.wanted,
+            linear_head=self.backend.spec.softcap is None,
+            hidden_size=self.backend.info.hidden_size,
+            vocab_size=self.vocab_size,
+        )
+        request = request_of(rollouts, self.wanted, want=want, vocab_size=self.vocab_size)
+        require_answerable(request, self.backend.info, self.backend.spec)
+        (hidden_ND,) = hidden_of(self.backend, [request])
+        return scored_of(rollouts, answer(self.backend, request, hidden_ND))

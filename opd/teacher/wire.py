@@ -1,0 +1,232 @@
+"""The nouns that cross the wire, and their bytes: safetensors, with scalars as metadata strings.
+
+A request holds S sequences laid end to end and asks about N = sum(length - start) target tokens:
+    tensors    token_ids [sum of lengths], lengths [S], starts [S], maybe named_ids [N, K]: int32
+    metadata   format, top_k, want (logps | full_logps | hidden), temperature, vocab_size
+An answer holds, for the N targets in the same order, float32 but for the ids:
+    logps [N], support_ids [N, K] int32, support_logps [N, K], support_tail [N],
+    full_logps [N, vocab_size], hidden [N, D]; the last five where asked
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from opd.types import FloatArray, IntArray, Rollout, Scored, SupportLogps, Wanted
+
+FORMAT = "opd-teacher-1"
+HEADER_BYTES = 1 << 16  # of a request; ours have four tensors and five strings
+MEDIA_TYPE = "application/octet-stream"
+
+
+class Want(StrEnum):
+    """How much of the distribution to return besides the sampled log-probs and a support."""
+
+    logps = "logps"
+    full_logps = "full_logps"
+    hidden = "hidden"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """Whole sequences, and from which token of each on to score (at least 1)."""
+
+    token_ids: IntArray
+    lengths: IntArray
+    starts: IntArray
+    named_ids: IntArray | None = None
+    top_k: int = 0
+    want: Want = Want.logps
+    temperature: float = 1.0
+    vocab_size: int
+
+    def sequences(self) -> list[IntArray]:
+        """The S sequences, one array each."""
+        return np.split(self.token_ids, np.cumsum(self.lengths)[:-1])
+
+    def targets(self) -> IntArray:
+        """The N tokens to score."""
+        pairs = zip(self.sequences(), self.starts, strict=True)
+        return np.concatenate([sequence[start:] for sequence, start in pairs])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreAnswer:
+    """What a teacher said about the N targets of one request."""
+
+    logps: FloatArray
+    support_ids: IntArray | None = None
+    support_logps: FloatArray | None = None
+    support_tail: FloatArray | None = None
+    full_logps: FloatArray | None = None
+    hidden: FloatArray | None = None
+
+
+def request_of(
+    rollouts: Sequence[Rollout], wanted: Wanted, *, want: Want, vocab_size: int
+) -> ScoreRequest:
+    """Rollouts into one request; support ids that only the student's matrix has are left out."""
+    sequences = [rollout.sequence for rollout in rollouts]
+    return ScoreRequest(
+        token_ids=np.concatenate(sequences),
+        lengths=np.array([len(s) for s in sequences], np.int32),
+        starts=np.array([len(r.prompt.token_ids) for r in rollouts], np.int32),
+        named_ids=_named_ids(rollouts, vocab_size) if wanted.rollout_support else None,
+        top_k=wanted.top_k,
+        want=want,
+        temperature=wanted.temperature,
+        vocab_size=vocab_size,
+    )
+
+
+def scored_of(rollouts: Sequence[Rollout], answer: ScoreAnswer) -> list[Scored]:
+    """Cut an answer back into one ``Scored`` a rollout; arrays are copies, so the answer can go."""
+    scored, start = [], 0
+    for rollout in rollouts:
+        rows = slice(start, start := start + len(rollout.token_ids))
+        scored.append(
+            Scored(
+                rollout=rollout,
+                logps=answer.logps[rows].copy(),
+                support=_support(answer, rows),
+                full_logps=None if answer.full_logps is None else answer.full_logps[rows].copy(),
+                hidden=None if answer.hidden is None else answer.hidden[rows].copy(),
+            )
+        )
+    return scored
+
+
+def request_bytes(request: ScoreRequest) -> bytes:
+    """A request as safetensors."""
+    arrays = {"token_ids": request.token_ids, "lengths": request.lengths, "starts": request.starts}
+    if request.named_ids is not None:
+        arrays["named_ids"] = request.named_ids
+    metadata = {
+        "format": FORMAT,
+        "top_k": str(request.top_k),
+        "want": request.want.value,
+        "temperature": repr(request.temperature),
+        "vocab_size": str(request.vocab_size),
+    }
+    return save(arrays, metadata)
+
+
+def read_request(body: bytes) -> ScoreRequest:
+    """The undo of ``request_bytes``; ``ValueError`` with one clear sentence for anything else.
+
+    Checks what can be known without the model: fields, types, and that shapes agree.
+    """
+    size = int.from_bytes(body[:8], "little")
+    if size > HEADER_BYTES:
+        raise ValueError(f"the header would be {size} bytes long, at most {HEADER_BYTES} are read")
+    arrays, metadata = _tensors(body), _metadata(body)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"format is {metadata.get('format')!r}, this server reads {FORMAT!r}")
+    for name in ("token_ids", "lengths", "starts"):
+        if name not in arrays or arrays[name].ndim != 1:
+            raise ValueError(f"a request needs a one-dimensional tensor {name!r}")
+    for name, array in arrays.items():
+        if array.dtype != np.int32:
+            raise ValueError(f"tensor {name!r} is {array.dtype}, must be int32")
+    request = ScoreRequest(
+        token_ids=arrays["token_ids"],
+        lengths=arrays["lengths"],
+        starts=arrays["starts"],
+        named_ids=arrays.get("named_ids"),
+        want=_want(metadata),
+        top_k=_count(metadata, "top_k"),
+        temperature=_number(metadata, "temperature"),
+        vocab_size=_count(metadata, "vocab_size"),
+    )
+    _require_shapes(request)
+    return request
+
+
+def answer_bytes(answer: ScoreAnswer) -> bytes:
+    """An answer as safetensors."""
+    said = {field.name: getattr(answer, field.name) for field in fields(answer)}
+    return save({name: array for name, array in said.items() if array is not None})
+
+
+def read_answer(body: bytes) -> ScoreAnswer:
+    """The undo of ``answer_bytes``."""
+    return ScoreAnswer(**_tensors(body))
+
+
+def _require_shapes(request: ScoreRequest) -> None:
+    lengths, starts = request.lengths, request.starts
+    if len(lengths) == 0 or len(lengths) != len(starts):
+        raise ValueError(
+            f"{len(lengths)} lengths and {len(starts)} starts, must be as many and at least one"
+        )
+    total = len(request.token_ids)
+    if lengths.min() < 1 or lengths.sum(dtype=np.int64) != total:
+        raise ValueError(f"lengths must be positive and add up to the {total} token_ids")
+    if (starts < 1).any() or (starts >= lengths).any():
+        raise ValueError("every start must be at least 1 and below the length of its sequence")
+    targets = int((lengths - starts).sum(dtype=np.int64))
+    named = request.named_ids
+    if named is not None and (named.ndim != 2 or len(named) != targets):
+        raise ValueError(f"named_ids is {list(named.shape)}, must be [{targets}, K]")
+
+
+def _named_ids(rollouts: Sequence[Rollout], vocab_size: int) -> IntArray:
+    supports = [r.support_ids for r in rollouts if r.support_ids is not None]
+    if len(supports) != len(rollouts):
+        raise ValueError(
+            "the student's support was asked for, but rollouts carry no support_ids; "
+            "set Sampling.support_k so that the engine writes them"
+        )
+    named = np.full((sum(map(len, supports)), max(s.shape[1] for s in supports)), -1, np.int32)
+    start = 0
+    for ids in supports:
+        named[start : start + len(ids), : ids.shape[1]] = ids
+        start += len(ids)
+    return np.where(named < vocab_size, named, -1)
+
+
+def _support(answer: ScoreAnswer, rows: slice) -> SupportLogps | None:
+    ids, logps, tail = answer.support_ids, answer.support_logps, answer.support_tail
+    if ids is None or logps is None or tail is None:
+        return None
+    return SupportLogps(ids=ids[rows].copy(), logps=logps[rows].copy(), tail_logp=tail[rows].copy())
+
+
+def _tensors(body: bytes) -> dict[str, np.ndarray]:
+    try:
+        return load(body)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"the body is not safetensors of plain tensors: {error}") from error
+
+
+def _metadata(body: bytes) -> Mapping[str, str]:
+    """The header's strings; the numpy reader checks the header but does not hand it out."""
+    size = int.from_bytes(body[:8], "little")
+    return json.loads(body[8 : 8 + size]).get("__metadata__", {})
+
+
+def _want(metadata: Mapping[str, str]) -> Want:
+    found = metadata.get("want")
+    if found not in list(Want):
+        raise ValueError(f"metadata 'want' is {found!r}, must be one of {', '.join(Want)}")
+    return Want(found)
+
+
+def _number(metadata: Mapping[str, str], name: str) -> float:
+    try:
+        return float(metadata[name])
+    except (KeyError, ValueError) as error:
+        found = metadata.get(name)
+        raise ValueError(f"metadata {name!r} is {found!r}, must be a number") from error
+
+
+def _count(metadata: Mapping[str, str], name: str) -> int:
+    number = _number(metadata, name)
+    if not (number.is_integer() and 0 <= number < 2**31):
+        raise ValueError(f"metadata {name!r} is {metadata[name]!r}, must be a whole number from 0")
+    return int(number)
