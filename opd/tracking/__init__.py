@@ -1,0 +1,1 @@
+"""Where numbers go: run files, the terminal, Weights & Biases; and the reports read from them."""

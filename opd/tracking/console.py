@@ -1,0 +1,188 @@
+"""The terminal: live bars while a step runs, one aligned line when it is done."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from opd.tracking.words import number, tasks_of
+
+_HEADER_EVERY = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One column of the table: a metric under a heading of two lines."""
+
+    metric: str
+    heading: str
+    unit: str
+    width: int
+    style: str = ""
+
+
+# With the step column in front this is 72 wide, so that a terminal of 80 never cuts it.
+_COLUMNS = (
+    _Column("loss/total", "loss", "", 8, "bold"),
+    _Column("teacher/nll", "teacher", "nll", 7),
+    _Column("rollout/length", "length", "tokens", 6),
+    _Column("optim/grad_norm", "grad", "norm", 7),
+    _Column("optim/lr", "lr", "", 7),
+    _Column("time/rollout", "rollout", "s", 7, "dim"),
+    _Column("time/teacher", "teacher", "s", 7, "dim"),
+    _Column("time/learn", "learn", "s", 6, "dim"),
+)
+_STEP_WIDTH = 9
+_WIDTH = 80
+_EXTRAS = (
+    ("mean_at_k", "mean@k"),
+    ("reverse_kl", "KL"),
+    ("length", "length"),
+    ("truncated", "truncated"),
+)
+
+
+class ConsoleTracker:
+    """A ``Tracker`` that prints one line a step and one line a task where a step was evaluated.
+
+    Share ``console`` with ``ConsoleProgress``, so that lines appear above the live bars. Without a
+    terminal the same lines come out plain. The heading is repeated every 20 lines.
+    """
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._lines_since_heading = _HEADER_EVERY
+        self._before: dict[str, float] = {}
+        self._teacher: dict[str, float] = {}
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line for training, one for each evaluated task."""
+        if any(column.metric in metrics for column in _COLUMNS):
+            if self._lines_since_heading >= _HEADER_EVERY:
+                self._print_heading()
+            self._lines_since_heading += 1
+            self._print(self._line(step, metrics))
+        for task in tasks_of(metrics):
+            self._print(self._evaluation(step, task, metrics))
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Transcripts are for files and reports, not for the terminal."""
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+    def _print(self, line: Text) -> None:
+        self._console.print(line, no_wrap=True, overflow="ignore", crop=False, soft_wrap=True)
+
+    def _print_heading(self) -> None:
+        self._lines_since_heading = 0
+        for step, cells in (
+            ("step", [column.heading for column in _COLUMNS]),
+            ("", [column.unit for column in _COLUMNS]),
+        ):
+            line = Text(step.rjust(_STEP_WIDTH), style="cyan")
+            for column, cell in zip(_COLUMNS, cells, strict=True):
+                line.append(f" {cell:>{column.width}}")
+            self._print(line)
+
+    def _line(self, step: int, metrics: Mapping[str, float]) -> Text:
+        line = Text(f"{step}/{self._steps}".rjust(_STEP_WIDTH))
+        for column in _COLUMNS:
+            value = number(metrics.get(column.metric))
+            line.append(f" {value:>{column.width}}", style=column.style)
+        return line
+
+    def _evaluation(self, step: int, task: str, metrics: Mapping[str, float]) -> Text:
+        def said(name: str) -> float | None:
+            return metrics.get(f"eval/{task}/{name}")
+
+        accuracy, teacher = said("accuracy"), said("teacher_accuracy")
+        if teacher is not None:
+            self._teacher[task] = teacher
+        parts = []
+        if accuracy is not None:
+            change = accuracy - self._before.setdefault(task, accuracy)
+            parts.append(f"accuracy {accuracy:.3f}" + (f" ({change:+.3f})" if step else ""))
+        if task in self._teacher:
+            parts.append(f"teacher {self._teacher[task]:.3f}")
+        for name, label in _EXTRAS:
+            value = said(name)
+            if value is not None:
+                parts.append(f"{label} {number(value)}")
+        line = Text(f"{step}/{self._steps}".rjust(_STEP_WIDTH), style="bold green")
+        line.append(f" {task}:")
+        for part in parts:
+            room = _WIDTH - len(line.plain.rsplit("\n", 1)[-1])
+            line.append("  " if len(part) + 2 <= room else "\n" + " " * (_STEP_WIDTH + 3))
+            line.append(part)
+        return line
+
+
+class ConsoleProgress:
+    """A ``Progress``: bars with the time that is left, gone when done; nothing without a terminal.
+
+    Contexts may be nested (steps outside, phases inside): the outermost starts the display.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Progress | None = None
+
+    @contextmanager
+    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar named ``what`` of ``total`` units."""
+        if self._bars is not None:
+            with _bar(self._bars, what, total) as advance:
+                yield advance
+            return
+        with _bars(self._console) as self._bars:
+            try:
+                with _bar(self._bars, what, total) as advance:
+                    yield advance
+            finally:
+                self._bars = None
+
+
+class SilentProgress:
+    """A ``Progress`` that shows nothing: for ranks other than 0, and for tests."""
+
+    @contextmanager
+    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """No bar."""
+        yield lambda amount: None
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>9}", style="cyan"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        expand=True,
+        disable=not console.is_terminal,
+    )
+
+
+@contextmanager
+def _bar(bars: Progress, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    task = bars.add_task(what, total=total)
+    try:
+        yield lambda amount: bars.advance(task, amount)
+    finally:
+        bars.remove_task(task)

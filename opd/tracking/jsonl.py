@@ -1,0 +1,99 @@
+"""The run's own record: metrics.jsonl and samples.jsonl, one JSON object a line."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+
+
+class JsonlTracker:
+    """A ``Tracker`` that appends to metrics.jsonl and samples.jsonl in ``folder``.
+
+    ``resume_step``: the run goes on after this step, so lines of later steps are dropped, as is a
+    last line that a crash left half written; None: the run starts anew and earlier lines go. A
+    number that is not finite is written as null, which strict JSON can hold.
+    """
+
+    def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._last = -1 if resume_step is None else resume_step
+        for name in (METRICS, SAMPLES):
+            _drop_after(self._folder / name, self._last)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One row for one step; training and evaluation of a step come in one call."""
+        assert step > self._last, f"step {step} after step {self._last}: one line a step, in order"
+        self._last = step
+        row = {"step": step} | {name: _finite(value) for name, value in metrics.items()}
+        _append(self._folder / METRICS, [row])
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """A few transcripts of one evaluation, one line each."""
+        _append(self._folder / SAMPLES, [{"step": step, **sample} for sample in samples])
+
+    def close(self) -> None:
+        """Nothing is held back: each call leaves its lines in the file."""
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a half-written last line is left out, an absent file is empty.
+
+    Raises ``ValueError`` naming file and line when another line is not an object with a ``step``.
+    """
+    if not path.exists():
+        return []
+    *whole, rest = path.read_bytes().split(b"\n")
+    rows = [_row(path, number, line) for number, line in enumerate(whole, start=1) if line.strip()]
+    if rest.strip():
+        try:
+            rows.append(_row(path, len(whole) + 1, rest))
+        except ValueError:
+            return rows
+    return rows
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}:{number}: found malformed JSON ({error}); expected one object a line; "
+            "restore the file or remove that line"
+        ) from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(
+            f"{path}:{number}: found {line[:60].decode(errors='replace')!r}; expected an object "
+            'with an integer "step"; restore the file or remove that line'
+        )
+    return row
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Rewrite ``path`` without the lines of later steps; whole or not at all."""
+    if not path.exists():
+        return
+    scratch = path.with_name(f"{path.name}.part")
+    with scratch.open("w", encoding="utf-8") as file:
+        if step >= 0:
+            for row in read_lines(path):
+                if row["step"] <= step:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(lines)

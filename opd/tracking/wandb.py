@@ -1,0 +1,73 @@
+"""Numbers to Weights & Biases, online or offline; the only place that imports wandb."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+RUN_ID = "wandb_run_id.txt"
+_SAMPLE_COLUMNS = ("task", "uid", "prompt", "completion", "answer", "correct")
+
+
+class WandbTracker:
+    """A ``Tracker`` that writes to one Weights & Biases run, the same one after a resume.
+
+    The run's id is kept in ``folder``; offline runs are written there too and need no network
+    (``wandb sync`` sends them later). The step is an ordinary metric and the x axis of all others,
+    because wandb's own step counter cannot go back to the checkpoint that a run resumes from.
+    """
+
+    def __init__(
+        self,
+        *,
+        project: str,
+        name: str,
+        folder: str | Path,
+        config: Mapping[str, Any],
+        mode: Literal["online", "offline"] = "online",
+    ) -> None:
+        import wandb
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                dir=str(folder),
+                config=dict(config),
+                mode=mode,
+                id=_run_id(Path(folder)),
+                resume="allow",
+                settings=wandb.Settings(console="off"),
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"wandb refused the run ({error}); log in with `wandb login`, or use "
+                "tracking.mode=offline"
+            ) from error
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One row for one step."""
+        self._run.log({"step": step, **metrics})
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """One table of transcripts, without their per-token numbers."""
+        import wandb
+
+        table = wandb.Table(columns=list(_SAMPLE_COLUMNS))
+        for sample in samples:
+            table.add_data(*(sample.get(column) for column in _SAMPLE_COLUMNS))
+        self._run.log({"step": step, "samples": table})
+
+    def close(self) -> None:
+        """Send or write what is left."""
+        self._run.finish()
+
+
+def _run_id(folder: Path) -> str:
+    path = folder / RUN_ID
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
