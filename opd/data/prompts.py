@@ -3,6 +3,7 @@
 import itertools
 import re
 import string
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ def load_prompts(
     template: str | None = None,
     split: str = "train",
     subset: str | None = None,
-    chat_template: bool | None = None,
+    chat_template: bool = False,
     chat_options: Mapping[str, Any] | None = None,
     system: str | None = None,
     limit: int | None = None,
@@ -41,9 +42,9 @@ def load_prompts(
     answer_field: optional in a row; a string, number or boolean, or a list of alternatives, which
         are joined by ``|``. ``answer_regex`` keeps its first group (or whole match) of the answer,
         stripped: ``"#### (.+)"`` for GSM8K.
-    chat_template: True wraps a string as a user message in the tokenizer's chat template; False
-        refuses messages; None applies the template to messages only, or to all when ``system`` is
-        given. ``chat_options`` go to the template (``{"enable_thinking": False}``).
+    chat_template: put a string into the tokenizer's chat template as the user's turn; messages
+        always are. ``system`` opens the turns where the template is used and they have no system
+        message; ``chat_options`` go to the template (``{"enable_thinking": False}``).
     uid: the row's ``uid`` when it has one, else its number in the source.
 
     Raises ``ValueError`` naming file, line, what was found and what is allowed: for unreadable
@@ -96,7 +97,7 @@ class _Reading:
     answer_field: str
     answer_regex: re.Pattern[str] | None
     template: str | None
-    chat_template: bool | None
+    chat_template: bool
     chat_options: dict[str, Any] = field(default_factory=dict)
     system: str | None
     max_prompt_tokens: int | None
@@ -124,7 +125,8 @@ class _Reading:
     def _filled(self, place: str, row: Mapping[str, Any]) -> str:
         assert self.template is not None
         try:
-            return string.Formatter().vformat(self.template, (), row)
+            named = {"prompt": row[self.prompt_field]} if self.prompt_field in row else {}
+            return string.Formatter().vformat(self.template, (), {**row, **named})
         except (KeyError, IndexError) as error:
             raise ValueError(
                 f"{place}: the template asks for {error}; found the fields {_names(row)}; "
@@ -157,18 +159,15 @@ class _Reading:
         if not (said.strip() if isinstance(said, str) else said):
             raise ValueError(f"{place}: the prompt is empty; write one or remove the row")
         if isinstance(said, str):
-            if not (self.chat_template or (self.chat_template is None and self.system)):
+            if not self.chat_template:
+                if self.system:
+                    warnings.warn("system has no effect without chat_template", stacklevel=2)
                 return said, False
             said = [{"role": "user", "content": said}]
-        elif self.chat_template is False:
-            raise ValueError(
-                f"{place}: found a list of messages, but chat_template=false; "
-                "set chat_template=true, or give the prompt as a string"
-            )
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"{place}: the tokenizer {self.tokenizer.name_or_path!r} has no chat template; "
-                "set chat_template=false and give plain strings, or use an instruct model"
+                "give plain strings without chat_template, or use an instruct model"
             )
         if self.system and said[0]["role"] != "system":
             said = [{"role": "system", "content": self.system}, *said]

@@ -74,7 +74,8 @@ def test_a_string_takes_the_chat_template_only_when_asked(tokenizer, write):
     path = write({"prompt": "hi"})
     assert load_prompts(path, tokenizer)[0].text == "hi"
     assert load_prompts(path, tokenizer, chat_template=True)[0].text == "<user>hi<assistant>"
-    assert load_prompts(path, tokenizer, chat_template=False, system="x")[0].text == "hi"
+    with pytest.warns(UserWarning, match="system has no effect"):
+        assert load_prompts(path, tokenizer, system="x")[0].text == "hi"
 
 
 def test_a_template_and_an_answer_regex_read_gsm8k(tokenizer, write):
@@ -83,6 +84,12 @@ def test_a_template_and_an_answer_regex_read_gsm8k(tokenizer, write):
         path, tokenizer, template="Q: {question}\nA: {{", answer_regex=r"#### (.+)"
     )
     assert (prompt.text, prompt.answer) == ("Q: How many?\nA: {", "1,042")
+
+
+def test_a_template_calls_the_prompt_field_prompt(tokenizer, write):
+    path = write({"question": "hi"})
+    (prompt,) = load_prompts(path, tokenizer, prompt_field="question", template="<{prompt}>")
+    assert prompt.text == "<hi>"
 
 
 def test_alternative_answers_are_joined_and_none_stays_none(tokenizer, write):
@@ -119,8 +126,6 @@ def test_a_wrong_row_is_named_with_file_and_line(case, tokenizer, write):
 
 def test_a_wrong_setting_is_named(tokenizer, write):
     path = write({"prompt": [{"role": "user", "content": "x"}], "answer": "four"})
-    with pytest.raises(ValueError, match="chat_template=false"):
-        load_prompts(path, tokenizer, chat_template=False)
     with pytest.raises(ValueError, match="the template asks for 'question'; found the fields"):
         load_prompts(path, tokenizer, template="{question}")
     with pytest.raises(ValueError, match="finds nothing in 'four'"):
