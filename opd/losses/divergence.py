@@ -184,7 +184,7 @@ def _spread(
     student_logp_NV: torch.Tensor,
     ids_NK: torch.Tensor,
 ) -> torch.Tensor:
-    """The slope of each bucket handed to its ids: the tail's in proportion to their probability."""
+    """The slope of each bucket handed to its ids: the tail's in proportion to probability."""
     padded = pad(student_logp_NV, (0, 1)).sub_(tail_N1).exp_().mul_(slope_NJ[:, -1:])
     places_NK = _places(ids_NK, student_logp_NV.shape[-1])
     return padded.scatter_(-1, places_NK, slope_NJ[:, :-1])[:, :-1]
