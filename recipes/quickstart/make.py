@@ -1,0 +1,282 @@
+"""Makes the quickstart experiment: the task, its tokenizer, a teacher and a weaker student.
+
+The task is column addition with the steps written out. The answer to ``345+78=`` is
+
+    5+8+0=13;4+7+1=12;3+0+1=04#423
+
+one ``digit+digit+carry=sum`` per column from the right, then ``#`` and the result. Each column is
+easy, the answer is right only if all columns are, and the carry links every column to the next.
+
+Both models learn from worked examples. The teacher sees sums as they come. The student sees almost
+only sums **without a carry**: it has the format and half of the addition table, and hardly ever
+carries. Carrying is what on-policy distillation has to teach it.
+
+No prompt of ``eval.jsonl`` (nor the same sum with its operands exchanged) occurs in
+``train.jsonl`` or in the worked examples of either model.
+
+Run it from anywhere: ``python recipes/quickstart/make.py --out DIR``.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+HERE = Path(__file__).resolve().parent
+DIGITS = (2, 3, 4)
+MAX_NEW_TOKENS = 48
+SPECIALS = ("<pad>", "<eos>", "<unk>")
+CHARACTERS = "0123456789+=;#-*/()<>.,:?! \nx"
+Sum = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one of the two models is shaped and trained; `carries` is the share of examples that
+    may carry, the others never do."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    carries: float
+    steps: int
+    batch: int
+    lr: float
+
+
+TEACHER = Recipe(
+    layers=3, width=192, heads=6, kv_heads=2, mlp=512, carries=1.0, steps=450, batch=96, lr=2e-3
+)
+STUDENT = Recipe(
+    layers=2, width=128, heads=4, kv_heads=2, mlp=384, carries=0.03, steps=260, batch=96, lr=2e-3
+)
+
+
+def work(a: int, b: int) -> str:
+    """The written-out solution of a + b, without the end token."""
+    steps, carry = [], 0
+    for place in range(max(len(str(a)), len(str(b)))):
+        x, y = a // 10**place % 10, b // 10**place % 10
+        steps.append(f"{x}+{y}+{carry}={x + y + carry:02d}")
+        carry = (x + y + carry) // 10
+    return ";".join(steps) + f"#{a + b}"
+
+
+def draw(rng: random.Random) -> Sum:
+    """Two operands, the length of each uniform over `DIGITS`."""
+    a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in rng.choices(DIGITS, k=2))
+    return a, b
+
+
+def draw_without_carry(rng: random.Random) -> Sum:
+    """Like `draw`, but no column reaches ten."""
+    lengths = rng.choices(DIGITS, k=2)
+    a = b = 0
+    for place in range(max(lengths)):
+        low = [int(place == n - 1) for n in lengths]
+        high = [9 if place < n else 0 for n in lengths]
+        x = rng.randint(low[0], min(high[0], 9 - low[1]))
+        y = rng.randint(low[1], min(high[1], 9 - x))
+        if rng.random() < 0.5 and low[1] <= x <= high[1] and low[0] <= y <= high[0]:
+            x, y = y, x
+        a, b = a + x * 10**place, b + y * 10**place
+    return a, b
+
+
+def distinct(rng: random.Random, count: int, banned: set[Sum]) -> list[Sum]:
+    """`count` different sums, none of them banned in either order."""
+    found: dict[Sum, None] = {}
+    while len(found) < count:
+        a, b = draw(rng)
+        if (a, b) not in banned and (b, a) not in found:
+            found[a, b] = None
+    return list(found)
+
+
+def both_orders(sums: list[Sum]) -> set[Sum]:
+    return {*sums, *((b, a) for a, b in sums)}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character; 32 in all, so that padding a vocabulary is never needed."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIALS, *CHARACTERS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    raw.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+    )
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A small Qwen3: tied embeddings, heads 32 wide (the least that vLLM serves)."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.width,
+            intermediate_size=recipe.mlp,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.kv_heads,
+            head_dim=32,
+            max_position_embeddings=128,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def worked_examples(
+    sums: list[Sum], tokenizer: PreTrainedTokenizerFast
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, right-padded, and labels that are -100 on the prompt and the padding."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    rows = [(f"{a}+{b}=", work(a, b)) for a, b in sums]
+    prompts = tokenizer([p for p, _ in rows])["input_ids"]
+    answers = tokenizer([w for _, w in rows])["input_ids"]
+    longest = max(len(p) + len(w) + 1 for p, w in zip(prompts, answers, strict=True))
+    ids = torch.full((len(rows), longest), pad)
+    labels = torch.full((len(rows), longest), -100)
+    for i, (p, w) in enumerate(zip(prompts, answers, strict=True)):
+        whole = torch.tensor([*p, *w, eos])
+        ids[i, : len(whole)] = whole
+        labels[i, len(p) : len(whole)] = whole[len(p) :]
+    return ids, labels
+
+
+@torch.no_grad()
+def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, sums: list[Sum]) -> float:
+    """Share of sums whose number after ``#`` is right, decoded greedily."""
+    model.eval()
+    right = 0
+    for start in range(0, len(sums), 256):
+        part = sums[start : start + 256]
+        inputs = tokenizer([f"{a}+{b}=" for a, b in part], return_tensors="pt", padding=True)
+        written = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+        )
+        for (a, b), ids in zip(part, written[:, inputs["input_ids"].shape[1] :], strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            right += text.partition("#")[2] == str(a + b)
+    model.train()
+    return right / len(sums)
+
+
+def pretrain(
+    name: str,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    banned: set[Sum],
+    probe: list[Sum],
+    seed: int,
+    every: int,
+) -> Qwen3ForCausalLM:
+    """Next-token training on fresh worked examples: AdamW, 5 % warm-up, cosine to a tenth."""
+    torch.manual_seed(seed)
+    rng = random.Random(f"{name} {seed}")
+    model = make_model(recipe, tokenizer)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    started = time.perf_counter()
+    for step in range(1, recipe.steps + 1):
+        sums: list[Sum] = []
+        while len(sums) < recipe.batch:
+            pair = draw(rng) if rng.random() < recipe.carries else draw_without_carry(rng)
+            if pair not in banned:
+                sums.append(pair)
+        ids, labels = worked_examples(sums, tokenizer)
+        loss = model(
+            input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / recipe.steps)
+        optimizer.param_groups[0]["lr"] = (
+            recipe.lr * min(1.0, step / (0.05 * recipe.steps)) * cosine
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % every == 0 or step == recipe.steps:
+            print(
+                f"{name} step {step:4d} loss {loss.item():.4f} "
+                f"accuracy {accuracy(model, tokenizer, probe):.3f} "
+                f"{time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
+    return model
+
+
+def write(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> Qwen3ForCausalLM:
+    """Saves a Hugging Face checkpoint in bfloat16 and returns it as read back in float32."""
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def write_prompts(path: Path, split: str, sums: list[Sum]) -> None:
+    lines = (
+        json.dumps({"uid": f"{split}-{i:05d}", "prompt": f"{a}+{b}=", "answer": str(a + b)})
+        for i, (a, b) in enumerate(sums)
+    )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write (this one)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and order")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--train-prompts", type=int, default=4096, help="prompts for distillation")
+    parser.add_argument("--eval-prompts", type=int, default=256, help="held-out prompts")
+    parser.add_argument("--every", type=int, default=100, help="steps between progress lines")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    tokenizer = make_tokenizer()
+    rng = random.Random(arguments.seed)
+    held_out = distinct(rng, arguments.eval_prompts, set())
+    banned = both_orders(held_out)
+    prompts = distinct(rng, arguments.train_prompts, banned)
+    probe = distinct(rng, 256, banned)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_prompts(arguments.out / "eval.jsonl", "eval", held_out)
+    write_prompts(arguments.out / "train.jsonl", "train", prompts)
+    for name, recipe in (("student", STUDENT), ("teacher", TEACHER)):
+        model = pretrain(name, recipe, tokenizer, banned, probe, arguments.seed, arguments.every)
+        stored = write(model, tokenizer, arguments.out / name)
+        size = sum(p.numel() for p in stored.parameters())
+        print(
+            f"{name}: {size:,} parameters, held-out accuracy "
+            f"{accuracy(stored, tokenizer, held_out):.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
