@@ -1,0 +1,139 @@
+"""Everything that can be known before anything expensive: one sentence for each mistake."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from opd import build
+from opd.cli.compose import Composed
+from opd.cli.folder import open_folder
+from opd.config import (
+    Config,
+    LocalTeacherConfig,
+    RolloutConfig,
+    ServerTeacherConfig,
+    TrainingEngine,
+    VllmRolloutConfig,
+    problems,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What the checks found out on their way; ``start`` is the step to go on from."""
+
+    text: build.Text
+    prompts: build.Prompts
+    start: int
+
+
+def check(composed: Composed, folder: Path) -> Checked:
+    """Raise ValueError for the first kind of mistake: settings, packages, folder, model, data, teacher."""
+    config = composed.config
+    found = [*problems(config), *_missing_packages(config)]
+    if found:
+        raise ValueError("\n".join(found))
+    start = open_folder(composed, folder)
+    if config.launch.engine == TrainingEngine.deepspeed:
+        _launch_file_is_sound(config)
+    text = build.build_text(
+        config.student.model, trust_remote_code=config.student.trust_remote_code
+    )
+    prompts = build.build_prompts(config, text)
+    build.build_stream(config, prompts, rank=0, size=1)
+    if prompts.divergence and len(prompts.divergence) < config.launch.processes:
+        raise ValueError(
+            f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
+            f"launch.processes={config.launch.processes}: give every process one, or 0"
+        )
+    _teacher_fits(config, text, prompts)
+    return Checked(text=text, prompts=prompts, start=start)
+
+
+def _missing_packages(config: Config) -> list[str]:
+    wanted = {
+        "vllm": (
+            isinstance(config.rollout, VllmRolloutConfig)
+            or (isinstance(config.teacher, ServerTeacherConfig)
+                and config.teacher.url is None
+                and config.teacher.backend == "vllm"),
+            "install it (README), or use rollout=transformers with teacher=local",
+        ),
+        "deepspeed": (
+            config.launch.engine == TrainingEngine.deepspeed,
+            "install it (README), or use launch.engine=torch",
+        ),
+    }
+    return [
+        f"the package {name} is not installed and this run needs it: {remedy}"
+        for name, (needed, remedy) in wanted.items()
+        if needed and importlib.util.find_spec(name) is None
+    ]
+
+
+def _launch_file_is_sound(config: Config) -> None:
+    from opd.train.engine import merged_deepspeed
+
+    merged_deepspeed(
+        config.launch.deepspeed,
+        zero=config.zero,
+        precision=config.train.precision,
+        clip=config.optim.clip,
+    )
+
+
+def _teacher_fits(config: Config, text: build.Text, prompts: build.Prompts) -> None:
+    from opd.teacher.vocabulary import vocabulary_of
+
+    student = vocabulary_of(text.tokenizer, text.vocab_size)
+    info = build.teacher_info(config.teacher, student)
+    if prompts.max_length > info.max_length:
+        raise ValueError(
+            f"prompt plus completion can reach {prompts.max_length} tokens, the teacher "
+            f"{info.model} takes at most {info.max_length}: lower rollout.max_tokens or drop long "
+            "prompts"
+        )
+
+
+def plan_table(composed: Composed, checked: Checked, folder: Path) -> Table:
+    """What the run is going to do, for ``dry_run`` and ``opd doctor``."""
+    config, table = composed.config, Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    rollout: RolloutConfig = config.rollout
+    rows = {
+        "student": config.student.model,
+        "teacher": _teacher_words(config),
+        "loss": composed.choices["loss"],
+        "optimizer": f"{composed.choices['optim']}, lr {config.optim.lr:g}, ZeRO {config.zero}, "
+        f"{config.train.precision.value}, adapter {composed.choices['adapter']}",
+        "prompts": f"{len(checked.prompts.train)} to learn from, {len(checked.prompts.eval)} held "
+        f"out, {len(checked.prompts.divergence)} for the divergence",
+        "step": f"{config.train.prompts_per_step} prompts x {rollout.n} completions of at most "
+        f"{rollout.max_tokens} tokens, by {config.launch.processes} process(es)",
+        "steps": f"{config.train.steps}, going on from {checked.start}",
+        "longest": f"{checked.prompts.max_length} tokens of {checked.text.max_length}",
+        "folder": str(folder),
+    }
+    for name, words in rows.items():
+        table.add_row(name, words)
+    return table
+
+
+def _teacher_words(config: Config) -> str:
+    match config.teacher:
+        case ServerTeacherConfig(url=str(url)):
+            return f"the server at {url}"
+        case ServerTeacherConfig(model=model, backend=backend):
+            return f"{model}, served by {backend}, started with the run"
+        case LocalTeacherConfig(model=model):
+            return f"{model}, inside each training process"
+    return "none"
+
+
+def say(console: Console, composed: Composed, checked: Checked, folder: Path) -> None:
+    """Print the plan."""
+    console.print(plan_table(composed, checked, folder))

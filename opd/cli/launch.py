@@ -1,0 +1,144 @@
+"""Start a run: check it, examine the teacher, serve it, start one process per GPU, and watch them."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from opd import build
+from opd.cli.compose import Composed
+from opd.cli.worker import DONE, FAILED, MISTAKE, MISTAKE_MARK, TEACHER_ACCURACY
+from opd.config import Config, ServerTeacherConfig
+
+if TYPE_CHECKING:
+    from opd.teacher.launch import RunningTeacher
+
+POLL_S = 0.2
+GRACE_S = 10.0
+TAIL_LINES = 25
+
+
+class WorkerFailed(RuntimeError):
+    """A training process ended with an error; the message holds the end of its log."""
+
+
+def run_processes(recipe: Composed, folder: Path, *, accuracy: float | None) -> None:
+    """Serve the teacher if the recipe asks for it, train, and return when every rank is done.
+
+    Raises ValueError with a rank's own sentence for the user's mistakes, WorkerFailed otherwise.
+    """
+    config, logs = recipe.config, folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    environment = {} if accuracy is None else {TEACHER_ACCURACY: repr(accuracy)}
+    with _teacher(config, logs) as teacher:
+        if teacher is not None:
+            from opd.teacher.options import TOKEN_VARIABLE
+
+            environment |= {build.TEACHER_URL: teacher.url, TOKEN_VARIABLE: teacher.token}
+        arguments = [str(recipe.recipe), *recipe.overrides, f"run.dir={folder}"]
+        workers = [
+            _start(arguments, environment, config, rank, port, logs)
+            for port in [_free_port()]
+            for rank in range(config.launch.processes)
+        ]
+        try:
+            _watch(workers, logs)
+        finally:
+            _end(workers)
+
+
+@contextmanager
+def _teacher(config: Config, logs: Path) -> "Iterator[RunningTeacher | None]":
+    if not isinstance(config.teacher, ServerTeacherConfig) or config.teacher.url is not None:
+        yield None
+        return
+    from opd.teacher.launch import running_teacher
+
+    with running_teacher(
+        build.teacher_options(config.teacher), log_path=logs / "teacher.log"
+    ) as teacher:
+        yield teacher
+
+
+def worker_environment(config: Config, rank: int, port: int) -> dict[str, str]:
+    """torchrun's names, and the CPU cores that a rank may use when there is no GPU."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = cores[rank % len(cores) :: config.launch.processes] or cores[:1]
+    threads = config.launch.threads or len(share)
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(config.launch.processes),
+        "LOCAL_WORLD_SIZE": str(config.launch.processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, share)),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _start(
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    config: Config,
+    rank: int,
+    port: int,
+    logs: Path,
+) -> subprocess.Popen[bytes]:
+    """Rank 0 speaks to the terminal on stdout; everything else goes to logs/rank_<n>.log."""
+    log = (logs / f"rank_{rank}.log").open("wb")
+    with log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "opd.cli.worker", *arguments],
+            env=os.environ | worker_environment(config, rank, port) | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=None if rank == 0 else log,
+            stderr=log,
+        )
+
+
+def _watch(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
+    """Wait for all; the first that fails fails everybody."""
+    while True:
+        statuses = [w.poll() for w in workers]
+        for rank, status in enumerate(statuses):
+            if status not in (None, DONE):
+                _explain(logs / f"rank_{rank}.log", rank, status)
+        if all(status == DONE for status in statuses):
+            return
+        time.sleep(POLL_S)
+
+
+def _explain(log: Path, rank: int, status: int) -> None:
+    lines = log.read_text(errors="replace").splitlines()
+    if status == MISTAKE:
+        said = [line for line in lines if line.startswith(MISTAKE_MARK)]
+        raise ValueError(said[-1].removeprefix(MISTAKE_MARK) if said else lines[-1])
+    tail = "\n".join(lines[-TAIL_LINES:])
+    raise WorkerFailed(f"process {rank} ended with status {status}; the end of {log}:\n{tail}")
+
+
+def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
+        worker.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for worker in workers:
+        try:
+            worker.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

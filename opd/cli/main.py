@@ -1,0 +1,162 @@
+"""The command ``opd``: train, eval, teacher, report, doctor."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from opd.cli.worker import DONE, FAILED, MISTAKE
+
+RECIPE_HELP = "path of a recipe, or the name of one that came with opd"
+OVERRIDES_HELP = "settings as in Hydra: loss=jsd optim.lr=1e-4; see docs/configuration.md"
+
+
+def main() -> None:
+    """Entry point. Exit status 0: done; 2: the user's mistake, said in a sentence; 1: anything else."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    warnings.filterwarnings("ignore", message=".*hydra.searchpath.*")
+    sys.exit(_answer(sys.argv[1:]))
+
+
+def _answer(arguments: Sequence[str]) -> int:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from opd.cli.launch import WorkerFailed
+
+    try:
+        parsed, rest = _parser().parse_known_args(arguments)
+        parsed.run(parsed, rest)
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        print(f"opd: {_sentence(error)}", file=sys.stderr)
+        return MISTAKE
+    except (WorkerFailed, ConnectionError) as error:
+        print(f"opd: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("opd: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def _sentence(error: BaseException) -> str:
+    """Hydra and OmegaConf wrap the reason and add lines about their internals; keep the reasons."""
+    said: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        lines = [line for line in str(cause).splitlines() if line.strip()]
+        noise = ("    full_key", "    object_type", "Set the environment", "    reference_type")
+        said += [line for line in lines if not line.startswith(noise) and line not in said]
+        cause = cause.__cause__
+    return "\n".join(said)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="opd",
+        description="On-policy distillation: a student writes, a teacher scores every token, the "
+        "student learns.",
+        epilog="Exit status: 0 done, 2 a mistake of the user's, 1 anything else.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = _recipe_command(
+        commands, "train", _train, "train a student from a teacher; resumes a run that is there"
+    )
+    train.add_argument(
+        "-m", "--multirun", action="store_true", help="run every combination of a=1,2 b=3,4"
+    )
+    train.add_argument(
+        "--cfg", action="store_true", help="print the composed configuration and stop"
+    )
+    _recipe_command(commands, "doctor", _doctor, "check a recipe before it costs anything")
+    evaluate = _recipe_command(commands, "eval", _eval, "examine a checkpoint without training")
+    evaluate.add_argument("--model", help="folder or hub id (default: the recipe's student)")
+    evaluate.add_argument("--out", help="JSON file for metrics and transcripts")
+    _teacher_command(commands)
+    report = commands.add_parser("report", help="put runs side by side: one page and a csv")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    report.add_argument(
+        "--out", default="report", help="folder for report.html and report.csv (default: report)"
+    )
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _recipe_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace, list[str]], None],
+    help: str,
+) -> argparse.ArgumentParser:
+    from opd.cli.compose import packaged_recipes
+
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=help,
+        epilog=f"KEY=VALUE are {OVERRIDES_HELP}. Recipes: {', '.join(sorted(packaged_recipes()))}.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    parser.usage = f"opd {name} RECIPE [KEY=VALUE ...] [options]"
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _teacher_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "teacher",
+        help="serve a teacher over HTTP (--help lists its options)",
+        add_help=False,
+    )
+    parser.set_defaults(run=_teacher)
+
+
+def _overrides(rest: Sequence[str]) -> list[str]:
+    wrong = [word for word in rest if word.startswith("-")]
+    if wrong:
+        raise ValueError(f"unknown option {wrong[0]}: see opd --help")
+    return list(rest)
+
+
+def _train(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from opd.cli.train import print_config, train
+
+    if parsed.cfg:
+        print_config(parsed.recipe, _overrides(rest))
+    else:
+        train(parsed.recipe, _overrides(rest), multirun=parsed.multirun)
+
+
+def _doctor(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from opd.cli.train import train
+
+    train(parsed.recipe, [*_overrides(rest), "dry_run=true"], multirun=False)
+
+
+def _eval(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from opd.cli.compose import composed, find_recipe
+    from opd.cli.examine import run_eval
+
+    recipe = composed(find_recipe(parsed.recipe), _overrides(rest))
+    run_eval(recipe, model=parsed.model, out=parsed.out)
+
+
+def _teacher(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from opd.teacher.options import parse
+    from opd.teacher.server import main as serve
+
+    serve(parse(rest))
+
+
+def _report(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from opd.cli.train import print_comparison
+
+    if _overrides(rest):
+        raise ValueError(f"unknown argument {rest[0]}: see opd report --help")
+    print_comparison([Path(run) for run in parsed.runs], Path(parsed.out))
+
+
+if __name__ == "__main__":
+    main()

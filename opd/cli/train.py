@@ -1,0 +1,93 @@
+"""``opd train``: compose with Hydra, check, start, and end with a table."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+
+from opd.cli.check import check, plan_table
+from opd.cli.compose import (
+    Composed,
+    composed,
+    find_recipe,
+    hydra_arguments,
+    prepare,
+    run_folder,
+    typed,
+)
+from opd.cli.examine import teacher_accuracy
+from opd.cli.folder import describe
+from opd.cli.launch import run_processes
+
+
+def train(recipe_name: str, overrides: Sequence[str], *, multirun: bool) -> None:
+    """Run one job, or with ``multirun`` every combination, each in a folder of its own."""
+    recipe = find_recipe(recipe_name)
+    prepare(recipe)
+    folders: list[Path] = []
+
+    def job(cfg: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        own = list(hydra_config.overrides.task)
+        job_name = _job_name(hydra_config) if hydra_config.mode == RunMode.MULTIRUN else None
+        one = typed(cfg, hydra_config.runtime.choices, recipe, own)
+        folder = run_folder(one, job_name)
+        folders.append(folder)
+        run(one, folder)
+
+    command_line = sys.argv
+    flag = ["--multirun"] if multirun else []
+    sys.argv = ["opd train", *hydra_arguments(recipe), *flag, *overrides]
+    try:
+        hydra.main(version_base="1.3", config_path=None)(job)()
+    finally:
+        sys.argv = command_line
+    if multirun:
+        print_comparison(folders, folders[0].parent)
+
+
+def _job_name(hydra_config: Any) -> str:
+    return hydra_config.job.override_dirname.replace("/", "_") or f"job_{hydra_config.job.num}"
+
+
+def run(recipe: Composed, folder: Path) -> None:
+    """Check, train and report one run; with ``dry_run`` only check and say what would be done."""
+    from opd.tracking.report import summary_table
+
+    console = Console()
+    checked = check(recipe, folder)
+    console.print(plan_table(recipe, checked, folder))
+    if recipe.config.dry_run:
+        console.print("dry run: everything that can be checked before training is in order")
+        return
+    describe(recipe, folder)
+    if checked.start >= recipe.config.train.steps and (folder / "final").is_dir():
+        console.print(f"the run is complete: {folder}")
+    else:
+        accuracy = teacher_accuracy(recipe, folder / "logs") if checked.start == 0 else None
+        run_processes(recipe, folder, accuracy=accuracy)
+    console.print(summary_table(folder))
+    console.print(f"report: {folder / 'report.html'}")
+
+
+def print_config(recipe_name: str, overrides: Sequence[str]) -> None:
+    """The composed configuration as YAML."""
+    import yaml
+
+    print(yaml.safe_dump(composed(find_recipe(recipe_name), overrides).plain, sort_keys=False))
+
+
+def print_comparison(folders: Sequence[Path], out: Path) -> None:
+    """The runs as a table here, and as report.html and report.csv in ``out``."""
+    from opd.tracking.report import comparison_table, compare_runs
+
+    page, table = compare_runs(folders, out)
+    console = Console()
+    console.print(comparison_table(folders))
+    console.print(f"report: {page}\ntable:  {table}")

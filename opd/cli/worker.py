@@ -1,0 +1,191 @@
+"""One training process: builds everything, runs the loop, writes what the run leaves behind."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opd import build
+from opd.cli.compose import Composed, composed, find_recipe, run_folder
+from opd.interfaces import Reader, Teacher
+from opd.types import Rollout, Wanted
+
+if TYPE_CHECKING:
+    import torch
+
+    from opd.loop import Loop
+    from opd.train.learner import StudentLearner
+    from opd.world import World
+
+TEACHER_ACCURACY = "OPD_TEACHER_ACCURACY"
+"""Environment variable by which the launcher tells how the teacher did in the same examination."""
+MISTAKE_MARK = "opd: "
+"""Opens the line of a rank's log that says what the user can mend."""
+DONE, FAILED, MISTAKE = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """An assembled loop, where it goes on, and what to do when it is through."""
+
+    loop: "Loop"
+    start: int
+    finish: Callable[[], None]
+
+
+def assembled(recipe: Composed) -> Run:
+    """Build everything of this rank, from the newest checkpoint if there is one; collective.
+
+    Raises ValueError for what the user can mend.
+    """
+    from opd.loop import Loop
+    from opd.teacher.vocabulary import vocabulary_of
+    from opd.train.checkpoint import newest_checkpoint, write_checkpoint
+    from opd.world import join_world
+
+    config, folder = recipe.config, run_folder(recipe)
+    world = join_world()
+    console, progress = build.build_console(world)
+    text = build.build_text(
+        config.student.model, trust_remote_code=config.student.trust_remote_code
+    )
+    prompts = build.build_prompts(config, text)
+    sampling = build.sampling_of(config)
+    wanted = build.wanted_of(config.loss, sampling.temperature)
+    whole = Wanted(full=True, temperature=sampling.temperature)
+    vocabulary = vocabulary_of(text.tokenizer, text.vocab_size)
+    teacher, whole_teacher = build.build_teacher(
+        config.teacher, vocabulary, [wanted, whole], world, progress
+    )
+    engine, sync = build.build_engine(
+        config, config.student.model, text, prompts.max_length, world, progress
+    )
+    learner, model = build.build_learner(config, whole_teacher, text, world, progress)
+    found = newest_checkpoint(folder, processes=world.size)
+    if found is not None:
+        learner.load(str(found[0]))
+    accuracy = os.environ.get(TEACHER_ACCURACY)
+    evaluator = build.build_evaluator(
+        config,
+        prompts,
+        text,
+        engine,
+        world,
+        teacher=teacher,
+        measure=divergence_measure(learner, whole_teacher),
+        teacher_accuracy=None if accuracy is None else float(accuracy),
+    )
+    tracker = build.build_trackers(config, folder, recipe.plain, console, world, found)
+
+    def save(step: int) -> None:
+        write_checkpoint(folder, step, learner.save, keep=config.save.keep, world=world)
+
+    def finish() -> None:
+        tracker.close()
+        _export(learner, model, text, folder, world)
+
+    loop = Loop(
+        prompts=build.build_stream(config, prompts, rank=world.rank, size=world.size),
+        engine=engine,
+        teacher=teacher,
+        learner=learner,
+        sync=sync,
+        evaluator=evaluator,
+        tracker=tracker,
+        verify=build.build_sync_check(config, prompts, engine, learner, world).verify,
+        save=save,
+        total=world.sum,
+        sampling=sampling,
+        steps=config.train.steps,
+        eval_every=config.eval.every,
+        save_every=config.save.every,
+        verify_every=config.sync.verify_every,
+    )
+    return Run(loop=loop, start=0 if found is None else found[1], finish=finish)
+
+
+def divergence_measure(
+    learner: Reader, teacher: Teacher
+) -> Callable[[Sequence[Rollout]], dict[str, float]]:
+    """Exact reverse KL of the learner to the teacher in nats per token; collective."""
+    from opd.losses import Divergence, DivergenceKind
+
+    loss = Divergence(kind=DivergenceKind.reverse_kl)
+
+    def measure(rollouts: Sequence[Rollout]) -> dict[str, float]:
+        measured = learner.measure(teacher.score(rollouts), loss)
+        return {"reverse_kl": measured["loss/reverse_kl"]}
+
+    return measure
+
+
+def _export(
+    learner: "StudentLearner",
+    model: "torch.nn.Module",
+    text: build.Text,
+    folder: Path,
+    world: "World",
+) -> None:
+    """final/ on rank 0; every rank takes part in gathering."""
+    from opd.tracking.report import write_report
+    from opd.train.weights import export
+
+    weights = learner.weights()
+    if world.is_main:
+        export(weights, model, text.tokenizer, folder / "final")
+        write_report(folder)
+    else:
+        for _ in weights:
+            pass
+    world.barrier()
+    world.close()
+
+
+def _end_with_parent() -> None:
+    """End when the launcher is gone, however it went: nobody else would notice."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(FAILED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    """``python -m opd.cli.worker RECIPE [overrides]`` under a launcher that sets RANK and the rest.
+
+    Leaves the process at once, with status 2 for the user's mistakes and 1 for anything else: after
+    an exception nothing waits for a peer, and engines are not torn down politely.
+    """
+    _end_with_parent()
+    try:
+        status = _run(sys.argv[1], sys.argv[2:])
+    except BaseException:
+        traceback.print_exc()
+        status = FAILED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _run(recipe: str, overrides: Sequence[str]) -> int:
+    try:
+        run = assembled(composed(find_recipe(recipe), overrides))
+    except ValueError as error:
+        traceback.print_exc()
+        print(f"{MISTAKE_MARK}{error}", file=sys.stderr)
+        return MISTAKE
+    run.loop.run(run.start)
+    run.finish()
+    return DONE
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Hydra defaults lists, shipped as package data."""

@@ -1,0 +1,113 @@
+"""The algorithm on one page: the student writes, the teacher scores, the student learns, and the
+new weights go back to the engine that writes."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from opd.interfaces import (
+    Evaluator,
+    Learner,
+    PromptStream,
+    RolloutEngine,
+    Teacher,
+    Tracker,
+    WeightSync,
+)
+from opd.types import FinishReason, Rollout, Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """Everything one run holds: clients and a few numbers.
+
+    ``verify`` compares engine and learner and raises when they differ; ``save`` writes a checkpoint
+    of the step it is given; ``total`` sums counts over ranks.
+    ``*_every`` = 0 means only where it is done anyway: before, after, at the last step.
+    """
+
+    prompts: PromptStream
+    engine: RolloutEngine
+    teacher: Teacher
+    learner: Learner
+    sync: WeightSync
+    evaluator: Evaluator | None
+    tracker: Tracker
+    verify: Callable[[], dict[str, float]]
+    save: Callable[[int], None]
+    total: Callable[[dict[str, float]], dict[str, float]]
+    sampling: Sampling
+    steps: int
+    eval_every: int
+    save_every: int
+    verify_every: int
+
+    def run(self, start: int) -> None:
+        """From ``start`` finished steps to ``steps``; step 0 is the evaluation before training."""
+        hand_over = self.sync.push(self.learner.weights(), start)
+        first = dict(hand_over) | self.verify()
+        if start == 0:
+            first |= self._evaluated(0)
+            self.tracker.log(0, first)
+        for step in range(start + 1, self.steps + 1):
+            metrics = self._step(step)
+            if self._due(step, self.verify_every):
+                metrics |= self.verify()
+            if self._due(step, self.eval_every) or step == self.steps:
+                metrics |= self._evaluated(step)
+            self.tracker.log(step, metrics)
+            if self._due(step, self.save_every) or step == self.steps:
+                self.save(step)
+
+    def _step(self, step: int) -> dict[str, float]:
+        times: dict[str, float] = {}
+        with timed(times, "time/step"):
+            with timed(times, "time/rollout"):
+                prompts = self.prompts.take(step - 1)
+                rollouts = self.engine.generate(prompts, self._sampling(step))
+            with timed(times, "time/teacher"):
+                scored = self.teacher.score(rollouts)
+            with timed(times, "time/learn"):
+                report = self.learner.step(scored)
+            with timed(times, "time/sync"):
+                pushed = self.sync.push(self.learner.weights(), report.version)
+        return {**report.metrics, **self._written(rollouts), **pushed, **times}
+
+    def _sampling(self, step: int) -> Sampling:
+        return replace(self.sampling, seed=self.sampling.seed * 1_000_003 + step)
+
+    def _written(self, rollouts: list[Rollout]) -> dict[str, float]:
+        counts = self.total(
+            {
+                "tokens": float(sum(len(r.token_ids) for r in rollouts)),
+                "cut": float(sum(r.finish_reason == FinishReason.length for r in rollouts)),
+                "rollouts": float(len(rollouts)),
+            }
+        )
+        return {
+            "rollout/length": counts["tokens"] / counts["rollouts"],
+            "rollout/truncated": counts["cut"] / counts["rollouts"],
+            "tokens/generated": counts["tokens"],
+        }
+
+    def _evaluated(self, step: int) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        times: dict[str, float] = {}
+        with timed(times, "time/eval"):
+            evaluation = self.evaluator.evaluate(step)
+        self.tracker.log_samples(step, evaluation.samples)
+        return {**evaluation.metrics, **times}
+
+    @staticmethod
+    def _due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+
+@contextmanager
+def timed(times: dict[str, float], name: str) -> Iterator[None]:
+    """Seconds of wall clock spent inside, under ``name``."""
+    start = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - start

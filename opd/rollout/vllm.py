@@ -1,0 +1,166 @@
+"""A vLLM engine in this process: token ids in, token ids and the engine's own log-probs out."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from opd.interfaces import Progress
+from opd.rollout.seeds import request_seed
+from opd.types import FinishReason, IntArray, Prompt, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.logprobs import FlatLogprobs
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmSettings:
+    """How the engine is started. ``max_length`` counts prompt and completion; sizes are MiB."""
+
+    model: str
+    dtype: str
+    max_length: int
+    seed: int
+    gpu_memory_fraction: float
+    kv_cache_mib: int | None
+    eager: bool
+    sleep: bool
+    trust_remote_code: bool
+
+
+def start_llm(settings: VllmSettings, device: torch.device) -> "LLM":
+    """Start vLLM inside this process, beside a trainer; about 3 s for a small model on CPU.
+
+    The engine's core stays in this process (no multiprocessing), so that weights can be handed
+    over without copies.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if settings.eager:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    from vllm import LLM
+
+    on_gpu = device.type == "cuda"
+    kv_cache_mib = settings.kv_cache_mib or (None if on_gpu else 512)
+    memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_fraction}
+    if kv_cache_mib is not None:
+        memory["kv_cache_memory_bytes"] = kv_cache_mib << 20
+    return LLM(
+        settings.model,
+        tokenizer=settings.model,
+        skip_tokenizer_init=True,
+        dtype=settings.dtype,  # pyright: ignore[reportArgumentType]
+        max_model_len=settings.max_length,
+        seed=settings.seed,
+        enforce_eager=settings.eager,
+        enable_sleep_mode=settings.sleep and on_gpu,
+        trust_remote_code=settings.trust_remote_code,
+        distributed_executor_backend="external_launcher" if on_gpu else "uni",
+        max_logprobs=-1,
+        logprobs_mode="processed_logprobs",
+        **memory,
+    )
+
+
+class VllmRollouts:
+    """Implements ``RolloutEngine``. The weight sync marks the version.
+
+    Log-probs are of the distribution sampled from, temperature and truncation included.
+    A sleeping engine (CUDA) wakes inside ``generate`` and inside a push, nowhere else.
+    """
+
+    def __init__(
+        self, llm: "LLM", *, stop_ids: Sequence[int], progress: Progress, sleeps: bool
+    ) -> None:
+        self.llm = llm
+        self._version = 0
+        self._stop_ids = sorted(set(stop_ids))
+        self._progress = progress
+        self._sleeps = sleeps
+        self._asleep = False
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        self.wake()
+        requests = [{"prompt_token_ids": p.token_ids.tolist()} for p in prompts]
+        params = [self._params(p, sampling) for p in prompts]
+        with self._progress.track("rollout", len(prompts)) as advance:
+            outputs = self._finished(requests, params, advance)
+        if self._sleeps:
+            self.llm.sleep(level=1)
+            self._asleep = True
+        return [
+            self._rollout(prompt, sample, completion, sampling.support_k)
+            for prompt, output in zip(prompts, outputs, strict=True)
+            for sample, completion in enumerate(output.outputs)
+        ]
+
+    def mark(self, version: int) -> None:
+        """The weights are now those after ``version`` optimizer steps; rollouts will say so."""
+        self._version = version
+
+    def wake(self) -> None:
+        """Bring weights and cache back to the GPU."""
+        if self._asleep:
+            self.llm.wake_up()
+            self._asleep = False
+
+    def _finished(
+        self, requests: list[Any], params: list[Any], advance: Callable[[int], None]
+    ) -> "list[RequestOutput]":
+        """Outputs in the order of requests; vLLM numbers requests as they come."""
+        self.llm.enqueue(requests, params, use_tqdm=False)
+        engine = self.llm.llm_engine
+        outputs: list[RequestOutput] = []
+        while engine.has_unfinished_requests():
+            done = [o for o in engine.step() if o.finished]
+            outputs += done  # pyright: ignore[reportArgumentType]
+            advance(len(done))
+        return sorted(outputs, key=lambda o: int(o.request_id))
+
+    def _params(self, prompt: Prompt, sampling: Sampling) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            n=sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=request_seed(prompt, sampling),
+            stop_token_ids=self._stop_ids,
+            logprobs=sampling.support_k,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+    def _rollout(
+        self, prompt: Prompt, sample: int, completion: "CompletionOutput", support_k: int
+    ) -> Rollout:
+        flat: FlatLogprobs = completion.logprobs  # pyright: ignore
+        starts = np.asarray(flat.start_indices)
+        token_ids = np.asarray(completion.token_ids, np.int32)
+        return Rollout(
+            prompt=prompt,
+            token_ids=token_ids,
+            logps=np.asarray(flat.logprobs, np.float32)[starts],
+            finish_reason=FinishReason(completion.finish_reason or "length"),
+            version=self._version,
+            sample=sample,
+            support_ids=_support(flat, token_ids, support_k) if support_k else None,
+        )
+
+
+def _support(flat: "FlatLogprobs", token_ids: IntArray, k: int) -> IntArray:
+    """The engine's k likeliest ids [T, k]; vLLM lists the sampled id first, then the k likeliest."""
+    ids = np.asarray(flat.token_ids, np.int32)
+    starts, ends = np.asarray(flat.start_indices), np.asarray(flat.end_indices)
+    support = np.full((len(token_ids), k), -1, np.int32)
+    for t, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        row = ids[start + 1 : end][:k]
+        support[t, : len(row)] = row
+    return support

@@ -1,0 +1,244 @@
+"""What drives forward, backward and step: DeepSpeed through accelerate, or plain torch in one process.
+
+Both take gradients of a loss that is already divided by the global token count, so that the
+parameters see the sum over micro-batches and ranks of what they are given. DeepSpeed averages over
+ranks: the loss is multiplied by their number, once, in ``DeepSpeedEngine.backward``. It would divide
+by accumulation steps: that number is told to be 1 and the boundary is set by hand.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from opd.batch import Batch, LossOutput
+from opd.config import Precision
+from opd.interfaces import Loss
+from opd.train.student import Student
+from opd.world import World
+
+NUMERICS = {
+    "train_batch_size": "train.prompts_per_step",
+    "train_micro_batch_size_per_gpu": "train.micro_tokens",
+    "gradient_accumulation_steps": "train.micro_tokens",
+    "gradient_clipping": "optim.clip",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "data_types": "train.precision",
+    "torch_autocast": "train.precision",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+}
+"""Keys of a DeepSpeed file that belong to the recipe, and the knob that holds each."""
+
+
+class TrainingEngine(Protocol):
+    """What the learner needs of an engine."""
+
+    def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
+        """Run the student; with no loss, ``total`` holds the targets' log-probs [N]."""
+        ...
+
+    def backward(self, total: torch.Tensor, *, last: bool) -> None:
+        """Add the gradient of ``total``; ``last`` ends the step's accumulation."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """Clip, take one optimizer step, clear gradients; the gradient norm before clipping."""
+        ...
+
+    @contextmanager
+    def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+        """Inside, each parameter holds its full tensor."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Weights, masters and optimizer state of this rank."""
+        ...
+
+    def load(self, folder: str) -> None:
+        """Undo of ``save``."""
+        ...
+
+
+def merged_deepspeed(
+    launch_file: str | None, *, zero: int, precision: Precision, clip: float
+) -> dict[str, Any]:
+    """A DeepSpeed config: numerics from the recipe, stage, offload and buckets from the launch file.
+
+    Raises ValueError when the file sets something that the recipe owns.
+    """
+    machine: dict[str, Any] = json.loads(Path(launch_file).read_text()) if launch_file else {}
+    for key, knob in NUMERICS.items():
+        if key in machine:
+            raise ValueError(
+                f"{launch_file} sets {key}, which belongs to the recipe: remove it and set {knob}"
+            )
+    config: dict[str, Any] = {
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **machine,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_optimization": {**machine.get("zero_optimization", {}), "stage": zero},
+    }
+    match precision:
+        case Precision.fp32:
+            pass
+        case Precision.bf16:
+            config["bf16"] = {"enabled": True}
+            # stage 0 has no float32 accumulation beside bf16 gradients
+            config["data_types"] = {"grad_accum_dtype": "fp32" if zero else "bf16"}
+        case Precision.pure_bf16:
+            config["bf16"] = {
+                "enabled": True,
+                "bf16_master_weights_and_grads": True,
+                "bf16_optimizer_states": True,
+            }
+    return config
+
+
+class DeepSpeedEngine:
+    """ZeRO 0-3 on any number of ranks."""
+
+    def __init__(
+        self,
+        student: Student,
+        optimizer: torch.optim.Optimizer,
+        *,
+        config: dict[str, Any],
+        world: World,
+    ) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+        self._world = world
+        self._zero: int = config["zero_optimization"]["stage"]
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        accelerator = Accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
+        )
+        self._engine, wrapped = accelerator.prepare(student, optimizer)
+        if self._zero == 0 and "bf16" in config:
+            # its set-up takes a step on zero gradients, which leaves Adam's counter at 1
+            optimizer.state.clear()
+        self._optimizer = wrapped.optimizer
+        self._clip: float = config["gradient_clipping"]
+
+    def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
+        total, sums, maxima = self._engine(batch.to(self._world.device), loss)
+        return LossOutput(total=total, sums=sums, maxima=maxima)
+
+    def backward(self, total: torch.Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(total * self._world.size)
+
+    def step(self, lr: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        plain_norm = self._plain_grad_norm()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return plain_norm if norm is None else float(norm)
+
+    def _plain_grad_norm(self) -> float:
+        """Stage 0 in fp32 leaves gradients in place and reports no norm of its own."""
+        grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads)) if grads else float("nan")
+
+    @contextmanager
+    def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+        if self._zero < 3:
+            yield
+            return
+        from deepspeed import zero
+
+        with zero.GatheredParameters(list(parameters)):
+            yield
+
+    def save(self, folder: str) -> None:
+        self._engine.save_checkpoint(folder, tag="deepspeed")
+
+    def load(self, folder: str) -> None:
+        with _weights_only():
+            path, _ = self._engine.load_checkpoint(folder, tag="deepspeed")
+        assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """DeepSpeed unpickles its files freely; inside, only tensors and its own loss scaler load."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler]):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+class TorchEngine:
+    """One process without DeepSpeed. bf16 keeps fp32 weights and computes under autocast."""
+
+    def __init__(
+        self,
+        student: Student,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Precision,
+        clip: float,
+        device: torch.device,
+    ) -> None:
+        self._student = student
+        self._optimizer = optimizer
+        self._autocast = precision == Precision.bf16
+        self._clip = clip
+        self._device = device
+
+    def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
+        compute = (
+            torch.autocast(self._device.type, torch.bfloat16) if self._autocast else nullcontext()
+        )
+        with compute:
+            total, sums, maxima = self._student(batch.to(self._device), loss)
+        return LossOutput(total=total, sums=sums, maxima=maxima)
+
+    def backward(self, total: torch.Tensor, *, last: bool) -> None:
+        total.backward()
+
+    def step(self, lr: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        limit = self._clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self._student.parameters(), limit)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    @contextmanager
+    def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+        yield
+
+    def save(self, folder: str) -> None:
+        state = {
+            "student": self._student.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        torch.save(state, Path(folder) / "torch.pt")
+
+    def load(self, folder: str) -> None:
+        state = torch.load(Path(folder) / "torch.pt", map_location="cpu", weights_only=True)
+        self._student.load_state_dict(state["student"])
+        self._optimizer.load_state_dict(state["optimizer"])

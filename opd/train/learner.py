@@ -1,0 +1,152 @@
+"""The student in training: one optimizer step from what the teacher said, and its weights.
+
+Losses are sums over tokens; they are divided here, once, by the token count of all ranks.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from opd.batch import Batch, LossOutput, collate, micro_batches
+from opd.config import OptimConfig
+from opd.interfaces import Loss, Progress
+from opd.train.engine import TrainingEngine
+from opd.train.optimizers import lr_at
+from opd.train.weights import full_weights
+from opd.types import FloatArray, Rollout, Scored, StepReport
+from opd.world import World
+
+
+class StudentLearner:
+    """Implements ``Learner`` and ``Reader`` over a training engine.
+
+    Args:
+        model: the transformers (or peft) model inside the engine; its weights are handed over.
+        micro_tokens: padded tokens of one forward and backward pass; results do not depend on it.
+        discount: fills ``Batch.future_N`` when above 0.
+    """
+
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        model: torch.nn.Module,
+        loss: Loss,
+        *,
+        optim: OptimConfig,
+        steps: int,
+        micro_tokens: int,
+        pad_id: int,
+        discount: float,
+        world: World,
+        progress: Progress,
+    ) -> None:
+        self._engine = engine
+        self._model = model
+        self._loss = loss
+        self._optim = optim
+        self._steps = steps
+        self._micro_tokens = micro_tokens
+        self._pad_id = pad_id
+        self._discount = discount
+        self._world = world
+        self._progress = progress
+        self.version = 0
+
+    def step(self, scored: Sequence[Scored]) -> StepReport:
+        """One optimizer step on this rank's ``scored``; metrics are per token over all ranks."""
+        self._model.train()
+        tokens = self._global_tokens(scored)
+        totals = Totals()
+        batches = self._batches(scored)
+        with self._progress.track("learn", len(batches)) as advance:
+            for number, batch in enumerate(batches, start=1):
+                out = self._engine.forward(batch, self._loss)
+                self._engine.backward(out.total / tokens, last=number == len(batches))
+                totals.add(out)
+                advance(1)
+        lr = lr_at(self.version, self._steps, self._optim)
+        norm = self._engine.step(lr)
+        self.version += 1
+        metrics = totals.per_token(tokens, self._world)
+        metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": tokens}
+        return StepReport(version=self.version, metrics=metrics)
+
+    def measure(self, scored: Sequence[Scored], loss: Loss) -> dict[str, float]:
+        """The loss's metrics per token over all ranks; nothing moves."""
+        tokens = self._global_tokens(scored)
+        totals = Totals()
+        self._model.eval()
+        with torch.no_grad():
+            for batch in self._batches(scored):
+                totals.add(self._engine.forward(batch, loss))
+        return totals.per_token(tokens, self._world)
+
+    def logps(self, rollouts: Sequence[Rollout]) -> list[FloatArray]:
+        """The learner's log-probs [T] of each rollout's tokens."""
+        scored = [Scored(rollout=r) for r in rollouts]
+        order = {id(s): place for place, s in enumerate(scored)}
+        found: list[FloatArray | None] = [None] * len(scored)
+        self._model.eval()
+        with torch.no_grad():
+            for group, batch in zip(self._groups(scored), self._batches(scored), strict=False):
+                logp_N = self._engine.forward(batch, None).total.float().cpu().numpy()
+                ends = np.cumsum([len(s.rollout.token_ids) for s in group])[:-1]
+                for item, part in zip(group, np.split(logp_N, ends), strict=True):
+                    found[order[id(item)]] = part
+        return [part for part in found if part is not None]
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors under their Hugging Face names, adapters merged, layer by layer; collective."""
+        yield from full_weights(self._model, self._engine.gathered)
+
+    def save(self, folder: str) -> None:
+        """Weights, masters, optimizer state, version and the random state of dropout."""
+        self._engine.save(folder)
+        state = {"version": self.version, "torch_rng": torch.get_rng_state()}
+        torch.save(state, f"{folder}/rank_{self._world.rank}.pt")
+
+    def load(self, folder: str) -> None:
+        """Undo of ``save``, on as many ranks."""
+        self._engine.load(folder)
+        state = torch.load(f"{folder}/rank_{self._world.rank}.pt", weights_only=True)
+        self.version = state["version"]
+        torch.set_rng_state(state["torch_rng"])
+
+    def _global_tokens(self, scored: Sequence[Scored]) -> float:
+        own = sum(len(s.rollout.token_ids) for s in scored)
+        return self._world.sum({"tokens": float(own)})["tokens"]
+
+    def _groups(self, scored: Sequence[Scored]) -> list[list[Scored]]:
+        return micro_batches(scored, tokens=self._micro_tokens)
+
+    def _batches(self, scored: Sequence[Scored]) -> list[Batch]:
+        """As many micro-batches as the busiest rank has: collectives must match, so ghosts fill up."""
+        batches = [self._collated(group) for group in self._groups(scored)]
+        most = int(self._world.max({"batches": float(len(batches))})["batches"])
+        ghost = self._collated(list(scored[:1])).rows(0, 0)
+        return batches + [ghost] * (most - len(batches))
+
+    def _collated(self, scored: Sequence[Scored]) -> Batch:
+        return collate(scored, pad_id=self._pad_id, discount=self._discount)
+
+
+class Totals:
+    """Sums and maxima of losses over micro-batches; ranks are joined at the end."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._maxima: dict[str, float] = {}
+
+    def add(self, out: LossOutput) -> None:
+        """One micro-batch more."""
+        sums = {**out.sums, "loss/total": out.total.detach()}
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        for name, value in out.maxima.items():
+            self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(value))
+
+    def per_token(self, tokens: float, world: World) -> dict[str, float]:
+        """Means over the tokens of all ranks, and maxima."""
+        sums = {name: value / tokens for name, value in world.sum(self._sums).items()}
+        return sums | world.max(self._maxima)

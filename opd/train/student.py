@@ -1,0 +1,87 @@
+"""The module that the training engine wraps: decoder, chunked head and loss in one forward.
+
+The head is applied inside, so that ZeRO-3's gathers and hooks on weights see it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from opd.batch import Batch, LossOutput
+from opd.head import HeadSpec, chunk_rows
+from opd.interfaces import Loss
+from opd.train.chunked import chunked_logps, chunked_loss
+
+
+class Student(nn.Module):
+    """A causal language model that answers with a loss instead of logits.
+
+    Args:
+        model: a transformers causal language model, plain or wrapped by peft.
+        spec: its head; ids beyond ``spec.vocab_size`` get no probability.
+        temperature: the engine's, so that log-probs are of the same distribution.
+        chunk_bytes: largest float32 [C, V] tensor that exists at once.
+        teacher_head: gives the teacher's head [V, D] once a batch carries ``teacher_hidden_ND``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        spec: HeadSpec,
+        temperature: float,
+        chunk_bytes: int,
+        teacher_head: Callable[[], torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = spec
+        self.temperature = temperature
+        self.chunk = chunk_rows(spec.vocab_size, chunk_bytes)
+        self._teacher_head = teacher_head
+
+    def forward(
+        self, batch: Batch, loss: Loss | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """(total, sums, maxima) of ``loss``; without one, the log-probs [N] of the targets alone."""
+        causal = causal_lm(self.model)
+        hidden_BTD = causal.model(
+            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
+        ).last_hidden_state
+        hidden_ND = hidden_BTD.flatten(0, 1)[batch.positions_N]
+        weight_VD = causal.get_output_embeddings().weight
+        if loss is None:
+            logp_N = chunked_logps(
+                hidden_ND,
+                weight_VD,
+                batch.target_N,
+                self.spec,
+                temperature=self.temperature,
+                chunk=self.chunk,
+            )
+            return logp_N, {}, {}
+        out = self._loss(hidden_ND, weight_VD, batch, loss)
+        return out.total, out.sums, out.maxima
+
+    def _loss(
+        self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, batch: Batch, loss: Loss
+    ) -> LossOutput:
+        return chunked_loss(
+            hidden_ND,
+            weight_VD,
+            batch,
+            loss,
+            self.spec,
+            temperature=self.temperature,
+            teacher_head_VD=None if batch.teacher_hidden_ND is None else self._teacher_head(),
+            chunk=self.chunk,
+        )
+
+
+def causal_lm(model: Any) -> Any:
+    """The transformers model itself, out of a peft wrapper if there is one."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,0 +1,125 @@
+"""The student's weights as a Hugging Face checkpoint names them: loaded, handed over, exported."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd.config import LoraConfig
+from opd.train.student import causal_lm
+
+Gathered = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[None]]
+
+
+def load_student(
+    model: str, *, dtype: torch.dtype, attention: str, trust_remote_code: bool
+) -> torch.nn.Module:
+    """A causal language model of transformers with every weight in ``dtype``.
+
+    Raises ValueError for a head with a bias, which the chunked head does not apply.
+    """
+    from transformers import AutoModelForCausalLM
+
+    student = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+    )
+    if student.get_output_embeddings().bias is not None:
+        raise ValueError(
+            f"student.model={model} has a bias on its output head, found in few models and not "
+            "supported: choose a model whose head is a plain matrix"
+        )
+    return student
+
+
+def with_lora(student: Any, config: LoraConfig) -> torch.nn.Module:
+    """The student frozen under fresh low-rank adapters, which start at zero."""
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    targets = config.targets if config.targets == "all-linear" else config.targets.split(",")
+    return get_peft_model(
+        student,
+        PeftLoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (a float is fine)
+            lora_dropout=config.dropout,
+            target_modules=targets,
+        ),
+    )
+
+
+def full_weights(
+    model: torch.nn.Module, gathered: Gathered
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, full tensor) of each weight once, tied ones under the input's name, adapters merged.
+
+    Tensors are gathered a decoder layer at a time, so that the parts of a fused module arrive
+    together; a consumer may keep a tensor past its turn. Every rank must exhaust the iterator.
+    """
+    modules = [m for m in _weight_modules(causal_lm(model))]
+    for _, layer in groupby(modules, key=lambda m: _layer(m[0])):
+        owned = list(layer)
+        with torch.no_grad(), gathered([p for _, m in owned for p in m.parameters()]):
+            for name, module in owned:
+                yield from _module_weights(name, module)
+
+
+def _weight_modules(causal: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Modules that own weights, a peft layer counting as one; a tied head is left out."""
+    from peft.tuners.lora import LoraLayer
+
+    adapters: list[str] = []
+    seen: set[int] = set()
+    for name, module in causal.named_modules():
+        if any(name.startswith(f"{adapter}.") for adapter in adapters):
+            continue
+        own = list(module.parameters(recurse=isinstance(module, LoraLayer)))
+        if not own or id(own[0]) in seen:
+            continue
+        seen.update(map(id, own))
+        if isinstance(module, LoraLayer):
+            adapters.append(name)
+        yield name, module
+
+
+def _module_weights(name: str, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(module, LoraLayer):
+        for leaf, parameter in module.named_parameters(recurse=False):
+            yield f"{name}.{leaf}", parameter.detach()
+        return
+    base = module.get_base_layer()
+    for leaf, parameter in base.named_parameters():
+        if leaf == "weight":
+            deltas = [module.get_delta_weight(a) for a in module.active_adapters]
+            yield f"{name}.{leaf}", sum(deltas, parameter.detach())
+        else:
+            yield f"{name}.{leaf}", parameter.detach()
+
+
+def _layer(name: str) -> str:
+    """The key of tensors that are gathered together: up to the first number in the name."""
+    head, dot, _ = name.partition(".layers.")
+    return f"{head}{dot}{name[len(head) + len(dot) :].split('.')[0]}" if dot else name
+
+
+def export(
+    weights: Iterable[tuple[str, torch.Tensor]], model: torch.nn.Module, tokenizer: Any, folder: Path
+) -> None:
+    """A plain Hugging Face checkpoint that transformers and vLLM load; shards of at most 5 GB."""
+    from huggingface_hub import save_torch_state_dict
+
+    causal = causal_lm(model)
+    state = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(state, folder)
+    causal.config.dtype = next(iter(state.values())).dtype
+    causal.config.save_pretrained(folder)
+    if causal.generation_config is not None:
+        causal.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

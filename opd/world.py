@@ -1,0 +1,69 @@
+"""Rank, size, and sums over ranks."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """The processes that train together; ``device`` is this one's."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes files and talks to people."""
+        return self.rank == 0
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over ranks in float64; every rank passes the same names."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Maxima over ranks."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def barrier(self) -> None:
+        """Wait for everybody."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave; only after success, since a failing peer must not be waited for."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _reduced(self, values: Mapping[str, float], op: dist.ReduceOp.RedOpType) -> dict[str, float]:
+        if self.size == 1 or not values:
+            return dict(values)
+        names = sorted(values)
+        packed = torch.tensor([values[n] for n in names], dtype=torch.float64, device=self.device)
+        dist.all_reduce(packed, op=op)
+        return dict(zip(names, packed.tolist(), strict=True))
+
+
+def join_world() -> World:
+    """Join the process group that the launcher described in the environment (torchrun's names).
+
+    Without these names this is a world of one. CUDA ranks talk by nccl, others by gloo.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if "MASTER_ADDR" in os.environ and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
+    return World(rank=rank, size=size, local_rank=local_rank, device=device)
