@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from opd.config import DType
 from opd.head import HeadSpec
 from opd.teacher.checkpoint import longest, read_info, read_spec
-from opd.teacher.options import Dtype
 from opd.types import IntArray, TeacherInfo
 
 
@@ -22,12 +22,12 @@ class TorchBackend:
         self,
         model: str,
         *,
-        dtype: Dtype = "auto",
+        dtype: DType = DType.auto,
         device: str = "cpu",
         batch_tokens: int = 8192,
         max_length: int | None = None,
     ) -> None:
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value)
         head = network.get_output_embeddings()
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:
             raise ValueError(f"{model}: its output head is not a plain matrix: {head}")

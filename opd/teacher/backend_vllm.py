@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
+from opd.config import DType
 from opd.head import HeadSpec
 from opd.teacher.checkpoint import read_head, read_info, read_spec
-from opd.teacher.options import Dtype
 from opd.types import IntArray, TeacherInfo
 
 QUIET = {"VLLM_LOGGING_LEVEL": "WARNING"}
@@ -34,7 +34,7 @@ class VllmBackend:
         self,
         model: str,
         *,
-        dtype: Dtype = "auto",
+        dtype: DType = DType.auto,
         max_length: int | None = None,
         batch_tokens: int = 8192,
         tensor_parallel_size: int = 1,
@@ -53,7 +53,7 @@ class VllmBackend:
             runner="pooling",
             convert="embed",
             pooler_config=PoolerConfig(task="token_embed"),
-            dtype=dtype,
+            dtype=dtype.value,
             max_model_len=max_length,
             max_num_batched_tokens=batch_tokens,
             tensor_parallel_size=tensor_parallel_size,

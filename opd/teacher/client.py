@@ -83,7 +83,10 @@ class ServerTeacher:
         return self._info
 
     def head(self) -> FloatArray:
-        """Rows [vocab_size, D] of the ids that both sides have; fetched once, in pieces."""
+        """Rows [vocab_size, D] of the ids that both sides have, the model's logit scale included.
+
+        Fetched once, in pieces.
+        """
         if self._head is None:
             rows = max(1, HEAD_BYTES // (4 * self._info.hidden_size))
             pieces = [

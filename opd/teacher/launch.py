@@ -29,20 +29,25 @@ class RunningTeacher:
 
 @contextmanager
 def running_teacher(
-    options: TeacherServerOptions, *, log_path: Path, wait_s: float = 1800.0
+    options: TeacherServerOptions,
+    *,
+    log_path: Path,
+    devices: str | None = None,
+    wait_s: float = 1800.0,
 ) -> Iterator[RunningTeacher]:
     """A server on a free port with a fresh random token, ended when the context ends.
 
-    It writes to ``log_path`` and ends by itself if this process dies. ``RuntimeError`` with the end
-    of that log when it does not come up within ``wait_s``.
+    ``devices`` becomes its CUDA_VISIBLE_DEVICES. It writes to ``log_path`` and ends by itself if
+    this process dies. ``RuntimeError`` with the end of that log when it is not up in ``wait_s``.
     """
     token = secrets.token_urlsafe(32)
+    visible = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
     with tempfile.TemporaryDirectory() as folder, log_path.open("wb") as output:
         port_file = Path(folder) / "port"
         told = replace(options, port_file=str(port_file), exit_with_parent=True)
         process = subprocess.Popen(
             [sys.executable, "-m", "opd.teacher.server", *arguments_of(told)],
-            env=os.environ | {TOKEN_VARIABLE: token},
+            env=os.environ | {TOKEN_VARIABLE: token} | visible,
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

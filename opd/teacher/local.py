@@ -48,7 +48,7 @@ class LocalTeacher:
         return self.backend.info
 
     def head(self) -> FloatArray:
-        """Rows [vocab_size, D] of the ids that student and teacher share; scale included."""
+        """Rows [vocab_size, D] of the ids both sides have, the logit scale included."""
         spec = replace(self.backend.spec, vocab_size=self.vocab_size)
         return folded_head(self.backend.head_VD, spec).numpy()
 

@@ -5,13 +5,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
-from typing import Any, Literal, get_args
+from typing import Any
+
+from opd.config import DType
 
 TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
-Dtype = Literal["auto", "float32", "bfloat16"]  # auto: as the checkpoint has it
 
 
-class Engine(StrEnum):
+class BackendName(StrEnum):
     """What computes the teacher's hidden states."""
 
     vllm = "vllm"
@@ -26,7 +27,7 @@ class TeacherServerOptions:
     ``host``: address to bind; anything but loopback needs a token.
     ``port``: port to bind; 0 takes a free one.
     ``port_file``: file that gets the port once requests are answered.
-    ``engine``: what computes hidden states.
+    ``backend``: what computes hidden states.
     ``dtype``: precision of the model; auto: as the checkpoint has it.
     ``max_length``: longest sequence; default: the model's own limit.
     ``batch_tokens``: tokens of one engine step.
@@ -43,8 +44,8 @@ class TeacherServerOptions:
     host: str = "127.0.0.1"
     port: int = 0
     port_file: str | None = None
-    engine: Engine = Engine.vllm
-    dtype: Dtype = "auto"
+    backend: BackendName = BackendName.vllm
+    dtype: DType = DType.auto
     max_length: int | None = None
     batch_tokens: int = 8192
     group_tokens: int = 65536
@@ -93,8 +94,6 @@ def _flag(name: str) -> str:
 def _reading(kind: Any) -> dict[str, Any]:
     if kind is bool:
         return {"action": "store_true"}
-    if kind is Engine:
-        return {"type": Engine, "choices": list(Engine)}
-    if kind is Dtype:
-        return {"choices": get_args(Dtype)}
+    if kind in (BackendName, DType):
+        return {"type": kind, "choices": list(kind)}
     return {"type": {int | None: int, str | None: str}.get(kind, kind)}

@@ -44,8 +44,8 @@ def score_hidden(
 ) -> Said:
     """Row n of ``hidden_ND`` predicts ``target_N[n]``; memory stays at a few [C, V] chunks.
 
-    Chunks are computed where ``weight_VD`` lies. ``hidden`` comes back divided by the temperature,
-    so that softmax(hidden @ folded_head(weight_VD, spec).T) is the distribution asked for.
+    Chunks are computed where ``weight_VD`` lies. ``hidden`` comes back as it is: the
+    distribution asked for is softmax(hidden @ folded_head(weight_VD, spec).T / temperature).
     """
     assert not (pieces.hidden and spec.softcap is not None), "a capped head is not linear"
     device, rows = weight_VD.device, chunk_rows(spec.vocab_size)
@@ -61,7 +61,7 @@ def score_hidden(
         if f.name in parts[0]
     }
     if pieces.hidden:
-        said["hidden_ND"] = hidden_ND.float().cpu() / pieces.temperature
+        said["hidden_ND"] = hidden_ND.float().cpu()
     return Said(**said)
 
 

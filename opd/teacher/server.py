@@ -14,7 +14,7 @@ import uvicorn
 
 from opd.teacher.app import teacher_app
 from opd.teacher.backend import Backend
-from opd.teacher.options import TOKEN_VARIABLE, Engine, TeacherServerOptions, parse
+from opd.teacher.options import TOKEN_VARIABLE, BackendName, TeacherServerOptions, parse
 from opd.teacher.work import WorkQueue
 
 PARENT_POLL_S = 0.5
@@ -58,8 +58,8 @@ def main(options: TeacherServerOptions) -> None:
 
 
 def _backend(options: TeacherServerOptions) -> Backend:
-    match options.engine:
-        case Engine.vllm:
+    match options.backend:
+        case BackendName.vllm:
             from opd.teacher.backend_vllm import VllmBackend
 
             return VllmBackend(
@@ -71,7 +71,7 @@ def _backend(options: TeacherServerOptions) -> Backend:
                 gpu_memory_fraction=options.gpu_memory_fraction,
                 kv_cache_bytes=options.kv_cache_bytes,
             )
-        case Engine.torch:
+        case BackendName.torch:
             import torch
 
             from opd.teacher.backend_torch import TorchBackend

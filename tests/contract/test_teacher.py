@@ -1,0 +1,304 @@
+"""A teacher behind HTTP and one in this process say the same, and it is what transformers say."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from opd.config import DType
+from opd.teacher.backend_torch import TorchBackend
+from opd.teacher.client import ServerTeacher
+from opd.teacher.launch import RunningTeacher, running_teacher
+from opd.teacher.local import LocalTeacher
+from opd.teacher.options import TeacherServerOptions
+from opd.teacher.vocabulary import Vocabulary, vocabulary_of
+from opd.teacher.wire import MEDIA_TYPE, Want, read_answer, request_bytes, request_of
+from opd.types import FinishReason, Prompt, Rollout, Scored, Wanted
+
+VOCAB, TOKENS, WIDTH, MAX_LENGTH = 97, 90, 64, 256
+EXACT = 1e-4  # float32: other kernels, other order of sums
+BF16 = 0.25  # bfloat16 layers with weights five times wider than usual; mean is checked apart
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_offline() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+def _checkpoint(folder: Path, *, tied: bool) -> Path:
+    """A wide-spread tiny Qwen3: its distributions are far from uniform, so errors show."""
+    torch.manual_seed(7)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+    )
+    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    words = models.WordLevel({f"t{i}": i for i in range(TOKENS)}, unk_token="t0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="t0")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _checkpoint(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _checkpoint(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+def _options(model: Path, **changed) -> TeacherServerOptions:
+    # 48 tokens a step, so that long sequences are prefilled in chunks
+    return TeacherServerOptions(
+        model=str(model),
+        **{"dtype": DType.float32, "batch_tokens": 48, "kv_cache_bytes": 64 << 20} | changed,
+    )
+
+
+@pytest.fixture(scope="session")
+def server(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningTeacher]:
+    log = tmp_path_factory.mktemp("log") / "teacher.log"
+    with running_teacher(_options(untied), log_path=log, wait_s=300) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def student(untied: Path) -> Vocabulary:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(untied)
+    return vocabulary_of(tokenizer, matrix_size=VOCAB)
+
+
+@pytest.fixture(scope="session")
+def rollouts() -> list[Rollout]:
+    """Of uneven lengths, two alike, and two that share a prompt."""
+    random = np.random.default_rng(3)
+    sizes = [(3, 5), (1, 1), (40, 60), (9, 100), (2, 17), (20, 1)]
+    drawn = [_rollout(random, random.integers(0, VOCAB, p), t) for p, t in sizes]
+    return [*drawn, drawn[2], _rollout(random, drawn[2].prompt.token_ids, 30)]
+
+
+def _rollout(random: np.random.Generator, prompt: np.ndarray, count: int) -> Rollout:
+    support = np.stack([random.permutation(VOCAB)[:6] for _ in range(count)]).astype(np.int32)
+    support[::3, 4:] = -1  # ragged
+    return Rollout(
+        prompt=Prompt(uid="p", token_ids=prompt.astype(np.int32)),
+        token_ids=random.integers(0, VOCAB, count).astype(np.int32),
+        logps=np.zeros(count, np.float32),
+        finish_reason=FinishReason.length,
+        version=0,
+        support_ids=support,
+    )
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Log-softmax of transformers' own logits, one rollout at a time."""
+
+    model: torch.nn.Module
+
+    def logps(self, rollout: Rollout, temperature: float, vocab_size: int = VOCAB) -> torch.Tensor:
+        ids = torch.from_numpy(rollout.sequence.astype(np.int64))
+        with torch.no_grad():
+            logits = self.model(ids[None]).logits[0].float()
+        first = len(rollout.prompt.token_ids) - 1
+        return torch.log_softmax(logits[first:-1, :vocab_size] / temperature, dim=-1)
+
+
+@pytest.fixture(scope="session")
+def truth(untied: Path) -> Truth:
+    return Truth(AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32).eval())
+
+
+def _client(
+    server: RunningTeacher, wanted: Wanted, student: Vocabulary, **changed
+) -> ServerTeacher:
+    return ServerTeacher(
+        server.url, token=server.token, wanted=wanted, student=student, timeout=60, **changed
+    )
+
+
+ASKED = {
+    "sampled": Wanted(),
+    "top-k": Wanted(top_k=5, temperature=0.7),
+    "named ids": Wanted(rollout_support=True),
+    "union": Wanted(top_k=5, rollout_support=True, temperature=1.3),
+    "whole vocabulary": Wanted(top_k=VOCAB),
+    "full": Wanted(full=True, temperature=0.5),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_server_and_local_teacher_both_say_what_transformers_say(
+    asked: str,
+    server: RunningTeacher,
+    untied: Path,
+    student: Vocabulary,
+    rollouts: list[Rollout],
+    truth: Truth,
+) -> None:
+    wanted = ASKED[asked]
+    local = LocalTeacher(
+        TorchBackend(str(untied), dtype=DType.float32, batch_tokens=128),
+        wanted=wanted,
+        student=student,
+    )
+    served = _client(server, wanted, student, batch_tokens=150)
+    assert local.info() == served.info()
+    for teacher in (local, served):
+        for rollout, scored in zip(rollouts, teacher.score(rollouts), strict=True):
+            assert scored.rollout is rollout
+            _require_true(scored, truth.logps(rollout, wanted.temperature), wanted, teacher.head)
+
+
+def _require_true(scored: Scored, true_TV: torch.Tensor, wanted: Wanted, head) -> None:
+    targets = torch.from_numpy(scored.rollout.token_ids.astype(np.int64))
+    assert scored.logps == pytest.approx(
+        true_TV.gather(1, targets[:, None])[:, 0].numpy(), abs=EXACT
+    )
+    if wanted.top_k or wanted.rollout_support:
+        _require_true_support(scored, true_TV, wanted)
+    else:
+        assert scored.support is None
+    if wanted.full:  # 64 hidden < 97 ids
+        full_TV = torch.log_softmax(
+            torch.from_numpy(scored.hidden @ head().T) / wanted.temperature, dim=-1
+        )
+        assert (full_TV - true_TV).abs().max() < EXACT
+    assert (scored.hidden is not None) == wanted.full
+    assert scored.full_logps is None
+
+
+def _require_true_support(scored: Scored, true_TV: torch.Tensor, wanted: Wanted) -> None:
+    for t, true_V in enumerate(true_TV):
+        expected = set(true_V.topk(wanted.top_k).indices.tolist())
+        if wanted.rollout_support:
+            expected |= set(scored.rollout.support_ids[t].tolist()) - {-1}
+        ids, logps = scored.support.ids[t], scored.support.logps[t]
+        used = ids >= 0
+        assert sorted(ids[used].tolist()) == sorted(expected), "each once"
+        assert logps[used] == pytest.approx(true_V[ids[used]].numpy(), abs=EXACT)
+        assert np.isneginf(logps[~used]).all()
+        outside = torch.ones(VOCAB, dtype=torch.bool)
+        outside[list(expected)] = False
+        tail = true_V[outside].logsumexp(0).item()
+        assert scored.support.tail_logp[t] == pytest.approx(tail, abs=EXACT)
+
+
+def test_ids_beyond_the_smaller_matrix_get_no_probability(
+    server: RunningTeacher, untied: Path, student: Vocabulary, truth: Truth
+) -> None:
+    smaller = Vocabulary(
+        fingerprint=student.fingerprint, tokenizer_size=TOKENS, matrix_size=TOKENS + 2
+    )
+    random = np.random.default_rng(5)
+    rollout = _rollout(random, random.integers(0, TOKENS, 4), 12)
+    rollout.token_ids[:] %= TOKENS
+    true_TV = truth.logps(rollout, 1.0, TOKENS + 2)
+    for wanted in (Wanted(full=True), Wanted(rollout_support=True)):
+        local = LocalTeacher(
+            TorchBackend(str(untied), dtype=DType.float32), wanted=wanted, student=smaller
+        )
+        for teacher in (local, _client(server, wanted, smaller)):
+            (scored,) = teacher.score([rollout])
+            picked = true_TV.gather(
+                1, torch.from_numpy(rollout.token_ids.astype(np.int64))[:, None]
+            )
+            assert scored.logps == pytest.approx(picked[:, 0].numpy(), abs=EXACT)
+            if wanted.full:
+                head = teacher.head()
+                assert head.shape == (TOKENS + 2, WIDTH)
+                full_TV = torch.log_softmax(torch.from_numpy(scored.hidden @ head.T), dim=-1)
+                assert (full_TV - true_TV).abs().max() < EXACT
+            else:
+                kept = rollout.support_ids < TOKENS + 2
+                assert (scored.support.ids == np.where(kept, rollout.support_ids, -1)).all()
+
+
+def test_full_distribution_of_a_narrow_vocabulary_travels_as_log_probs(
+    server: RunningTeacher, student: Vocabulary, rollouts: list[Rollout], truth: Truth
+) -> None:
+    request = request_of(rollouts[:3], Wanted(), want=Want.full_logps, vocab_size=VOCAB)
+    response = httpx.post(
+        f"{server.url}/score",
+        content=request_bytes(request),
+        headers={"Authorization": f"Bearer {server.token}", "Content-Type": MEDIA_TYPE},
+    )
+    true_NV = torch.cat([truth.logps(r, 1.0) for r in rollouts[:3]])
+    assert (torch.tensor(read_answer(response.content).full_logps) - true_NV).abs().max() < EXACT
+
+
+def test_tied_head_in_bfloat16_stays_within_rounding(
+    tied: Path, tmp_path: Path, student: Vocabulary, rollouts: list[Rollout]
+) -> None:
+    true = Truth(AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32).eval())
+    short = Wanted(full=True)
+    options = _options(tied, dtype=DType.bfloat16)
+    with running_teacher(options, log_path=tmp_path / "log", wait_s=300) as running:
+        served = _client(running, short, student)
+        head, scored = served.head(), served.score(rollouts)
+    local = LocalTeacher(
+        TorchBackend(str(tied), dtype=DType.bfloat16), wanted=short, student=student
+    )
+    for said, its_head in ((scored, head), (local.score(rollouts), local.head())):
+        full = [torch.log_softmax(torch.from_numpy(s.hidden @ its_head.T), -1) for s in said]
+        error = torch.cat(full) - torch.cat([true.logps(r, 1.0) for r in rollouts])
+        assert error.abs().max() < BF16
+        assert error.abs().mean() < BF16 / 8
+
+
+def test_eight_threads_get_the_numbers_of_one(
+    server: RunningTeacher, student: Vocabulary, rollouts: list[Rollout]
+) -> None:
+    served = _client(server, Wanted(top_k=4), student, batch_tokens=60)
+    alone = served.score(rollouts)
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda _: served.score(rollouts), range(8)))
+    for scored in together:
+        for one, other in zip(alone, scored, strict=True):
+            assert other.logps == pytest.approx(one.logps, abs=EXACT)
+            assert other.support.tail_logp == pytest.approx(one.support.tail_logp, abs=EXACT)
+
+
+def test_another_tokenizer_is_refused_with_the_reason(server: RunningTeacher) -> None:
+    stranger = Vocabulary(fingerprint="0" * 64, tokenizer_size=50, matrix_size=64)
+    with pytest.raises(ValueError, match=r"another tokenizer.*50 tokens.*choose a teacher"):
+        _client(server, Wanted(), stranger)
+
+
+def test_rollouts_without_the_asked_support_are_refused(
+    server: RunningTeacher, student: Vocabulary, rollouts: list[Rollout]
+) -> None:
+    bare = Rollout(
+        prompt=rollouts[0].prompt,
+        token_ids=rollouts[0].token_ids,
+        logps=rollouts[0].logps,
+        finish_reason=FinishReason.stop,
+        version=0,
+    )
+    with pytest.raises(ValueError, match="support_k"):
+        _client(server, Wanted(rollout_support=True), student).score([bare])
