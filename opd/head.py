@@ -66,6 +66,26 @@ def normalise(logits_CV: torch.Tensor, spec: HeadSpec, temperature: float) -> to
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
 
+def normalise_backward(
+    grad_CV: torch.Tensor,
+    logp_CV: torch.Tensor,
+    first_logit_C1: torch.Tensor,
+    spec: HeadSpec,
+    temperature: float,
+) -> torch.Tensor:
+    """Gradient by the raw logits from the one by ``normalise``'s result, without the logits.
+
+    The log-probs are the capped logits but for a number per row, which the first raw logit tells.
+    """
+    grad = logp_CV.exp().mul_(grad_CV.sum(dim=-1, keepdim=True))
+    torch.sub(grad_CV, grad, out=grad)
+    if spec.softcap is not None:
+        first = torch.tanh(first_logit_C1 * (spec.scale / spec.softcap))
+        tanh = (logp_CV - logp_CV[:, :1]).mul_(temperature / spec.softcap).add_(first)
+        grad.mul_(tanh.square_().neg_().add_(1.0))
+    return grad.mul_(spec.scale / temperature)
+
+
 def head_logps(
     hidden_CD: torch.Tensor, weight_VD: torch.Tensor, spec: HeadSpec, temperature: float = 1.0
 ) -> torch.Tensor:

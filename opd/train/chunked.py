@@ -13,6 +13,7 @@ from opd.head import (
     head_logps,
     matmul_float32,
     normalise,
+    normalise_backward,
     vocab_blocks,
 )
 from opd.interfaces import Loss
@@ -60,9 +61,13 @@ def chunked_loss(
                 batch.rows(rows.start, rows.stop), spec, temperature, teacher_head_VD, teacher_spec
             )
             logits_CV = head_logits(hidden_ND[rows], weight_VD, spec.vocab_size)
-            out, grad_CV = _value_and_gradient(logits_CV, part, loss, spec, temperature, needs)
-            del logits_CV, part
+            first_C1 = logits_CV[:, :1].clone()
+            logp_CV = normalise(logits_CV, spec, temperature)
+            del logits_CV  # as large as anything here
+            out, grad_CV = _value_and_gradient(logp_CV, part, loss, needs)
             if grad_CV is not None:
+                grad_CV = normalise_backward(grad_CV, logp_CV, first_C1, spec, temperature)
+                del logp_CV, part
                 _add_products(grad_CV, hidden_ND, weight_VD, rows, grad_hidden, grad_weight)
             total += out.total
             for name, value in out.sums.items():
@@ -132,19 +137,13 @@ def _check_teacher_ids(found: int, spec: HeadSpec) -> None:
 
 
 def _value_and_gradient(
-    logits_CV: torch.Tensor,
-    part: Batch,
-    loss: Loss,
-    spec: HeadSpec,
-    temperature: float,
-    needs: bool,
+    logp_CV: torch.Tensor, part: Batch, loss: Loss, needs: bool
 ) -> tuple[LossOutput, torch.Tensor | None]:
-    """The chunk's loss and metrics, detached, and the gradient with respect to its logits."""
+    """The chunk's loss and metrics, detached, and the gradient with respect to its log-probs."""
     with torch.set_grad_enabled(needs):
-        logp_CV = normalise(logits_CV.requires_grad_(needs), spec, temperature)
-        out = loss(logp_CV, part)
-        grad_CV = torch.autograd.grad(out.total, logits_CV)[0] if needs else None
-    logp_CV = logp_CV.detach()
+        leaf_CV = logp_CV.detach().requires_grad_(needs)
+        out = loss(leaf_CV, part)
+        grad_CV = torch.autograd.grad(out.total, leaf_CV)[0] if needs else None
     sums, maxima = mismatch_metrics(_at_target(logp_CV, part.target_N), part)
     sums["student/entropy"] = -logp_CV.exp().mul_(logp_CV).sum()
     sums |= {name: value.detach() for name, value in out.sums.items()}

@@ -129,6 +129,17 @@ def test_full_divergence_equals_the_float64_reference(loss: Divergence, spec: He
 
 
 @every_divergence
+def test_gradient_is_that_of_the_formula_even_before_the_softmax_projects_it(
+    loss: Divergence,
+) -> None:
+    logp, teacher = distribution(seed=5).requires_grad_(), distribution(seed=6)
+    out = loss(logp, batch_of(N, teacher_logp_NV=teacher))
+    logp64 = logp.detach().double().requires_grad_()
+    expected = reference(loss, logp64.exp(), teacher.double().exp())
+    assert_close(value_and_gradients(out.total, logp), value_and_gradients(expected, logp64))
+
+
+@every_divergence
 @pytest.mark.parametrize("k", [1, 4, V - 1, V])
 def test_truncated_divergence_equals_the_float64_reference(loss: Divergence, k: int) -> None:
     hidden, weight = student()
