@@ -85,10 +85,12 @@ def tail_logps(logp_NV: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
     Subtracting from one would lose a confident teacher's tail to rounding. -inf when nothing is
     outside.
     """
-    count, width = logp_NV.shape
-    inside = torch.zeros(count, width + 1, dtype=torch.bool, device=logp_NV.device)
-    inside.scatter_(1, ids_NK.where(ids_NK >= 0, width), True)
-    return logp_NV.masked_fill(inside[:, :width], -torch.inf).logsumexp(dim=1)
+    used_N1 = ids_NK.amax(
+        dim=1, keepdim=True
+    )  # an id of the support, to stand in for unused places
+    inside_NK = ids_NK.where(ids_NK >= 0, used_N1).clamp(min=0)
+    tail_N = logp_NV.scatter(1, inside_NK, -torch.inf).logsumexp(dim=1)
+    return tail_N.masked_fill(used_N1[:, 0] < 0, 0.0)
 
 
 def _say(
