@@ -1,6 +1,6 @@
 """Evaluates one task: ask, grade, sum over ranks, keep a few transcripts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens left out."""
 
-Measure = Callable[[Sequence[Rollout]], Mapping[str, float]]
-"""This rank's rollouts to metrics already reduced over ranks; collective."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskEvaluator:
@@ -31,14 +28,12 @@ class TaskEvaluator:
     accuracy, length (tokens), truncated (share): of one greedy answer a prompt.
     mean_at_k, pass_at_<j>: of ``k`` answers sampled at ``temperature`` (``k`` = 0: not asked);
         pass_at_<j>, for j = 2, 4, 8, ... up to k, is the unbiased estimate ``pass_at``.
-    whatever ``measure`` says of one rollout at temperature 1 of each of the first
-        ``measured`` prompts: reverse_kl on held-out prompts.
     teacher_accuracy: the given number, at step 0 only.
 
     The first ``samples`` answers of rank 0 are kept as transcripts; with a ``teacher`` they carry
     ``gap``: teacher log-prob minus student log-prob of every token (nats).
-    The engine, ``teacher`` and ``measure`` may be collective, so every rank calls each of them,
-    with an empty list where its share is empty.
+    The engine and ``teacher`` may be collective, so every rank calls both, with an empty list where
+    its share is empty.
     """
 
     task: str
@@ -54,8 +49,6 @@ class TaskEvaluator:
     samples: int = 4
     teacher: Teacher | None = None
     teacher_accuracy: float | None = None
-    measure: Measure | None = None
-    measured: int = 64
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -74,9 +67,6 @@ class TaskEvaluator:
         right = [self._right(rollout) for rollout in greedy]
         sums = _greedy_sums(greedy, right) | self._sampled_sums(share)
         metrics = {name: total / len(self.prompts) for name, total in self.world.sum(sums).items()}
-        if self.measure is not None:
-            known = self.prompts[: self.measured][self.world.rank :: self.world.size]
-            metrics |= self.measure(self._ask(known, n=1, temperature=1.0))
         if step == 0 and self.teacher_accuracy is not None:
             metrics["teacher_accuracy"] = self.teacher_accuracy
         return Evaluation(

@@ -152,19 +152,6 @@ def test_without_a_teacher_a_transcript_has_no_gap():
     assert "gap" not in evaluator().evaluate(0).samples[0]
 
 
-def test_held_out_measures_see_one_sample_at_temperature_one_of_the_first_prompts():
-    seen = []
-
-    def measure(rollouts):
-        seen.extend(rollouts)
-        return {"reverse_kl": 0.5}
-
-    task = evaluator(measure=measure, measured=3)
-    assert task.evaluate(1).metrics["eval/sums/reverse_kl"] == 0.5
-    assert [rollout.prompt.uid for rollout in seen] == ["0", "1", "2"]
-    assert task.engine.asked[-1].temperature == 1.0
-
-
 def test_the_teachers_accuracy_is_told_once_at_step_zero():
     task = evaluator(teacher_accuracy=0.9)
     assert task.evaluate(0).metrics["eval/sums/teacher_accuracy"] == 0.9
