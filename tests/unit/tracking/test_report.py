@@ -47,7 +47,13 @@ def test_a_report_says_before_after_and_teacher(runs):
     page = path.read_text()
     assert path == runs["adamw"] / "report.html"
     assert_stands_alone(page)
-    for said in ("0.250 →", "0.868", "teacher 0.980", "85 % of the gap to the teacher closed"):
+    for said in (
+        "0.250 →",
+        "0.868",
+        "teacher 0.980",
+        "85 % of the gap",
+        "reverse KL 0.8500 → 0.1658",
+    ):
         assert said in page
     assert "finished" in page
     assert "opd train quickstart optim=adamw" in page
