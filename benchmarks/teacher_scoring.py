@@ -5,8 +5,9 @@ at the end. The peers get vLLM in this process, no HTTP, and end in numpy arrays
 dictionary of objects per token) and flat (flat_logprobs=True). "full" asks for the whole
 vocabulary: opd sends hidden states for the caller's chunked head ("full hidden"), or, beside it,
 all the log-probs ("full logps"). A case runs on as many of the sequences as fit into --budget
-seconds. CPU time is that of the scoring process tree and of the caller, so the rate per CPU second
-holds on a busy machine too. Memory is the resident peak of the scoring process tree above what it held when loaded.
+seconds, best of three. CPU time is that of the scoring process tree and of the caller, so the rate
+per CPU second holds on a busy machine too. Memory is the resident peak of the scoring process tree
+above what it held when loaded.
 
     python benchmarks/teacher_scoring.py --out teacher_scoring.json
 """
@@ -36,7 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="checkpoint; default: 2 random layers, 2048 ids")
+    parser.add_argument("--model", help="checkpoint; default: 2 random layers, 256 wide")
+    parser.add_argument("--vocab", type=int, default=2048, help="of that model (default: 2048)")
     parser.add_argument("--sequences", type=int, default=64, help="how many (default: 64)")
     parser.add_argument("--tokens", type=int, default=160, help="of each sequence (default: 160)")
     parser.add_argument("--budget", type=float, default=15.0, help="seconds a case (default: 15)")
@@ -51,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.model is None:
             arguments.model = folder
-            build_model(folder)
+            build_model(folder, arguments.vocab)
         rows = [row for way in WAYS for row in run_way(way, arguments)]
     print(table(rows))
     if arguments.out:
@@ -115,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
 
 
 def timed(score: Score, arguments: argparse.Namespace, pid: int) -> tuple[int, float, float]:
-    """Sequences, seconds and CPU seconds: best of three, of as many sequences as the budget allows."""
+    """Sequences, seconds and CPU seconds: best of three, on what the budget allows."""
     started = time.perf_counter()
     score(2)
     each = (time.perf_counter() - started) / 2
@@ -282,15 +284,15 @@ def peak_of(pid: int) -> Iterator[Callable[[], int]]:
     watcher.join()
 
 
-def build_model(folder: str) -> None:
-    """Two random Qwen3 layers, 256 wide, 2048 ids."""
+def build_model(folder: str, vocab: int) -> None:
+    """Two random Qwen3 layers, 256 wide."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=2048,
+        vocab_size=vocab,
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=2,
@@ -301,7 +303,7 @@ def build_model(folder: str) -> None:
         tie_word_embeddings=True,
     )
     Qwen3ForCausalLM(config).float().save_pretrained(folder)
-    words = models.WordLevel({f"t{i}": i for i in range(2048)}, unk_token="t0")
+    words = models.WordLevel({f"t{i}": i for i in range(vocab)}, unk_token="t0")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="t0")
     tokenizer.save_pretrained(folder)
 

@@ -79,7 +79,9 @@ def collate(scored: Sequence[Scored], *, pad_id: int, discount: float = 0.0) -> 
     for row, (item, length) in enumerate(zip(scored, lengths, strict=True)):
         ids_BT[row, :length] = item.rollout.sequence
         mask_BT[row, :length] = 1
-        first = len(item.rollout.prompt.token_ids) - 1  # this hidden state predicts the first target
+        first = (
+            len(item.rollout.prompt.token_ids) - 1
+        )  # this hidden state predicts the first target
         positions.append(row * width + np.arange(first, length - 1))
     supports = [s.support for s in scored]
     return Batch(

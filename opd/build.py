@@ -169,14 +169,14 @@ def _read(data: DataConfig, text: Text, source: str, room: int, *, held_out: boo
 
 def build_loss(config: LossConfig) -> Loss:
     """The pure function that the learner minimises."""
-    from opd.losses import Divergence, DivergenceKind, Importance, PolicyGradient
+    from opd.losses import Divergence, PolicyGradient
 
     match config:
         case DivergenceLossConfig():
-            return Divergence(kind=DivergenceKind(config.kind.value), beta=config.beta, skew=config.skew)
+            return Divergence(kind=config.kind, beta=config.beta, skew=config.skew)
         case PolicyGradientLossConfig():
             return PolicyGradient(
-                importance=Importance(config.importance.value),
+                importance=config.importance,
                 clip_low=config.clip_low,
                 clip_high=config.clip_high,
                 cap=config.cap,
@@ -452,9 +452,7 @@ def build_learner(
 
     student = Student(
         model,
-        spec=head_spec(
-            causal_lm(model).config, min(text.vocab_size, teacher.info().vocab_size)
-        ),
+        spec=head_spec(causal_lm(model).config, min(text.vocab_size, teacher.info().vocab_size)),
         temperature=config.rollout.temperature,
         chunk_bytes=config.train.chunk_mib << 20,
         teacher_head=teacher_head,

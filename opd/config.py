@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from opd.types import DivergenceKind, Importance
+
 
 def knob(
     default: Any = MISSING,
@@ -14,9 +16,10 @@ def knob(
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    """A field with bounds: ``least`` <= value <= ``most``, value > ``above``."""
-    bounds = {"least": least, "above": above, "most": most}
+    """A field with bounds: ``least`` <= value <= ``most``, ``above`` < value < ``below``."""
+    bounds = {"least": least, "above": above, "most": most, "below": below}
     metadata = {name: bound for name, bound in bounds.items() if bound is not None}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -40,26 +43,11 @@ class Precision(StrEnum):
     pure_bf16 = "pure_bf16"
 
 
-class DivergenceKind(StrEnum):
-    forward_kl = "forward_kl"
-    reverse_kl = "reverse_kl"
-    jsd = "jsd"
-    skew_kl = "skew_kl"
-    skew_reverse_kl = "skew_reverse_kl"
-
-
 class Support(StrEnum):
     full = "full"
     teacher_top_k = "teacher_top_k"
     student_top_k = "student_top_k"
     union = "union"
-
-
-class Importance(StrEnum):
-    clip = "clip"
-    truncate = "truncate"
-    mask = "mask"
-    none = "none"
 
 
 class LearningRateSchedule(StrEnum):
@@ -247,7 +235,7 @@ class DivergenceLossConfig(LossConfig):
     """Size of a truncated support."""
     beta: float = knob(0.5, least=0, most=1)
     """Weight of the teacher in the mixture of jsd; 0 is forward and 1 is reverse KL."""
-    skew: float = knob(0.1, least=0, most=1)
+    skew: float = knob(0.1, least=0, below=1)
     """Share of the first distribution mixed into the second one by the skewed divergences."""
 
 
@@ -307,7 +295,7 @@ class SGDConfig(OptimConfig):
 
     lr: float = knob(1e-2, above=0)
     """Peak learning rate."""
-    momentum: float = knob(0.9, least=0, most=1)
+    momentum: float = knob(0.9, least=0, below=1)
     """Share of the last step that is kept."""
     nesterov: bool = False
     """Look ahead along the momentum."""
@@ -344,7 +332,7 @@ class LoraConfig(AdapterConfig):
     """Rank of the update."""
     alpha: float = knob(32.0, above=0)
     """The update is scaled by alpha / rank."""
-    dropout: float = knob(0.0, least=0, most=1)
+    dropout: float = knob(0.0, least=0, below=1)
     """Dropout before the adapter; above 0 the learner's log-probs leave the engine's."""
     targets: str = "all-linear"
     """Module names, comma separated, or all-linear."""
@@ -510,6 +498,8 @@ def _broken_bound(name: str, value: float, bounds: Any) -> Iterator[str]:
         yield f"{name}={value}: allowed is {bounds['least']} or more"
     if "above" in bounds and not value > bounds["above"]:
         yield f"{name}={value}: allowed is more than {bounds['above']}"
+    if "below" in bounds and not value < bounds["below"]:
+        yield f"{name}={value}: allowed is less than {bounds['below']}"
     if "most" in bounds and not value <= bounds["most"]:
         yield f"{name}={value}: allowed is {bounds['most']} or less"
 
@@ -580,7 +570,19 @@ def server_backend_is_known(config: Config) -> str | None:
     return None
 
 
+def pure_bf16_has_a_stage(config: Config) -> str | None:
+    """DeepSpeed keeps bf16 states in stages 1 to 3 only."""
+    if (
+        config.train.precision == Precision.pure_bf16
+        and config.launch.engine == TrainingEngine.deepspeed
+        and config.zero == 0
+    ):
+        return "train.precision=pure_bf16 needs zero=1, 2 or 3, found zero=0"
+    return None
+
+
 RULES = (
+    pure_bf16_has_a_stage,
     a_teacher_is_named,
     torch_engine_is_one_process,
     momentum_is_needed_for_nesterov,

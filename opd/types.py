@@ -26,6 +26,25 @@ class FinishReason(StrEnum):
     length = "length"
 
 
+class DivergenceKind(StrEnum):
+    """p is the teacher, q the student."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
+    skew_kl = "skew_kl"
+    skew_reverse_kl = "skew_reverse_kl"
+
+
+class Importance(StrEnum):
+    """What to do about tokens written by other weights or other arithmetic than the learner's."""
+
+    none = "none"
+    clip = "clip"
+    truncate = "truncate"
+    mask = "mask"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One question, tokenised. No loss reads ``answer``."""
@@ -36,7 +55,8 @@ class Prompt:
     text: str = ""
 
     def __post_init__(self) -> None:
-        assert self.token_ids.dtype == np.int32 and self.token_ids.ndim == 1
+        assert self.token_ids.dtype == np.int32
+        assert self.token_ids.ndim == 1
         assert len(self.token_ids) > 0, f"prompt {self.uid} is empty"
 
 
@@ -76,7 +96,8 @@ class Rollout:
     support_ids: IntArray | None = None
 
     def __post_init__(self) -> None:
-        assert self.token_ids.dtype == np.int32 and self.logps.dtype == np.float32
+        assert self.token_ids.dtype == np.int32
+        assert self.logps.dtype == np.float32
         assert self.token_ids.shape == self.logps.shape, "one log-prob for each token"
         assert len(self.token_ids) > 0, "an empty completion teaches nothing"
         assert self.support_ids is None or self.support_ids.shape[0] == len(self.token_ids)

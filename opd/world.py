@@ -41,7 +41,9 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _reduced(self, values: Mapping[str, float], op: dist.ReduceOp.RedOpType) -> dict[str, float]:
+    def _reduced(
+        self, values: Mapping[str, float], op: dist.ReduceOp.RedOpType
+    ) -> dict[str, float]:
         if self.size == 1 or not values:
             return dict(values)
         names = sorted(values)

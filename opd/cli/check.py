@@ -57,9 +57,11 @@ def _missing_packages(config: Config) -> list[str]:
     wanted = {
         "vllm": (
             isinstance(config.rollout, VllmRolloutConfig)
-            or (isinstance(config.teacher, ServerTeacherConfig)
+            or (
+                isinstance(config.teacher, ServerTeacherConfig)
                 and config.teacher.url is None
-                and config.teacher.backend == "vllm"),
+                and config.teacher.backend == "vllm"
+            ),
             "install it (README), or use rollout=transformers with teacher=local",
         ),
         "deepspeed": (

@@ -85,9 +85,7 @@ def composed(recipe: Path, overrides: Sequence[str]) -> Composed:
     return typed(cfg, cfg.hydra.runtime.choices, recipe, overrides)
 
 
-def typed(
-    cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
-) -> Composed:
+def typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]) -> Composed:
     """A ``Config`` out of what Hydra composed."""
     bare = cfg.copy()
     OmegaConf.set_struct(bare, False)

@@ -6,15 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from opd import build
 from opd.cli.compose import Composed
-from opd.cli.worker import DONE, FAILED, MISTAKE, MISTAKE_MARK, TEACHER_ACCURACY
+from opd.cli.worker import DONE, MISTAKE, MISTAKE_MARK, TEACHER_ACCURACY
 from opd.config import Config, ServerTeacherConfig
 
 if TYPE_CHECKING:

@@ -36,7 +36,9 @@ def _answer(arguments: Sequence[str]) -> int:
         print(f"opd: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("opd: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "opd: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
+        )
         return FAILED
     return DONE
 

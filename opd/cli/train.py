@@ -31,6 +31,7 @@ def train(recipe_name: str, overrides: Sequence[str], *, multirun: bool) -> None
     recipe = find_recipe(recipe_name)
     prepare(recipe)
     folders: list[Path] = []
+    failures: list[Exception] = []
 
     def job(cfg: DictConfig) -> None:
         hydra_config = HydraConfig.get()
@@ -39,7 +40,12 @@ def train(recipe_name: str, overrides: Sequence[str], *, multirun: bool) -> None
         one = typed(cfg, hydra_config.runtime.choices, recipe, own)
         folder = run_folder(one, job_name)
         folders.append(folder)
-        run(one, folder)
+        try:
+            run(one, folder)
+        except Exception as error:  # the other jobs of a sweep go on; raised below
+            failures.append(error)
+            if multirun:
+                print(f"opd: {folder}: {error}", file=sys.stderr)
 
     command_line = sys.argv
     flag = ["--multirun"] if multirun else []
@@ -48,8 +54,11 @@ def train(recipe_name: str, overrides: Sequence[str], *, multirun: bool) -> None
         hydra.main(version_base="1.3", config_path=None)(job)()
     finally:
         sys.argv = command_line
-    if multirun:
-        print_comparison(folders, folders[0].parent)
+    finished = [f for f in folders if (f / "final").is_dir()]
+    if multirun and finished:
+        print_comparison(finished, folders[0].parent)
+    if failures:
+        raise failures[0]
 
 
 def _job_name(hydra_config: Any) -> str:
@@ -58,7 +67,7 @@ def _job_name(hydra_config: Any) -> str:
 
 def run(recipe: Composed, folder: Path) -> None:
     """Check, train and report one run; with ``dry_run`` only check and say what would be done."""
-    from opd.tracking.report import summary_table
+    from opd.tracking.terminal import summary_table
 
     console = Console()
     checked = check(recipe, folder)
@@ -85,7 +94,8 @@ def print_config(recipe_name: str, overrides: Sequence[str]) -> None:
 
 def print_comparison(folders: Sequence[Path], out: Path) -> None:
     """The runs as a table here, and as report.html and report.csv in ``out``."""
-    from opd.tracking.report import comparison_table, compare_runs
+    from opd.tracking.report import compare_runs
+    from opd.tracking.terminal import comparison_table
 
     page, table = compare_runs(folders, out)
     console = Console()

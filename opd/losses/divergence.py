@@ -2,26 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch.nn.functional import pad
 
 from opd.batch import Batch, LossOutput
 from opd.losses.closed_form import with_gradients
+from opd.types import DivergenceKind
 
 MAX_LOG_RATIO = 1e4  # nats; exp(-1e4) is 0, so 0 * log 0 is 0 and no infinity meets a zero
 UNSEEN_TAIL = math.log(2.0**-24)  # what 1 - sum(p) cannot tell from zero in float32
-
-
-class DivergenceKind(StrEnum):
-    """p is the teacher, q the student."""
-
-    forward_kl = "forward_kl"
-    reverse_kl = "reverse_kl"
-    jsd = "jsd"
-    skew_kl = "skew_kl"
-    skew_reverse_kl = "skew_reverse_kl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,20 +1,11 @@
 """Reverse KL from one sampled token each: the teacher's log-prob as a reward."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 
 from opd.batch import Batch, LossOutput
-
-
-class Importance(StrEnum):
-    """What to do about tokens written by other weights or other arithmetic than the learner's."""
-
-    none = "none"
-    clip = "clip"
-    truncate = "truncate"
-    mask = "mask"
+from opd.types import Importance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

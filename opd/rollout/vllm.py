@@ -40,7 +40,9 @@ def start_llm(settings: VllmSettings, device: torch.device) -> "LLM":
     over without copies.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault(
+        "VLLM_LOGGING_LEVEL", "ERROR"
+    )  # each reload warns of modules without weights
     if settings.eager:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from vllm import LLM
@@ -62,6 +64,7 @@ def start_llm(settings: VllmSettings, device: torch.device) -> "LLM":
         trust_remote_code=settings.trust_remote_code,
         distributed_executor_backend="external_launcher" if on_gpu else "uni",
         max_logprobs=-1,
+        use_tqdm_on_load=False,
         logprobs_mode="processed_logprobs",
         **memory,
     )

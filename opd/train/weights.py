@@ -52,15 +52,13 @@ def with_lora(student: Any, config: LoraConfig) -> torch.nn.Module:
     )
 
 
-def full_weights(
-    model: torch.nn.Module, gathered: Gathered
-) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(model: torch.nn.Module, gathered: Gathered) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, full tensor) of each weight once, tied ones under the input's name, adapters merged.
 
     Tensors are gathered a decoder layer at a time, so that the parts of a fused module arrive
     together; a consumer may keep a tensor past its turn. Every rank must exhaust the iterator.
     """
-    modules = [m for m in _weight_modules(causal_lm(model))]
+    modules = list(_weight_modules(causal_lm(model)))
     for _, layer in groupby(modules, key=lambda m: _layer(m[0])):
         owned = list(layer)
         with torch.no_grad(), gathered([p for _, m in owned for p in m.parameters()]):
@@ -109,7 +107,10 @@ def _layer(name: str) -> str:
 
 
 def export(
-    weights: Iterable[tuple[str, torch.Tensor]], model: torch.nn.Module, tokenizer: Any, folder: Path
+    weights: Iterable[tuple[str, torch.Tensor]],
+    model: torch.nn.Module,
+    tokenizer: Any,
+    folder: Path,
 ) -> None:
     """A plain Hugging Face checkpoint that transformers and vLLM load; shards of at most 5 GB."""
     from huggingface_hub import save_torch_state_dict

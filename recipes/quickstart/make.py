@@ -7,9 +7,10 @@ The task is column addition with the steps written out. The answer to ``345+78=`
 one ``digit+digit+carry=sum`` per column from the right, then ``#`` and the result. Each column is
 easy, the answer is right only if all columns are, and the carry links every column to the next.
 
-Both models learn from worked examples. The teacher sees sums as they come. The student sees almost
-only sums **without a carry**: it has the format and half of the addition table, and hardly ever
-carries. Carrying is what on-policy distillation has to teach it.
+Both models learn to write such solutions from worked examples. The teacher's are right. The
+student's were written by somebody careless, who forgets a carry seven times in ten: it adds every
+column well, knows that carries exist, and mostly drops them. On-policy distillation has to teach it
+to carry, in solutions that it writes itself.
 
 No prompt of ``eval.jsonl`` (nor the same sum with its operands exchanged) occurs in
 ``train.jsonl`` or in the worked examples of either model.
@@ -39,56 +40,43 @@ Sum = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How one of the two models is shaped and trained; `carries` is the share of examples that
-    may carry, the others never do."""
+    """How one of the two models is shaped and trained; `slip` is the chance that a carry is
+    forgotten in its worked examples."""
 
     layers: int
     width: int
     heads: int
     kv_heads: int
     mlp: int
-    carries: float
+    slip: float
     steps: int
     batch: int
     lr: float
 
 
 TEACHER = Recipe(
-    layers=3, width=192, heads=6, kv_heads=2, mlp=512, carries=1.0, steps=450, batch=96, lr=2e-3
+    layers=3, width=192, heads=6, kv_heads=2, mlp=512, slip=0.0, steps=450, batch=96, lr=2e-3
 )
 STUDENT = Recipe(
-    layers=2, width=128, heads=4, kv_heads=2, mlp=384, carries=0.03, steps=260, batch=96, lr=2e-3
+    layers=2, width=128, heads=4, kv_heads=2, mlp=384, slip=0.7, steps=600, batch=96, lr=3e-3
 )
 
 
-def work(a: int, b: int) -> str:
-    """The written-out solution of a + b, without the end token."""
-    steps, carry = [], 0
+def work(a: int, b: int, slip: float, rng: random.Random) -> str:
+    """The written-out solution of a + b, each carry forgotten with chance `slip`; no end token."""
+    steps, digits, carry, total = [], "", 0, 0
     for place in range(max(len(str(a)), len(str(b)))):
         x, y = a // 10**place % 10, b // 10**place % 10
-        steps.append(f"{x}+{y}+{carry}={x + y + carry:02d}")
-        carry = (x + y + carry) // 10
-    return ";".join(steps) + f"#{a + b}"
+        total = x + y + carry
+        steps.append(f"{x}+{y}+{carry}={total:02d}")
+        digits = f"{total % 10}{digits}"
+        carry = total // 10 if rng.random() >= slip else 0
+    return ";".join(steps) + f"#{total // 10 or ''}{digits}"
 
 
 def draw(rng: random.Random) -> Sum:
     """Two operands, the length of each uniform over `DIGITS`."""
     a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in rng.choices(DIGITS, k=2))
-    return a, b
-
-
-def draw_without_carry(rng: random.Random) -> Sum:
-    """Like `draw`, but no column reaches ten."""
-    lengths = rng.choices(DIGITS, k=2)
-    a = b = 0
-    for place in range(max(lengths)):
-        low = [int(place == n - 1) for n in lengths]
-        high = [9 if place < n else 0 for n in lengths]
-        x = rng.randint(low[0], min(high[0], 9 - low[1]))
-        y = rng.randint(low[1], min(high[1], 9 - x))
-        if rng.random() < 0.5 and low[1] <= x <= high[1] and low[0] <= y <= high[0]:
-            x, y = y, x
-        a, b = a + x * 10**place, b + y * 10**place
     return a, b
 
 
@@ -145,11 +133,11 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCa
 
 
 def worked_examples(
-    sums: list[Sum], tokenizer: PreTrainedTokenizerFast
+    sums: list[Sum], tokenizer: PreTrainedTokenizerFast, slip: float, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids, right-padded, and labels that are -100 on the prompt and the padding."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    rows = [(f"{a}+{b}=", work(a, b)) for a, b in sums]
+    rows = [(f"{a}+{b}=", work(a, b, slip, rng)) for a, b in sums]
     prompts = tokenizer([p for p, _ in rows])["input_ids"]
     answers = tokenizer([w for _, w in rows])["input_ids"]
     longest = max(len(p) + len(w) + 1 for p, w in zip(prompts, answers, strict=True))
@@ -203,10 +191,10 @@ def pretrain(
     for step in range(1, recipe.steps + 1):
         sums: list[Sum] = []
         while len(sums) < recipe.batch:
-            pair = draw(rng) if rng.random() < recipe.carries else draw_without_carry(rng)
+            pair = draw(rng)
             if pair not in banned:
                 sums.append(pair)
-        ids, labels = worked_examples(sums, tokenizer)
+        ids, labels = worked_examples(sums, tokenizer, recipe.slip, rng)
         loss = model(
             input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels
         ).loss

