@@ -88,3 +88,27 @@ def tail_logps(logp_NV: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
     outside.
     """
     used_N1 = ids_NK.amax(dim=1, keepdim=True)  # stands in for the unused places of its row
+    inside_NK = ids_NK.where(ids_NK >= 0, used_N1).clamp(min=0)
+    tail_N = logp_NV.scatter(1, inside_NK, -torch.inf).logsumexp(dim=1)
+    return tail_N.masked_fill(used_N1[:, 0] < 0, 0.0)
+
+
+def _say(
+    logp_CV: torch.Tensor,
+    target_C: torch.Tensor,
+    named_ids_CK: torch.Tensor | None,
+    pieces: Pieces,
+) -> dict[str, torch.Tensor]:
+    said = {"logp_N": logp_CV.gather(1, target_C[:, None])[:, 0]}
+    supports = [] if named_ids_CK is None else [named_ids_CK]
+    if pieces.top_k:
+        supports.insert(0, logp_CV.topk(min(pieces.top_k, logp_CV.shape[1]), dim=1).indices)
+    if supports:
+        ids_CK = union_ids(supports)
+        logp_CK = logp_CV.gather(1, ids_CK.clamp(min=0))
+        said["support_ids_NK"] = ids_CK
+        said["support_logp_NK"] = logp_CK.masked_fill(ids_CK < 0, -torch.inf)
+        said["support_tail_N"] = tail_logps(logp_CV, ids_CK)
+    if pieces.full_logps:
+        said["full_logp_NV"] = logp_CV
+    return {name: value.cpu() for name, value in said.items()}
