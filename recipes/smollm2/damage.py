@@ -4,7 +4,8 @@
     python recipes/smollm2/damage.py --model TEACHER --out STUDENT --drop-layers 13 14
     python recipes/smollm2/damage.py --model TEACHER --out STUDENT --quantize 5
 
-The three kinds, applied to matrices only (the vectors of the norms are left alone):
+The three kinds. Noise and rounding go to the matrices of the layers; norms, embedding and head
+are left alone, as quantisers leave them: the row of a token that training never shows cannot heal.
 
 - ``--noise S``: ``W + S * rms(W) * N(0, 1)``, the root mean square taken over each matrix. Rounding
   to b bits adds an error of this kind.
@@ -12,8 +13,7 @@ The three kinds, applied to matrices only (the vectors of the norms are left alo
 - ``--quantize B``: each output row is rounded to the nearest of ``2**B - 1`` evenly spaced levels,
   symmetric about zero, and stored as the rounded value (no packed format).
 
-A matrix shared by the embedding and the head is damaged once. The same model, kind and seed give
-the same file, byte for byte.
+The same model, kind and seed give the same file, byte for byte.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def damage(model: PreTrainedModel, args: argparse.Namespace) -> None:
         drop_layers(model, set(args.drop_layers))
         return
     generator = torch.Generator().manual_seed(args.seed)
-    for parameter in model.parameters():  # tied weights come up once
+    for parameter in model.model.layers.parameters():
         if parameter.ndim < 2:
             continue
         weight = parameter.float()
