@@ -1,10 +1,10 @@
 """Everything that can be known before anything expensive: one sentence for each mistake."""
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from opd import build
@@ -20,14 +20,21 @@ from opd.config import (
     problems,
 )
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What the checks found out on their way; ``start`` is the step to go on from."""
+    """What the checks found out on their way; ``start`` is the step to go on from.
 
-    text: build.Text
-    prompts: build.Prompts
+    ``unseen`` names what lies on a hub that cannot be reached; a dry run checks around it, and then
+    there are no ``text`` and ``prompts``.
+    """
+
     start: int
+    text: build.Text | None = None
+    prompts: build.Prompts | None = None
+    unseen: tuple[str, ...] = ()
 
 
 def check(composed: Composed, folder: Path) -> Checked:
@@ -39,6 +46,9 @@ def check(composed: Composed, folder: Path) -> Checked:
     start = open_folder(composed, folder)
     if config.launch.engine == TrainingEngine.deepspeed:
         _launch_file_is_sound(config)
+    unseen = hub_names(config)
+    if unseen and config.dry_run and not hub_answers():
+        return Checked(start=start, unseen=tuple(unseen))
     text = build.build_text(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
@@ -50,7 +60,37 @@ def check(composed: Composed, folder: Path) -> Checked:
             f"launch.processes={config.launch.processes}: give every process one, or 0"
         )
     _teacher_fits(config, text, prompts)
-    return Checked(text=text, prompts=prompts, start=start)
+    return Checked(start=start, text=text, prompts=prompts)
+
+
+def hub_names(config: Config) -> list[str]:
+    """Settings that name something on a hub: owner/name, and no such path here."""
+    named = {
+        "student.model": config.student.model,
+        "teacher.model": config.teacher.model,
+        "data.train": config.data.train,
+        "data.eval": config.data.eval,
+        "eval.kl_data": config.eval.kl_data,
+    }
+    return [
+        f"{setting}={name}"
+        for setting, name in named.items()
+        if name and HUB_NAME.fullmatch(name) and not Path(name).exists()
+    ]
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached now; asked once, for a few seconds at most."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=5)
+    except httpx.HTTPError:
+        return False
+    return True
 
 
 def _missing_packages(config: Config) -> list[str]:
@@ -112,14 +152,19 @@ def plan_table(composed: Composed, checked: Checked, folder: Path) -> Table:
         "loss": composed.choices["loss"],
         "optimizer": f"{composed.choices['optim']}, lr {config.optim.lr:g}, ZeRO {config.zero}, "
         f"{config.train.precision.value}, adapter {composed.choices['adapter']}",
-        "prompts": f"{len(checked.prompts.train)} to learn from, {len(checked.prompts.eval)} held "
-        f"out, {len(checked.prompts.divergence)} for the divergence",
         "step": f"{config.train.prompts_per_step} prompts x {rollout.n} completions of at most "
         f"{rollout.max_tokens} tokens, by {config.launch.processes} process(es)",
         "steps": f"{config.train.steps}, going on from {checked.start}",
-        "longest": f"{checked.prompts.max_length} tokens of {checked.text.max_length}",
         "folder": str(folder),
     }
+    if checked.prompts is not None and checked.text is not None:
+        rows["prompts"] = (
+            f"{len(checked.prompts.train)} to learn from, {len(checked.prompts.eval)} held out, "
+            f"{len(checked.prompts.divergence)} for the divergence"
+        )
+        rows["longest"] = f"{checked.prompts.max_length} tokens of {checked.text.max_length}"
+    if checked.unseen:
+        rows["not checked"] = f"{', '.join(checked.unseen)}: the hub cannot be reached"
     for name, words in rows.items():
         table.add_row(name, words)
     return table
@@ -134,8 +179,3 @@ def _teacher_words(config: Config) -> str:
         case LocalTeacherConfig(model=model):
             return f"{model}, inside each training process"
     return "none"
-
-
-def say(console: Console, composed: Composed, checked: Checked, folder: Path) -> None:
-    """Print the plan."""
-    console.print(plan_table(composed, checked, folder))

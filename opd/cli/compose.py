@@ -69,6 +69,8 @@ def hydra_arguments(recipe: Path) -> list[str]:
         f"--config-dir={recipe.parent}",
         f"--config-name={recipe.stem}",
         f"hydra.searchpath=[{CONF}]",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
     ]
 
 

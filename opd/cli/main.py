@@ -15,22 +15,23 @@ OVERRIDES_HELP = "settings as in Hydra: loss=jsd optim.lr=1e-4; see docs/configu
 
 def main() -> None:
     """Entry point. Exit status 0: done; 2: the user's mistake, said in a sentence; 1: anything else."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     warnings.filterwarnings("ignore", message=".*hydra.searchpath.*")
     sys.exit(_answer(sys.argv[1:]))
 
 
 def _answer(arguments: Sequence[str]) -> int:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from opd.cli.launch import WorkerFailed
+    from opd.cli.mistakes import sentence
 
     try:
         parsed, rest = _parser().parse_known_args(arguments)
         parsed.run(parsed, rest)
     except (ValueError, HydraException, OmegaConfBaseException) as error:
-        print(f"opd: {_sentence(error)}", file=sys.stderr)
+        print(f"opd: {sentence(error)}", file=sys.stderr)
         return MISTAKE
     except (WorkerFailed, ConnectionError) as error:
         print(f"opd: {error}", file=sys.stderr)
@@ -41,18 +42,6 @@ def _answer(arguments: Sequence[str]) -> int:
         )
         return FAILED
     return DONE
-
-
-def _sentence(error: BaseException) -> str:
-    """Hydra and OmegaConf wrap the reason and add lines about their internals; keep the reasons."""
-    said: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        lines = [line for line in str(cause).splitlines() if line.strip()]
-        noise = ("    full_key", "    object_type", "Set the environment", "    reference_type")
-        said += [line for line in lines if not line.startswith(noise) and line not in said]
-        cause = cause.__cause__
-    return "\n".join(said)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="put runs side by side: one page and a csv")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     report.add_argument(
-        "--out", default="report", help="folder for report.html and report.csv (default: report)"
+        "--out", default=".", help="folder for comparison.html and comparison.csv (default: here)"
     )
     report.set_defaults(run=_report)
     return parser

@@ -1,9 +1,10 @@
 """``opd train``: compose with Hydra, check, start, and end with a table."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,11 +25,17 @@ from opd.cli.compose import (
 from opd.cli.examine import teacher_accuracy
 from opd.cli.folder import describe
 from opd.cli.launch import run_processes
+from opd.cli.worker import leave_after
 
 
 def train(recipe_name: str, overrides: Sequence[str], *, multirun: bool) -> None:
-    """Run one job, or with ``multirun`` every combination, each in a folder of its own."""
+    """Run one job, or with ``multirun`` every combination, each in a folder of its own.
+
+    Under torchrun, accelerate launch or srun (RANK is set) this process is one rank of one job.
+    """
     recipe = find_recipe(recipe_name)
+    if "RANK" in os.environ:
+        join(composed(recipe, overrides))
     prepare(recipe)
     folders: list[Path] = []
     failures: list[Exception] = []
@@ -59,6 +66,14 @@ def train(recipe_name: str, overrides: Sequence[str], *, multirun: bool) -> None
         print_comparison(finished, folders[0].parent)
     if failures:
         raise failures[0]
+
+
+def join(recipe: Composed) -> NoReturn:
+    """Be one rank of a run that another launcher started; rank 0 checks and describes it."""
+    if os.environ["RANK"] == "0":
+        check(recipe, run_folder(recipe))
+        describe(recipe, run_folder(recipe))
+    leave_after(recipe)
 
 
 def _job_name(hydra_config: Any) -> str:
@@ -93,7 +108,7 @@ def print_config(recipe_name: str, overrides: Sequence[str]) -> None:
 
 
 def print_comparison(folders: Sequence[Path], out: Path) -> None:
-    """The runs as a table here, and as report.html and report.csv in ``out``."""
+    """The runs as a table here, and as comparison.html and comparison.csv in ``out``."""
     from opd.tracking.report import compare_runs
     from opd.tracking.terminal import comparison_table
 

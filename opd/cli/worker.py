@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from opd import build
 from opd.cli.compose import Composed, composed, find_recipe, run_folder
@@ -158,15 +158,14 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main() -> None:
-    """``python -m opd.cli.worker RECIPE [overrides]`` under a launcher that sets RANK and the rest.
+def leave_after(recipe: Composed) -> NoReturn:
+    """Run this rank to its end and leave the process at once, with the status that says how it went.
 
-    Leaves the process at once, with status 2 for the user's mistakes and 1 for anything else: after
-    an exception nothing waits for a peer, and engines are not torn down politely.
+    2 for the user's mistakes, 1 for anything else: after an exception nothing waits for a peer, and
+    engines are not torn down politely.
     """
-    _end_with_parent()
     try:
-        status = _run(sys.argv[1], sys.argv[2:])
+        status = _run(recipe)
     except BaseException:
         traceback.print_exc()
         status = FAILED
@@ -175,9 +174,9 @@ def main() -> None:
     os._exit(status)
 
 
-def _run(recipe: str, overrides: Sequence[str]) -> int:
+def _run(recipe: Composed) -> int:
     try:
-        run = assembled(composed(find_recipe(recipe), overrides))
+        run = assembled(recipe)
     except ValueError as error:
         traceback.print_exc()
         print(f"{MISTAKE_MARK}{error}", file=sys.stderr)
@@ -188,4 +187,5 @@ def _run(recipe: str, overrides: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    _end_with_parent()
+    leave_after(composed(find_recipe(sys.argv[1]), sys.argv[2:]))

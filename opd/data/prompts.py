@@ -106,7 +106,7 @@ class _Reading:
         said = self._filled(place, row) if self.template is not None else self._said(place, row)
         text, templated = self._rendered(place, said)
         # The chat template writes the special tokens itself; twice would be once too many.
-        ids = self.tokenizer(text, add_special_tokens=not templated)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"]
         token_ids: IntArray = np.asarray(ids, dtype=np.int32)
         if len(token_ids) == 0:
             raise ValueError(f"{place}: the prompt {text[:60]!r} tokenises to nothing; remove it")

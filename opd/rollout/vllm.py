@@ -120,8 +120,8 @@ class VllmRollouts:
         engine = self.llm.llm_engine
         outputs: list[RequestOutput] = []
         while engine.has_unfinished_requests():
-            done = [o for o in engine.step() if o.finished]
-            outputs += done  # pyright: ignore[reportArgumentType]
+            done: list[Any] = [o for o in engine.step() if o.finished]
+            outputs += done
             advance(len(done))
         return sorted(outputs, key=lambda o: int(o.request_id))
 

@@ -26,10 +26,11 @@ def load_student(
     student = AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
     )
-    if student.get_output_embeddings().bias is not None:
+    head = student.get_output_embeddings()
+    if head is None or head.bias is not None:
         raise ValueError(
-            f"student.model={model} has a bias on its output head, found in few models and not "
-            "supported: choose a model whose head is a plain matrix"
+            f"student.model={model} has no output head or one with a bias, which is not supported: "
+            "choose a causal language model whose head is a plain matrix"
         )
     return student
 
@@ -66,7 +67,7 @@ def full_weights(model: torch.nn.Module, gathered: Gathered) -> Iterator[tuple[s
                 yield from _module_weights(name, module)
 
 
-def _weight_modules(causal: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+def _weight_modules(causal: Any) -> Iterator[tuple[str, Any]]:
     """Modules that own weights, a peft layer counting as one; a tied head is left out."""
     from peft.tuners.lora import LoraLayer
 
@@ -85,9 +86,9 @@ def _weight_modules(causal: Any) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def _module_weights(name: str, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear as LoraLinear
 
-    if not isinstance(module, LoraLayer):
+    if not isinstance(module, LoraLinear):
         for leaf, parameter in module.named_parameters(recurse=False):
             yield f"{name}.{leaf}", parameter.detach()
         return

@@ -1,0 +1,153 @@
+"""The order of the loop: who is called when, and with what."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opd.loop import Loop
+from opd.types import (
+    Evaluation,
+    FinishReason,
+    Prompt,
+    Rollout,
+    Sampling,
+    Scored,
+    StepReport,
+    TeacherInfo,
+)
+
+
+class Everybody:
+    """All the loop's clients in one, writing down what they are asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.rows: dict[int, Mapping[str, float]] = {}
+        self.seeds: list[int] = []
+        self.version = 0
+
+    def take(self, step: int) -> list[Prompt]:
+        self.calls.append(f"take {step}")
+        return [Prompt(uid="a", token_ids=np.ones(1, np.int32))]
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        self.calls.append("generate")
+        self.seeds.append(sampling.seed)
+        return [
+            Rollout(
+                prompt=p,
+                token_ids=np.ones(3, np.int32),
+                logps=np.zeros(3, np.float32),
+                finish_reason=FinishReason.length,
+                version=self.version,
+            )
+            for p in prompts
+        ]
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        self.calls.append("score")
+        return [Scored(rollout=r) for r in rollouts]
+
+    def info(self) -> TeacherInfo:
+        raise AssertionError("the loop does not ask")
+
+    def head(self) -> Any:
+        raise AssertionError("the loop does not ask")
+
+    def step(self, scored: Sequence[Scored]) -> StepReport:
+        self.calls.append("learn")
+        self.version += 1
+        return StepReport(version=self.version, metrics={"loss/total": 1.0})
+
+    def weights(self) -> Iterable[Any]:
+        return [("w", self.version)]
+
+    def load(self, folder: str) -> None:
+        raise AssertionError("the loop does not load")
+
+    def push(self, weights: Iterable[Any], version: int) -> dict[str, float]:
+        assert list(weights) == [("w", self.version)]
+        self.calls.append(f"push {version}")
+        return {"sync/bytes": 1.0}
+
+    def evaluate(self, step: int) -> Evaluation:
+        self.calls.append(f"evaluate {step}")
+        return Evaluation(metrics={"eval/t/accuracy": 0.5}, samples=[{"uid": "a"}])
+
+    def verify(self) -> dict[str, float]:
+        self.calls.append("verify")
+        return {"sync/gap": 0.0}
+
+    def save(self, step: Any) -> None:
+        self.calls.append(f"save {step}")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.rows[step] = metrics
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        self.calls.append(f"samples {step}")
+
+    def close(self) -> None: ...
+
+
+def run(everybody: Everybody, *, start: int, steps: int, every: int) -> list[str]:
+    Loop(
+        prompts=everybody,
+        engine=everybody,
+        teacher=everybody,
+        learner=everybody,
+        sync=everybody,
+        evaluator=everybody,
+        tracker=everybody,
+        verify=everybody.verify,
+        save=everybody.save,
+        total=dict,
+        sampling=Sampling(seed=3),
+        steps=steps,
+        eval_every=every,
+        save_every=every,
+        verify_every=every,
+    ).run(start)
+    return everybody.calls
+
+
+STEP = ["generate", "score", "learn"]
+
+
+def test_weights_go_out_before_anything_is_asked_and_after_every_step() -> None:
+    calls = run(Everybody(), start=0, steps=3, every=2)
+    assert calls == [
+        "push 0", "verify", "evaluate 0", "samples 0",
+        "take 0", *STEP, "push 1",
+        "take 1", *STEP, "push 2", "verify", "evaluate 2", "samples 2", "save 2",
+        "take 2", *STEP, "push 3", "evaluate 3", "samples 3", "save 3",
+    ]  # fmt: skip
+
+
+def test_a_resumed_run_asks_for_what_comes_next_and_does_not_repeat_step_0() -> None:
+    everybody = Everybody()
+    everybody.version = 2
+    calls = run(everybody, start=2, steps=3, every=0)
+    assert calls == ["push 2", "verify", "take 2", *STEP, "push 3", "evaluate 3", "samples 3", "save 3"]
+    assert list(everybody.rows) == [3]
+
+
+def test_every_step_draws_with_its_own_seed_whether_resumed_or_not() -> None:
+    whole, later = Everybody(), Everybody()
+    later.version = 2
+    run(whole, start=0, steps=4, every=0)
+    run(later, start=2, steps=4, every=0)
+    assert len(set(whole.seeds)) == 4
+    assert later.seeds == whole.seeds[2:]
+
+
+def test_a_row_tells_lengths_tokens_times_and_bytes() -> None:
+    everybody = Everybody()
+    run(everybody, start=0, steps=1, every=0)
+    row = everybody.rows[1]
+    assert row["rollout/length"] == 3
+    assert row["rollout/truncated"] == 1
+    assert row["tokens/generated"] == 3
+    assert {"time/rollout", "time/teacher", "time/learn", "time/sync", "time/step"} <= row.keys()
+    assert everybody.rows[0].keys() >= {"eval/t/accuracy", "sync/bytes", "sync/gap"}
