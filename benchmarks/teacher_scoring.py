@@ -315,8 +315,9 @@ def table(rows: Sequence[dict]) -> str:
         "| case | way | sequences | tokens/s | tokens/CPU s | MiB above loaded | opd over it |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for row in sorted(rows, key=lambda row: list(ours).index(row["case"])):
-        ratio = ours[row["case"]] / row["tokens_per_cpu_second"]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    for row in sorted(rows, key=lambda row: cases.index(row["case"])):
+        ratio = ours.get(row["case"], float("nan")) / row["tokens_per_cpu_second"]
         lines.append(
             f"| {row['case']} | {row['way']} | {row['sequences']} | "
             f"{row['tokens_per_second']:.0f} | {row['tokens_per_cpu_second']:.0f} | "
