@@ -316,7 +316,7 @@ def teacher_info(config: TeacherConfig, student: "Vocabulary") -> TeacherInfo:
         except ConnectionError as error:
             raise ValueError(
                 f"teacher.url={config.url} cannot be reached ({error}): start one with "
-                "`opd teacher MODEL`, or give teacher.model"
+                "`opd teacher --model MODEL`, or give teacher.model"
             ) from None
     assert config.model is not None
     try:

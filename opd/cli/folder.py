@@ -1,6 +1,7 @@
 """The run folder: whose it is, what it says about the run, and where to go on."""
 
 import importlib.metadata
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from opd.cli.compose import Composed
 from opd.config import LearningRateSchedule, Resume
 
 CONFIG = "config.yaml"
+COMMAND_LINE = tuple(sys.argv[1:])  # as typed; Hydra gets another one
 MAY_CHANGE = (
     "run.",
     "tracking.",
@@ -62,7 +64,7 @@ def describe(composed: Composed, folder: Path) -> None:
         "config": composed.plain,
         "choices": composed.choices,
         "recipe": str(composed.recipe),
-        "command": " ".join(["opd", *sys.argv[1:]]),
+        "command": shlex.join(["opd", *COMMAND_LINE]),
         "git": _git(),
         "versions": {"opd": _version("opd"), "python": sys.version.split()[0]}
         | {name: found for name in packages if (found := _version(name))},

@@ -58,7 +58,7 @@ class StudentLearner:
         self._model.train()
         tokens = self._global_tokens(scored)
         totals = Totals()
-        batches = self._batches(scored)
+        batches = self._batches(scored, discount=self._discount)
         with self._progress.track("learn", len(batches)) as advance:
             for number, batch in enumerate(batches, start=1):
                 out = self._engine.forward(batch, self._loss)
@@ -120,15 +120,15 @@ class StudentLearner:
     def _groups(self, scored: Sequence[Scored]) -> list[list[Scored]]:
         return micro_batches(scored, tokens=self._micro_tokens)
 
-    def _batches(self, scored: Sequence[Scored]) -> list[Batch]:
+    def _batches(self, scored: Sequence[Scored], *, discount: float = 0.0) -> list[Batch]:
         """As many micro-batches as the busiest rank has: collectives must match, so ghosts fill up."""
-        batches = [self._collated(group) for group in self._groups(scored)]
+        batches = [self._collated(group, discount) for group in self._groups(scored)]
         most = int(self._world.max({"batches": float(len(batches))})["batches"])
-        ghost = self._collated(list(scored[:1])).rows(0, 0)
+        ghost = self._collated(list(scored[:1]), discount).rows(0, 0)
         return batches + [ghost] * (most - len(batches))
 
-    def _collated(self, scored: Sequence[Scored]) -> Batch:
-        return collate(scored, pad_id=self._pad_id, discount=self._discount)
+    def _collated(self, scored: Sequence[Scored], discount: float) -> Batch:
+        return collate(scored, pad_id=self._pad_id, discount=discount)
 
 
 class Totals:

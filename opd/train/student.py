@@ -76,6 +76,8 @@ class Student(nn.Module):
             self.spec,
             temperature=self.temperature,
             teacher_head_VD=None if batch.teacher_hidden_ND is None else self._teacher_head(),
+            # its scale is in the matrix already, and capped heads send log-probs instead
+            teacher_spec=HeadSpec(vocab_size=self.spec.vocab_size),
             chunk=self.chunk,
         )
 

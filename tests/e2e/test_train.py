@@ -1,6 +1,8 @@
 """``opd train`` end to end: real vLLM, the real teacher server, DeepSpeed on two ranks."""
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,8 +135,6 @@ def test_a_run_folder_of_another_recipe_is_refused(run: Path) -> None:
 
 
 def test_a_checkpoint_that_is_cut_short_is_refused(run: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "final")
@@ -142,8 +142,8 @@ def test_a_checkpoint_that_is_cut_short_is_refused(run: Path, tmp_path: Path) ->
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     with largest.open("r+b") as file:
         file.truncate(100)
-    arguments = yaml.safe_load((copy / "config.yaml").read_text())["command"].split()[1:]
-    done = opd(*arguments, cwd=tmp_path)
+    command = yaml.safe_load((copy / "config.yaml").read_text())["command"]
+    done = opd(*shlex.split(command)[1:], cwd=tmp_path)
     assert done.returncode == 2
     assert "is cut short" in done.stderr
     assert largest.name in done.stderr
