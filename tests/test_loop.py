@@ -129,7 +129,16 @@ def test_a_resumed_run_asks_for_what_comes_next_and_does_not_repeat_step_0() -> 
     everybody = Everybody()
     everybody.version = 2
     calls = run(everybody, start=2, steps=3, every=0)
-    assert calls == ["push 2", "verify", "take 2", *STEP, "push 3", "evaluate 3", "samples 3", "save 3"]
+    assert calls == [
+        "push 2",
+        "verify",
+        "take 2",
+        *STEP,
+        "push 3",
+        "evaluate 3",
+        "samples 3",
+        "save 3",
+    ]
     assert list(everybody.rows) == [3]
 
 

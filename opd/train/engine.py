@@ -174,13 +174,15 @@ class DeepSpeedEngine:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """DeepSpeed unpickles its files freely; inside, only tensors and its own loss scaler load."""
+    """DeepSpeed unpickles its files freely; inside, only tensors and plain classes of its own load."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler]):
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             yield
     finally:
         if before is None:

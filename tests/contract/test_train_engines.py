@@ -18,6 +18,8 @@ EXACT = [
 CUTS = ["torch/fp32/adamw/17", "torch/fp32/adamw/40", "torch/fp32/sgd/40"]
 ROUNDED = [f"{zero}/bf16/adamw/40" for zero in range(4)]
 PURE = ["1/pure_bf16/sgd/40"]
+RESUMED = [*(f"{zero}/fp32/adamw/40" for zero in range(4)), *ROUNDED, "1/pure_bf16/sgd/40"]
+RESUMED_ALONE = [REFERENCE["sgd"], "torch/bf16/adamw/40"]
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,19 @@ def trained(
     tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[[int, list[str]], None]
 ) -> Path:
     out = tmp_path_factory.mktemp("trained")
-    run_ranks(1, [SCRIPT, str(out), *REFERENCE.values(), *CUTS, "torch/bf16/adamw/40"])
-    run_ranks(2, [SCRIPT, str(out), *EXACT, *ROUNDED, *PURE])
+    run_ranks(
+        1,
+        [
+            SCRIPT,
+            str(out),
+            *REFERENCE.values(),
+            *CUTS,
+            "torch/bf16/adamw/40",
+            *(f"{case}/resumed" for case in RESUMED_ALONE),
+        ],
+    )
+    resumed = [f"{case}/resumed" for case in RESUMED]
+    run_ranks(2, [SCRIPT, str(out), *EXACT, *ROUNDED, *PURE, *resumed])
     return out
 
 
@@ -65,21 +78,18 @@ def test_metrics_do_not_depend_on_stage_ranks_or_cuts(trained: Path, case: str) 
 
 
 @pytest.mark.parametrize("case", [*ROUNDED, "torch/bf16/adamw/40"])
-def test_bf16_with_masters_follows_fp32_within_rounding(
+def test_bf16_with_masters_walks_as_far_as_fp32_and_in_its_direction(
     trained: Path, quickstart: Path, case: str
 ) -> None:
     exact, found = weights(trained, REFERENCE["adamw"]), weights(trained, case)
     start = load_file(quickstart / "student" / "model.safetensors")
     matrices = [name for name in found if found[name].ndim > 1]
-    for name in found:
-        spacing = torch.exp2(torch.floor(torch.log2(exact[name].abs().clamp_min(1e-30))) - 7)
-        # AdamW turns rounded gradients near zero into whole steps; a wrong step counter makes 3e-3
-        gap = (found[name] - exact[name]).abs().mean()
-        assert float(gap) < float(spacing.mean()) / 2 + 1e-3, name
-    walked = sum(float((found[n] - start[n].float()).abs().sum()) for n in matrices)
-    expected = sum(float((exact[n] - start[n].float()).abs().sum()) for n in matrices)
+    walked = torch.cat([(found[n] - start[n].float()).flatten() for n in matrices])
+    expected = torch.cat([(exact[n] - start[n].float()).flatten() for n in matrices])
+    # Adam makes whole steps of rounded gradients, so directions agree on the whole, not each
+    assert float(torch.cosine_similarity(walked, expected, dim=0)) > 0.8
     # an Adam counter that starts at 1 instead of 0 makes this 0.85
-    assert walked / expected == pytest.approx(1.0, abs=0.03)
+    assert float(walked.abs().sum() / expected.abs().sum()) == pytest.approx(1.0, abs=0.03)
 
 
 def test_pure_bf16_trains_only_when_asked_and_loses_small_updates(trained: Path) -> None:
@@ -87,3 +97,11 @@ def test_pure_bf16_trains_only_when_asked_and_loses_small_updates(trained: Path)
     for tensor in found.values():
         assert torch.equal(tensor, tensor.bfloat16().float())
     assert distance(found, exact) > 1e-4
+
+
+@pytest.mark.parametrize("case", [*RESUMED, *RESUMED_ALONE])
+def test_a_learner_that_was_saved_and_loaded_goes_on_bit_for_bit(trained: Path, case: str) -> None:
+    expected, found = weights(trained, case), weights(trained, f"{case}/resumed")
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+    assert reports(trained, f"{case}/resumed")[-1] == reports(trained, case)[-1]

@@ -1,6 +1,7 @@
 """Run by test_train_engines.py in every rank: trains on fixed scores, leaves weights and metrics.
 
-    python train_ranks.py OUT CASE [CASE ...]      CASE = zero/precision/optimizer/micro_tokens
+    python train_ranks.py OUT CASE [CASE ...]      CASE = zero/precision/optimizer/micro_tokens,
+                                                   /resumed: saved and loaded before the last step
 
 ``zero`` is 0..3, or torch for the engine without DeepSpeed.
 """
@@ -97,16 +98,34 @@ def main(out: Path, cases: list[str]) -> None:
     world = join_world()
     for case in cases:
         AcceleratorState._reset_state(reset_partial_state=True)
-        learner, vocab = learner_of(case, world)
-        reports = [
-            learner.step(scores(step, vocab)[world.rank :: world.size]).metrics
-            for step in range(STEPS)
-        ]
+        learner, vocab = learner_of(case.removesuffix("/resumed"), world)
+        reports = []
+        for step in range(STEPS):
+            if step == STEPS - 1 and case.endswith("/resumed"):
+                learner = gone_on(learner, case.removesuffix("/resumed"), out, world)
+            share = scores(step, vocab)[world.rank :: world.size]
+            reports.append(learner.step(share).metrics)
         weights = {name: tensor.float().clone() for name, tensor in learner.weights()}
         if world.is_main:
             name = case.replace("/", "_")
             save_file(weights, out / f"{name}.safetensors")
             (out / f"{name}.json").write_text(json.dumps(reports))
+
+
+def gone_on(learner: StudentLearner, case: str, out: Path, world: World) -> StudentLearner:
+    """A fresh learner that loads what this one saved."""
+    from accelerate.state import AcceleratorState
+
+    folder = out / f"checkpoint_{case.replace('/', '_')}"
+    folder.mkdir(exist_ok=True)
+    world.barrier()
+    learner.save(str(folder))
+    world.barrier()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh, _ = learner_of(case, world)
+    fresh.load(str(folder))
+    assert fresh.version == learner.version
+    return fresh
 
 
 if __name__ == "__main__":
