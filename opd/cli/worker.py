@@ -59,8 +59,9 @@ def assembled(recipe: Composed) -> Run:
     wanted = build.wanted_of(config.loss, sampling.temperature)
     whole = Wanted(full=True, temperature=sampling.temperature)
     vocabulary = vocabulary_of(text.tokenizer, text.vocab_size)
-    teacher, whole_teacher = build.build_teacher(
-        config.teacher, vocabulary, [wanted, whole], world, progress
+    sampled = Wanted(temperature=sampling.temperature)
+    teacher, whole_teacher, sampled_teacher = build.build_teacher(
+        config.teacher, vocabulary, [wanted, whole, sampled], world, progress
     )
     engine, sync = build.build_engine(
         config, config.student.model, text, prompts.max_length, world, progress
@@ -76,7 +77,7 @@ def assembled(recipe: Composed) -> Run:
         text,
         engine,
         world,
-        teacher=teacher,
+        teacher=sampled_teacher,
         measure=divergence_measure(learner, whole_teacher),
         teacher_accuracy=None if accuracy is None else float(accuracy),
     )

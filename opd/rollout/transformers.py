@@ -61,9 +61,6 @@ class TransformersRollouts:
             input_ids=torch.from_numpy(ids_BT).to(device),
             attention_mask=torch.from_numpy(mask_BT).to(device),
             generation_config=self._generation(sampling),
-            return_dict_in_generate=True,
-            output_logits=sampling.temperature == 0,
-            output_scores=sampling.temperature != 0,
         )
         chosen = out.logits if sampling.temperature == 0 else out.scores
         logps_BTV = torch.stack([torch.log_softmax(c.float(), -1) for c in chosen], 1)
@@ -95,6 +92,9 @@ class TransformersRollouts:
             top_p=None if greedy else sampling.top_p,
             top_k=None if greedy else max(0, sampling.top_k),
             max_new_tokens=sampling.max_tokens,
+            return_dict_in_generate=True,
+            output_logits=greedy,
+            output_scores=not greedy,
             eos_token_id=self._stop_ids,
             pad_token_id=self._pad_id,
         )

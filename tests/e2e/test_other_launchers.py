@@ -18,7 +18,7 @@ def test_torchrun_is_a_launcher_too(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-            "--master-port=0", "-m", "opd.cli.main", "train", "quickstart", *WITHOUT_VLLM,
+            "--standalone", "-m", "opd.cli.main", "train", "quickstart", *WITHOUT_VLLM,
             "run.dir=run", "train.steps=2", "loss=topk_reverse_kl", "loss.k=8", "loss.support=union",
             "adapter=lora", "adapter.rank=4", "zero=3", "sync.verify_every=1",
         ],
