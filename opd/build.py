@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from opd.config import (
     Config,
@@ -574,13 +574,13 @@ def build_sync_check(
     )
 
 
-def build_console(world: "World") -> tuple[Any, Progress]:
+def build_console(world: "World", terminal: TextIO) -> tuple[Any, Progress]:
     """A rich console and its bars on rank 0; silence elsewhere."""
     from rich.console import Console
 
     from opd.tracking.console import ConsoleProgress, SilentProgress
 
-    console = Console(quiet=not world.is_main)
+    console = Console(file=terminal, quiet=not world.is_main)
     return console, ConsoleProgress(console) if world.is_main else SilentProgress()
 
 

@@ -56,7 +56,7 @@ def packaged_recipes() -> dict[str, Path]:
 def prepare(recipe: Path) -> None:
     """Register schema and group choices, and let ``${here:x}`` in a recipe mean x beside it.
 
-    ``${choice:optim,{adamw:1e-3,sgd:0.1}}`` is the value for the group's choice (see ``typed``), so
+    ``${choice:optim,{sgd:0.1,else:1e-3}}`` is the value for the group's choice (see ``typed``), so
     that ``optim=sgd`` alone brings a learning rate that suits it.
     """
     register()
@@ -94,9 +94,11 @@ def typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str])
     bare.pop("hydra", None)
     if "run" in bare and bare.run.name == "run":
         bare.run.name = recipe.stem
-    OmegaConf.register_new_resolver(
-        "choice", lambda group, values: values[choices[group]], replace=True
-    )
+
+    def choice(group: str, values: dict[str, Any]) -> Any:
+        return values[choices[group] if choices[group] in values else "else"]
+
+    OmegaConf.register_new_resolver("choice", choice, replace=True)
     config = OmegaConf.to_object(bare)
     assert isinstance(config, Config)
     plain = OmegaConf.to_container(bare, resolve=True, throw_on_missing=False)

@@ -26,7 +26,7 @@ def examine(config: Config, model: str) -> Evaluation:
     if config.data.eval is None:
         raise ValueError("data.eval is not set: there is nothing to ask")
     world = join_world()
-    _, progress = build.build_console(world)
+    _, progress = build.build_console(world, sys.stdout)
     text = build.build_text(model, trust_remote_code=config.student.trust_remote_code)
     prompts = build.build_prompts(config, text)
     engine, _ = build.build_engine(config, model, text, prompts.max_length, world, progress)

@@ -40,7 +40,8 @@ def run_processes(recipe: Composed, folder: Path, *, accuracy: float | None) -> 
             from opd.teacher.options import TOKEN_VARIABLE
 
             environment |= {build.TEACHER_URL: teacher.url, TOKEN_VARIABLE: teacher.token}
-        arguments = [str(recipe.recipe), *recipe.overrides, f"run.dir={folder}"]
+        quoted = str(folder).replace("'", r"\'")  # a folder's name may hold = and commas
+        arguments = [str(recipe.recipe), *recipe.overrides, f"run.dir='{quoted}'"]
         workers = [
             _start(arguments, environment, config, rank, port, logs)
             for port in [_free_port()]

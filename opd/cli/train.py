@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -43,9 +43,10 @@ def train(recipe_name: str, overrides: Sequence[str], *, multirun: bool) -> None
     def job(cfg: DictConfig) -> None:
         hydra_config = HydraConfig.get()
         own = list(hydra_config.overrides.task)
-        job_name = _job_name(hydra_config) if hydra_config.mode == RunMode.MULTIRUN else None
+        swept = hydra_config.mode == RunMode.MULTIRUN
+        name = job_name(own, overrides, hydra_config.job.num) if swept else None
         one = typed(cfg, hydra_config.runtime.choices, recipe, own)
-        folder = run_folder(one, job_name)
+        folder = run_folder(one, name)
         folders.append(folder)
         try:
             run(one, folder)
@@ -56,7 +57,7 @@ def train(recipe_name: str, overrides: Sequence[str], *, multirun: bool) -> None
 
     command_line = sys.argv
     flag = ["--multirun"] if multirun else []
-    sys.argv = ["opd train", *hydra_arguments(recipe), *flag, *overrides]
+    sys.argv = ["opd train", *flag, *hydra_arguments(recipe), *overrides]
     try:
         hydra.main(version_base="1.3", config_path=None)(job)()
     finally:
@@ -76,8 +77,10 @@ def join(recipe: Composed) -> NoReturn:
     leave_after(recipe)
 
 
-def _job_name(hydra_config: Any) -> str:
-    return hydra_config.job.override_dirname.replace("/", "_") or f"job_{hydra_config.job.num}"
+def job_name(own: Sequence[str], given: Sequence[str], number: int) -> str:
+    """What is particular to a job of a sweep, as a folder name: optim=sgd,optim.lr=0.01"""
+    particular = [o for o in own if o not in given]
+    return ",".join(particular).replace("/", "_") or f"job_{number}"
 
 
 def run(recipe: Composed, folder: Path) -> None:

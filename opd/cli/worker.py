@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from opd import build
 from opd.cli.compose import Composed, composed, find_recipe, run_folder
@@ -38,7 +38,7 @@ class Run:
     finish: Callable[[], None]
 
 
-def assembled(recipe: Composed) -> Run:
+def assembled(recipe: Composed, terminal: TextIO) -> Run:
     """Build everything of this rank, from the newest checkpoint if there is one; collective.
 
     Raises ValueError for what the user can mend.
@@ -50,7 +50,7 @@ def assembled(recipe: Composed) -> Run:
 
     config, folder = recipe.config, run_folder(recipe)
     world = join_world()
-    console, progress = build.build_console(world)
+    console, progress = build.build_console(world, terminal)
     text = build.build_text(
         config.student.model, trust_remote_code=config.student.trust_remote_code
     )
@@ -163,21 +163,24 @@ def leave_after(recipe: Composed) -> NoReturn:
     """Run this rank to its end and leave the process at once, with the status that says how it went.
 
     2 for the user's mistakes, 1 for anything else: after an exception nothing waits for a peer, and
-    engines are not torn down politely.
+    engines are not torn down politely. The terminal is ours: what libraries print goes to the log.
     """
+    terminal = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     try:
-        status = _run(recipe)
+        status = _run(recipe, terminal)
     except BaseException:
         traceback.print_exc()
         status = FAILED
+    terminal.flush()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _run(recipe: Composed) -> int:
+def _run(recipe: Composed, terminal: TextIO) -> int:
     try:
-        run = assembled(recipe)
+        run = assembled(recipe, terminal)
     except ValueError as error:
         traceback.print_exc()
         print(f"{MISTAKE_MARK}{error}", file=sys.stderr)
