@@ -555,7 +555,9 @@ def build_stream(config: Config, prompts: Prompts, *, rank: int, size: int) -> P
 
 
 VERIFY_PROMPTS = 4
-DEFAULT_GAP = {Precision.fp32: 1e-3, Precision.bf16: 0.05, Precision.pure_bf16: 0.05}
+# Mean nats. Measured on SmolLM2-135M, 30 layers, bf16 on both sides: 0.034, with weight noise 0.048;
+# each side is 0.022-0.039 from float32. A tied head that was not packed anew makes about 1.
+DEFAULT_GAP = {Precision.fp32: 1e-3, Precision.bf16: 0.15, Precision.pure_bf16: 0.15}
 
 
 def build_sync_check(
