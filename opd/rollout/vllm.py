@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
 
 
+CPU_STEP_TOKENS = 4096
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmSettings:
     """How the engine is started. ``max_length`` counts prompt and completion; sizes are MiB."""
@@ -52,6 +55,10 @@ def start_llm(settings: VllmSettings, device: torch.device) -> "LLM":
     memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_fraction}
     if kv_cache_mib is not None:
         memory["kv_cache_memory_bytes"] = kv_cache_mib << 20
+    if not on_gpu:
+        # a prompt cut in two rewinds its request's random generator, which a CPU generator cannot
+        memory["enable_chunked_prefill"] = False
+        memory["max_num_batched_tokens"] = max(CPU_STEP_TOKENS, settings.max_length)
     return LLM(
         settings.model,
         tokenizer=settings.model,

@@ -85,6 +85,21 @@ def test_vllm_draws_do_not_depend_on_the_order_of_requests(
         assert rollout.token_ids.tolist() == expected.token_ids.tolist()
 
 
+def test_more_prompt_tokens_than_one_engine_step_takes_are_no_trouble(
+    engine_pair: tuple[LLM, Qwen3ForCausalLM],
+) -> None:
+    engine = VllmRollouts(engine_pair[0], stop_ids=STOP, progress=SilentProgress(), sleeps=False)
+    draw = np.random.default_rng(1)
+    many = [
+        Prompt(uid=str(i), token_ids=draw.integers(6, 97, 41).astype(np.int32)) for i in range(250)
+    ]
+    sampling = Sampling(max_tokens=4, seed=5)
+    written = engine.generate(many, sampling)
+    assert [r.prompt.uid for r in written] == [p.uid for p in many]
+    alone = engine.generate(many[200:201], sampling)[0]
+    assert alone.token_ids.tolist() == written[200].token_ids.tolist()
+
+
 def test_a_completion_ends_with_its_first_stop_token(engine: RolloutEngine) -> None:
     written = engine.generate(prompts(), Sampling(n=40, max_tokens=30))
     stopped = [r for r in written if r.finish_reason == FinishReason.stop]
