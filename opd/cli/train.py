@@ -24,7 +24,7 @@ from opd.cli.compose import (
 )
 from opd.cli.examine import teacher_accuracy
 from opd.cli.folder import describe
-from opd.cli.launch import run_processes
+from opd.cli.launch import keep_freed_memory, run_processes
 from opd.cli.worker import leave_after
 
 
@@ -94,6 +94,7 @@ def run(recipe: Composed, folder: Path) -> None:
         console.print("dry run: everything that can be checked before training is in order")
         return
     describe(recipe, folder)
+    keep_freed_memory()
     if checked.start >= recipe.config.train.steps and (folder / "final").is_dir():
         console.print(f"the run is complete: {folder}")
     else:
