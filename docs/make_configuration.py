@@ -71,7 +71,9 @@ def rows(cls: type, prefix: str, known: dict[tuple[str, str], str]) -> Iterator[
 
 def table(lines: Iterator[str]) -> str:
     body = "\n".join(lines)
-    return f"| setting | default | allowed | what it is |\n|---|---|---|---|\n{body}\n" if body else ""
+    return (
+        f"| setting | default | allowed | what it is |\n|---|---|---|---|\n{body}\n" if body else ""
+    )
 
 
 def page() -> str:
@@ -102,5 +104,7 @@ def page() -> str:
 
 if __name__ == "__main__":
     if "--check" in sys.argv:
-        sys.exit(0 if OUT.read_text() == page() else "docs/configuration.md is stale: run make docs")
+        sys.exit(
+            0 if OUT.read_text() == page() else "docs/configuration.md is stale: run make docs"
+        )
     OUT.write_text(page())
