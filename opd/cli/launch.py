@@ -75,7 +75,9 @@ def _teacher(config: Config, logs: Path) -> "Iterator[RunningTeacher | None]":
     from opd.teacher.launch import running_teacher
 
     with running_teacher(
-        build.teacher_options(config.teacher), log_path=logs / "teacher.log"
+        build.teacher_options(config.teacher),
+        log_path=logs / "teacher.log",
+        devices=config.teacher.devices,
     ) as teacher:
         yield teacher
 
