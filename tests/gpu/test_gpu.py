@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from command import SMALL, opd
+
 from opd.batch import Batch
 from opd.head import HeadSpec
 from opd.losses import Divergence
