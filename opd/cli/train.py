@@ -79,7 +79,8 @@ def join(recipe: Composed) -> NoReturn:
 
 def job_name(own: Sequence[str], given: Sequence[str], number: int) -> str:
     """What is particular to a job of a sweep, as a folder name: optim=sgd,optim.lr=0.01"""
-    particular = [o for o in own if o not in given]
+    common = {o.lower() for o in given}  # Hydra writes false as False
+    particular = [o for o in own if o.lower() not in common]
     return ",".join(particular).replace("/", "_") or f"job_{number}"
 
 
