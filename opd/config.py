@@ -69,6 +69,36 @@ class TrainingEngine(StrEnum):
     torch = "torch"
 
 
+class MaskRule(StrEnum):
+    delta = "delta"
+    early_delta = "early_delta"
+    adam_saliency = "adam_saliency"
+    fisher = "fisher"
+    first_gradient = "first_gradient"
+    near_zero = "near_zero"
+    safe = "safe"
+    random = "random"
+    magnitude_matched = "magnitude_matched"
+    scores = "scores"
+
+
+class MaskBudget(StrEnum):
+    whole = "global"
+    tensor = "tensor"
+    module = "module"
+
+
+class MaskStructure(StrEnum):
+    coordinates = "coordinates"
+    rows = "rows"
+    columns = "columns"
+
+
+class MaskTraining(StrEnum):
+    compact = "compact"
+    restore = "restore"
+
+
 class WandbMode(StrEnum):
     online = "online"
     offline = "offline"
@@ -339,6 +369,57 @@ class LoraConfig(AdapterConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class RuleConfig:
+    """How a mask is discovered."""
+
+    rule: MaskRule = MaskRule.delta
+    """What makes a weight worth training; docs/masks.md explains each."""
+    density: float | None = knob(None, above=0, most=1)
+    """Share of all weights to keep, met exactly; rule=delta and rule=scores take a threshold instead."""
+    threshold: float | None = knob(None, least=0)
+    """Keep scores above this instead of an exact share; for rule=delta |D| of both sides in bf16."""
+    budget: MaskBudget = MaskBudget.whole
+    """Whether weights compete over the whole model, within their tensor or within their module type."""
+    structure: MaskStructure = MaskStructure.coordinates
+    """Single weights, or whole rows or columns of matrices by the sum of their scores."""
+    trained: str | None = None
+    """rule=delta: the finished run (a run folder or a checkpoint) whose update is taken."""
+    like: str | None = None
+    """rule=random or magnitude_matched: the mask file whose counts per tensor (and binade) are copied."""
+    scores: str | None = None
+    """rule=scores: a safetensors file with one score per weight under the weights' names."""
+    steps: int = knob(20, least=1)
+    """Rules that watch a run: optimizer steps to watch."""
+    exclude: list[str] = knob([])
+    """Parameters left out, as patterns of their names: '*norm*', 'model.embed_tokens.weight'."""
+    seed: int = knob(0, least=0)
+    """Fixes random rules and the order of equal scores."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MaskConfig:
+    """Which weights learn: all."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FileMaskConfig(MaskConfig):
+    """Those of a mask file."""
+
+    path: str = MISSING
+    """A mask that was made for student.model, by `opd mask discover` for example."""
+    training: MaskTraining = MaskTraining.compact
+    """compact holds gradients and optimizer state of kept weights only; restore is the slow reference."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DiscoverMaskConfig(RuleConfig, MaskConfig):
+    """Those that a rule finds before training starts."""
+
+    training: MaskTraining = MaskTraining.compact
+    """compact holds gradients and optimizer state of kept weights only; restore is the slow reference."""
+
+
+@dataclass(kw_only=True, slots=True)
 class EvalConfig:
     """The examination."""
 
@@ -432,6 +513,7 @@ class Config:
     zero: int = knob(1, least=0, most=3)
     """DeepSpeed ZeRO stage: what is sharded over processes (0 nothing, 1 states, 2 gradients, 3 weights)."""
     adapter: AdapterConfig = MISSING
+    mask: MaskConfig = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
@@ -456,6 +538,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     },
     "optim": {"adamw": AdamWConfig, "sgd": SGDConfig},
     "adapter": {"none": AdapterConfig, "lora": LoraConfig},
+    "mask": {"none": MaskConfig, "file": FileMaskConfig, "discover": DiscoverMaskConfig},
     "tracking": {"none": TrackingConfig, "wandb": WandbConfig},
 }
 """Group choices: ``loss=jsd`` on the command line picks ``GROUPS["loss"]["jsd"]``."""

@@ -1,0 +1,172 @@
+"""Tensors of a checkpoint, one at a time, under their Hugging Face names."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+READERS = 2
+"""Threads that hash; each holds one tensor."""
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One tensor as it lies in a checkpoint; ``read`` brings it into CPU memory, as stored."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+class Checkpoint(Mapping[str, Stored]):
+    """Weights of a model folder by name, in the order of their names; nothing is read until asked.
+
+    A head that is tied to the embedding is not listed, whether or not the file repeats it.
+    """
+
+    def __init__(self, model: str, tensors: Mapping[str, Stored]) -> None:
+        self.model = model
+        self._tensors = {name: tensors[name] for name in sorted(tensors)}
+
+    def __getitem__(self, name: str) -> Stored:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return sum(tensor.numel for tensor in self._tensors.values())
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of names, shapes, dtypes and every bit; sharding does not matter."""
+        with ThreadPoolExecutor(READERS) as pool:
+            digests = pool.map(_digest, self._tensors.items())
+            return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """The weights of a model folder or hub id: safetensors or ``pytorch_model*.bin``, sharded or not.
+
+    Raises ValueError when there are none, or when a shard is cut short or missing.
+    """
+    folder = Path(model) if Path(model).is_dir() else _downloaded(model)
+    files = _weight_files(folder)
+    if not files:
+        raise ValueError(
+            f"{model} holds no weights: expected *.safetensors or pytorch_model*.bin in {folder}"
+        )
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        try:
+            tensors |= _bin_tensors(file) if file.suffix == ".bin" else _safetensors(file)
+        except Exception as error:  # each format raises its own kind for a file that is cut short
+            raise ValueError(
+                f"{file} cannot be read ({error}): fetch the checkpoint again"
+            ) from error
+    if HEAD in tensors and _head_is_tied(folder) and EMBEDDING in tensors:
+        del tensors[HEAD]
+    return Checkpoint(model, tensors)
+
+
+def _downloaded(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{model} is neither a model folder nor a hub id that can be had ({first})"
+        ) from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for pattern, index in (
+        ("*.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (folder / index).is_file():
+            shards = set(json.loads((folder / index).read_text())["weight_map"].values())
+            missing = sorted(s for s in shards if not (folder / s).is_file())
+            if missing:
+                raise ValueError(f"{folder} lacks the shard {missing[0]} that {index} names")
+            return sorted(folder / s for s in shards)
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found
+    return []
+
+
+def _safetensors(file: Path) -> dict[str, Stored]:
+    from safetensors import safe_open
+
+    opened: Any = safe_open(file, framework="pt")
+    return {name: _slice(opened, name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+
+
+def _slice(opened: Any, name: str) -> Stored:
+    part = opened.get_slice(name)
+    return Stored(
+        shape=tuple(part.get_shape()),
+        dtype=DTYPES[part.get_dtype()],
+        read=lambda: opened.get_tensor(name),
+    )
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""safetensors' words for number formats."""
+
+
+def _bin_tensors(file: Path) -> dict[str, Stored]:
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return {
+        name: Stored(shape=tuple(t.shape), dtype=t.dtype, read=lambda t=t: t)
+        for name, t in state.items()
+    }
+
+
+def _head_is_tied(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and bool(json.loads(config.read_text()).get("tie_word_embeddings"))
+
+
+def _digest(named: tuple[str, Stored]) -> bytes:
+    name, stored = named
+    header = f"{name} {stored.dtype} {stored.shape}"
+    data = stored.read().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(header.encode() + hashlib.sha256(data).digest()).digest()
