@@ -91,7 +91,7 @@ def open_checkpoint(model: str) -> Checkpoint:
 
 def _downloaded(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
@@ -169,4 +169,4 @@ def _digest(named: tuple[str, Stored]) -> bytes:
     name, stored = named
     header = f"{name} {stored.dtype} {stored.shape}"
     data = stored.read().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(header.encode() + hashlib.sha256(data).digest()).digest()
+    return hashlib.sha256(header.encode() + hashlib.sha256(data.data).digest()).digest()
