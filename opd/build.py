@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 from opd.config import (
     Config,
     DataConfig,
+    DiscoverMaskConfig,
     DivergenceLossConfig,
     DType,
+    FileMaskConfig,
     LocalTeacherConfig,
     LoraConfig,
     LossConfig,
+    MaskConfig,
+    MaskTraining,
     PolicyGradientLossConfig,
     Precision,
     RolloutConfig,
@@ -42,9 +46,11 @@ from opd.types import Prompt, Rollout, Sampling, TeacherInfo, Wanted
 if TYPE_CHECKING:
     import torch
 
+    from opd.mask.mask import Mask
     from opd.sync.verify import SyncCheck
     from opd.teacher.options import TeacherServerOptions
     from opd.teacher.vocabulary import Vocabulary
+    from opd.train.confine import Confinement
     from opd.train.engine import TrainingEngine as Engine
     from opd.train.learner import StudentLearner
     from opd.train.student import Student
@@ -423,7 +429,12 @@ def torch_dtype(dtype: DType) -> "torch.dtype":
 
 
 def build_learner(
-    config: Config, teacher: Teacher, text: Text, world: "World", progress: Progress
+    config: Config,
+    mask: "Mask | None",
+    teacher: Teacher,
+    text: Text,
+    world: "World",
+    progress: Progress,
 ) -> tuple["StudentLearner", "torch.nn.Module"]:
     """The student under its training engine, and the transformers (or peft) model inside it."""
     import torch
@@ -440,11 +451,12 @@ def build_learner(
         dtype=torch.bfloat16 if pure else torch.float32,
         attention=config.student.attention,
         trust_remote_code=config.student.trust_remote_code,
-    )
+    ).to(world.device)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
     if isinstance(config.adapter, LoraConfig):
         model = with_lora(model, config.adapter)
+    confinement = _confinement(config.mask, mask, model)
 
     @cache
     def teacher_head() -> torch.Tensor:
@@ -457,12 +469,13 @@ def build_learner(
         chunk_bytes=config.train.chunk_mib << 20,
         teacher_head=teacher_head,
     ).to(world.device)
-    optimizer = build_optimizer(student.named_parameters(), config.optim)
+    optimizer = build_optimizer(student, config.optim)
     discount = config.loss.discount if isinstance(config.loss, PolicyGradientLossConfig) else 0.0
     learner = StudentLearner(
-        _training_engine(config, student, optimizer, world),
+        _training_engine(config, student, optimizer, confinement, world),
         model,
         build_loss(config.loss),
+        confinement=confinement,
         optim=config.optim,
         steps=config.train.steps,
         micro_tokens=config.train.micro_tokens,
@@ -474,8 +487,27 @@ def build_learner(
     return learner, model
 
 
+def _confinement(
+    config: MaskConfig, mask: "Mask | None", model: "torch.nn.Module"
+) -> "Confinement":
+    from opd.train.confine import CompactWeights, RestoredWeights, Unconfined
+
+    if mask is None:
+        return Unconfined(model)
+    assert isinstance(config, FileMaskConfig | DiscoverMaskConfig)
+    match config.training:
+        case MaskTraining.compact:
+            return CompactWeights(model, mask)
+        case MaskTraining.restore:
+            return RestoredWeights(model, mask)
+
+
 def _training_engine(
-    config: Config, student: "Student", optimizer: "torch.optim.Optimizer", world: "World"
+    config: Config,
+    student: "Student",
+    optimizer: "torch.optim.Optimizer",
+    confinement: "Confinement",
+    world: "World",
 ) -> "Engine":
     from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
 
@@ -483,6 +515,7 @@ def _training_engine(
         return TorchEngine(
             student,
             optimizer,
+            gradients=confinement.gradients,
             precision=config.train.precision,
             clip=config.optim.clip,
             device=world.device,

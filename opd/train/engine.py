@@ -8,7 +8,7 @@ by accumulation steps: that number is told to be 1 and the boundary is set by ha
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,8 +56,18 @@ class TrainingEngine(Protocol):
         """Inside, each parameter holds its full tensor."""
         ...
 
+    def parts(self, parameter: torch.nn.Parameter) -> list[tuple[torch.Tensor, int]]:
+        """What this rank holds of a parameter: flat, writable, and the coordinate each starts at."""
+        ...
+
+    def rewrite(
+        self, parameter: torch.nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Replace a trained parameter and its master by ``change`` of the full master; collective."""
+        ...
+
     def save(self, folder: str) -> None:
-        """Weights, masters and optimizer state of this rank."""
+        """Weights that are trained, masters and optimizer state of this rank."""
         ...
 
     def load(self, folder: str) -> None:
@@ -163,12 +173,38 @@ class DeepSpeedEngine:
         with zero.GatheredParameters(list(parameters)):
             yield
 
+    def parts(self, parameter: torch.nn.Parameter) -> list[tuple[torch.Tensor, int]]:
+        if self._zero < 3:
+            return [(parameter.data.view(-1), 0)]
+        sharded: Any = parameter
+        shard = sharded.ds_tensor.data
+        start = self._world.rank * len(shard)
+        own = shard[: max(0, sharded.ds_numel - start)]  # the last shard is padded
+        # small parameters stay gathered, beside their shards
+        whole = [(parameter.data.view(-1), 0)] if parameter.numel() else []
+        return [(own, start), *whole]
+
+    def rewrite(
+        self, parameter: torch.nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        if self._zero:
+            master: Any = safe_get_full_fp32_param(parameter)
+            safe_set_full_fp32_param(parameter, change(master))
+        with self.gathered([parameter]):
+            changed = change(parameter.data).view(-1)
+            for part, start in self.parts(parameter):
+                part.copy_(changed[start : start + len(part)])
+
     def save(self, folder: str) -> None:
-        self._engine.save_checkpoint(folder, tag="deepspeed")
+        self._engine.save_checkpoint(folder, tag="deepspeed", exclude_frozen_parameters=True)
 
     def load(self, folder: str) -> None:
         with _weights_only():
-            path, _ = self._engine.load_checkpoint(folder, tag="deepspeed")
+            path, _ = self._engine.load_checkpoint(
+                folder, tag="deepspeed", load_module_strict=False
+            )
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
 
 
@@ -192,19 +228,24 @@ def _weights_only() -> Iterator[None]:
 
 
 class TorchEngine:
-    """One process without DeepSpeed. bf16 keeps fp32 weights and computes under autocast."""
+    """One process without DeepSpeed. bf16 keeps fp32 weights and computes under autocast.
+
+    ``gradients`` lists those that count for the norm.
+    """
 
     def __init__(
         self,
         student: Student,
         optimizer: torch.optim.Optimizer,
         *,
+        gradients: Callable[[], list[torch.Tensor]],
         precision: Precision,
         clip: float,
         device: torch.device,
     ) -> None:
         self._student = student
         self._optimizer = optimizer
+        self._gradients = gradients
         self._autocast = precision == Precision.bf16
         self._clip = clip
         self._device = device
@@ -223,8 +264,10 @@ class TorchEngine:
     def step(self, lr: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        limit = self._clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self._student.parameters(), limit)
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        if self._clip:
+            parameters = self._student.parameters()
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
@@ -233,14 +276,23 @@ class TorchEngine:
     def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
         yield
 
+    def parts(self, parameter: torch.nn.Parameter) -> list[tuple[torch.Tensor, int]]:
+        return [(parameter.data.view(-1), 0)]
+
+    def rewrite(
+        self, parameter: torch.nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        parameter.data.copy_(change(parameter.data))
+
     def save(self, folder: str) -> None:
-        state = {
-            "student": self._student.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-        }
+        trained = {n: p.data for n, p in self._student.named_parameters() if p.requires_grad}
+        state = {"student": trained, "optimizer": self._optimizer.state_dict()}
         torch.save(state, Path(folder) / "torch.pt")
 
     def load(self, folder: str) -> None:
         state = torch.load(Path(folder) / "torch.pt", map_location="cpu", weights_only=True)
-        self._student.load_state_dict(state["student"])
+        absent, surplus = self._student.load_state_dict(state["student"], strict=False)
+        assert not surplus, f"the checkpoint holds {surplus[0]}, which the student does not have"
+        trained = {n for n, p in self._student.named_parameters() if p.requires_grad}
+        assert not trained & set(absent), f"the checkpoint lacks {sorted(trained & set(absent))[0]}"
         self._optimizer.load_state_dict(state["optimizer"])

@@ -11,6 +11,7 @@ import torch
 from opd.batch import Batch, LossOutput, collate, micro_batches
 from opd.config import OptimConfig
 from opd.interfaces import Loss, Progress
+from opd.train.confine import Confinement
 from opd.train.engine import TrainingEngine
 from opd.train.optimizers import lr_at
 from opd.train.weights import full_weights
@@ -23,6 +24,7 @@ class StudentLearner:
 
     Args:
         model: the transformers (or peft) model inside the engine; its weights are handed over.
+        confinement: what of it may learn.
         micro_tokens: padded tokens of one forward and backward pass; results do not depend on it.
         discount: fills ``Batch.future_N`` when above 0.
     """
@@ -33,6 +35,7 @@ class StudentLearner:
         model: torch.nn.Module,
         loss: Loss,
         *,
+        confinement: Confinement,
         optim: OptimConfig,
         steps: int,
         micro_tokens: int,
@@ -44,6 +47,7 @@ class StudentLearner:
         self._engine = engine
         self._model = model
         self._loss = loss
+        self._confinement = confinement
         self._optim = optim
         self._steps = steps
         self._micro_tokens = micro_tokens
@@ -67,9 +71,11 @@ class StudentLearner:
                 advance(1)
         lr = lr_at(self.version, self._steps, self._optim)
         norm = self._engine.step(lr)
+        self._confinement.settle(self._engine)
         self.version += 1
         metrics = totals.per_token(tokens, self._world)
         metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": tokens}
+        metrics |= self._confinement.metrics()
         return StepReport(version=self.version, metrics=metrics)
 
     def measure(self, scored: Sequence[Scored], loss: Loss) -> dict[str, float]:
@@ -109,6 +115,7 @@ class StudentLearner:
     def load(self, folder: str) -> None:
         """Undo of ``save``, on as many ranks."""
         self._engine.load(folder)
+        self._confinement.settle(self._engine)
         state = torch.load(f"{folder}/rank_{self._world.rank}.pt", weights_only=True)
         self.version = state["version"]
         torch.set_rng_state(state["torch_rng"])

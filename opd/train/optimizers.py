@@ -1,24 +1,22 @@
 """Optimizers of torch, and the learning rate of every step."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 
 from opd.config import AdamWConfig, LearningRateSchedule, OptimConfig, SGDConfig
+from opd.train.compact import matrices_and_vectors
 
 
-def build_optimizer(
-    named: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig
-) -> torch.optim.Optimizer:
+def build_optimizer(student: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Matrices with ``config.weight_decay``, vectors without; the learning rate is set step by step.
 
     It starts at 0 so that a training engine's warm-up step on zero gradients moves nothing.
     """
-    trained = [p for _, p in named if p.requires_grad]
+    matrices, vectors = matrices_and_vectors(student)
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
     match config:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from opd.config import LoraConfig
+from opd.train.compact import dense_parameters
 from opd.train.student import causal_lm
 
 Gathered = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[None]]
@@ -60,11 +61,24 @@ def full_weights(model: torch.nn.Module, gathered: Gathered) -> Iterator[tuple[s
     together; a consumer may keep a tensor past its turn. Every rank must exhaust the iterator.
     """
     modules = list(_weight_modules(causal_lm(model)))
-    for _, layer in groupby(modules, key=lambda m: _layer(m[0])):
+    for _, layer in groupby(modules, key=lambda m: layer_of(m[0])):
         owned = list(layer)
-        with torch.no_grad(), gathered([p for _, m in owned for p in m.parameters()]):
+        with torch.no_grad(), gathered([p for _, m in owned for p in _parameters(m)]):
             for name, module in owned:
                 yield from _module_weights(name, module)
+
+
+def named_weights(causal: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name, dense parameter) of each weight once, in the order of ``full_weights``; no adapters."""
+    for name, module in _weight_modules(causal):
+        for leaf, parameter in dense_parameters(module):
+            yield f"{name}.{leaf}", parameter
+
+
+def layer_of(name: str) -> str:
+    """The key of weights that are handled together: up to the first number in the name."""
+    head, dot, _ = name.partition(".layers.")
+    return f"{head}{dot}{name[len(head) + len(dot) :].split('.')[0]}" if dot else name
 
 
 def _weight_modules(causal: Any) -> Iterator[tuple[str, Any]]:
@@ -74,9 +88,9 @@ def _weight_modules(causal: Any) -> Iterator[tuple[str, Any]]:
     adapters: list[str] = []
     seen: set[int] = set()
     for name, module in causal.named_modules():
-        if any(name.startswith(f"{adapter}.") for adapter in adapters):
+        if ".parametrizations" in name or any(name.startswith(f"{a}.") for a in adapters):
             continue
-        own = list(module.parameters(recurse=isinstance(module, LoraLayer)))
+        own = _parameters(module)
         if not own or id(own[0]) in seen:
             continue
         seen.update(map(id, own))
@@ -85,11 +99,19 @@ def _weight_modules(causal: Any) -> Iterator[tuple[str, Any]]:
         yield name, module
 
 
+def _parameters(module: Any) -> list[torch.nn.Parameter]:
+    from peft.tuners.lora import LoraLayer
+
+    if isinstance(module, LoraLayer):
+        return list(module.parameters())  # pyright: ignore[reportAttributeAccessIssue]
+    return [parameter for _, parameter in dense_parameters(module)]
+
+
 def _module_weights(name: str, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
     from peft.tuners.lora import Linear as LoraLinear
 
     if not isinstance(module, LoraLinear):
-        for leaf, parameter in module.named_parameters(recurse=False):
+        for leaf, parameter in dense_parameters(module):
             yield f"{name}.{leaf}", parameter.detach()
         return
     base = module.get_base_layer()
@@ -99,12 +121,6 @@ def _module_weights(name: str, module: Any) -> Iterator[tuple[str, torch.Tensor]
             yield f"{name}.{leaf}", sum(deltas, parameter.detach())
         else:
             yield f"{name}.{leaf}", parameter.detach()
-
-
-def _layer(name: str) -> str:
-    """The key of tensors that are gathered together: up to the first number in the name."""
-    head, dot, _ = name.partition(".layers.")
-    return f"{head}{dot}{name[len(head) + len(dot) :].split('.')[0]}" if dot else name
 
 
 def export(

@@ -18,6 +18,7 @@ from opd.config import AdamWConfig, OptimConfig, Precision, SGDConfig
 from opd.head import HeadSpec
 from opd.losses import Divergence, DivergenceKind
 from opd.tracking.console import SilentProgress
+from opd.train.confine import Unconfined
 from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
 from opd.train.learner import StudentLearner
 from opd.train.optimizers import build_optimizer
@@ -69,10 +70,16 @@ def learner_of(case: str, world: World) -> tuple[StudentLearner, int]:
         chunk_bytes=7 * 4 * vocab,
         teacher_head=lambda: torch.empty(0),
     )
-    optimizer = build_optimizer(student.named_parameters(), optim)
+    optimizer = build_optimizer(student, optim)
+    everything = Unconfined(student)
     if zero == "torch":
         engine = TorchEngine(
-            student, optimizer, precision=precision, clip=optim.clip, device=world.device
+            student,
+            optimizer,
+            gradients=everything.gradients,
+            precision=precision,
+            clip=optim.clip,
+            device=world.device,
         )
     else:
         config = merged_deepspeed(None, zero=int(zero), precision=precision, clip=optim.clip)
@@ -81,6 +88,7 @@ def learner_of(case: str, world: World) -> tuple[StudentLearner, int]:
         engine,
         model,
         Divergence(kind=DivergenceKind.reverse_kl),
+        confinement=everything,
         optim=optim,
         steps=STEPS,
         micro_tokens=int(micro_tokens),

@@ -1,0 +1,159 @@
+"""What may learn: everything, or the coordinates of a mask, held compactly or restored."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from opd.mask.mask import Mask
+from opd.train.compact import MaskedWeight
+from opd.train.engine import TrainingEngine
+from opd.train.weights import layer_of, named_weights
+
+
+class Confinement(Protocol):
+    """What may learn, and how it is kept to that."""
+
+    def metrics(self) -> dict[str, float]:
+        """Figures that every step reports."""
+        ...
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Gradients of what may learn, in the order of the parameters' names; for the norm."""
+        ...
+
+    def settle(self, engine: TrainingEngine) -> None:
+        """Bring the weights in order after an optimizer step or a load; collective."""
+        ...
+
+
+class Unconfined:
+    """Everything that asks for a gradient learns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self._model.parameters() if p.grad is not None]
+
+    def settle(self, engine: TrainingEngine) -> None:
+        """Nothing to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """A parameter that learns: its name, what is trained, and where that is written back."""
+
+    name: str
+    trained: nn.Parameter
+    masked: MaskedWeight | None
+
+
+class CompactWeights:
+    """Implements ``Confinement`` on a causal language model, in place.
+
+    Parameters of which nothing is kept are frozen; those that are kept whole train as they are.
+    Raises ValueError when the mask names other parameters than the model has.
+    """
+
+    def __init__(self, causal: nn.Module, mask: Mask) -> None:
+        self._held = list(_confined(causal, mask))
+        self._density = mask.density
+
+    def metrics(self) -> dict[str, float]:
+        return {"mask/density": self._density}
+
+    def gradients(self) -> list[torch.Tensor]:
+        return [h.trained.grad for h in self._held if h.trained.grad is not None]
+
+    @torch.no_grad()
+    def settle(self, engine: TrainingEngine) -> None:
+        """Write the trained values into the dense weights, a layer's at a time."""
+        for _, layer in groupby(self._held, key=lambda h: layer_of(h.name)):
+            held = [h for h in layer if h.masked is not None]
+            with engine.gathered([h.trained for h in held]):
+                for each in held:
+                    assert each.masked is not None
+                    _write_back(each.trained, each.masked, engine)
+
+
+def _write_back(values: torch.Tensor, masked: MaskedWeight, engine: TrainingEngine) -> None:
+    index = masked.index
+    for part, start in engine.parts(masked.frozen):
+        ends = torch.tensor([start, start + len(part)], device=index.device)
+        low, high = torch.searchsorted(index, ends).tolist()
+        part[index[low:high].long() - start] = values[low:high].to(part.dtype)
+
+
+def _confined(causal: nn.Module, mask: Mask) -> Iterator[_Held]:
+    weights = list(named_weights(causal))
+    mask.require_parameters({name: tuple(weight.shape) for name, weight in weights})
+    ends: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in causal.modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            ends.setdefault(id(parameter), []).append((module, leaf))
+    for name, parameter in weights:
+        index = mask.indices[name]
+        if len(index) == 0:
+            parameter.requires_grad_(False)
+        elif len(index) == parameter.numel():
+            yield _Held(name=name, trained=parameter, masked=None)
+        else:
+            masked = MaskedWeight(parameter, index)
+            for module, leaf in ends[id(parameter)]:
+                parametrize.register_parametrization(module, leaf, masked, unsafe=True)
+            yield _Held(name=name, trained=parameter, masked=masked)
+
+
+class RestoredWeights:
+    """Implements ``Confinement`` as the paper does it: the slow reference for ``CompactWeights``.
+
+    Off-mask gradients become zero before they are reduced, and after each step off-mask coordinates
+    get their old values back, masters included; gradients, optimizer state and masters stay dense.
+    Source: "Dense Supervision, Sparse Updates", section on masked retraining.
+    """
+
+    def __init__(self, causal: nn.Module, mask: Mask) -> None:
+        weights = list(named_weights(causal))
+        mask.require_parameters({name: tuple(weight.shape) for name, weight in weights})
+        self._density = mask.density
+        self._restored = [_Restored(weight, mask.indices[name]) for name, weight in weights]
+
+    def metrics(self) -> dict[str, float]:
+        return {"mask/density": self._density}
+
+    def gradients(self) -> list[torch.Tensor]:
+        return [
+            r.parameter.grad[r.kept]
+            for r in self._restored
+            if r.parameter.grad is not None and r.kept.any()
+        ]
+
+    @torch.no_grad()
+    def settle(self, engine: TrainingEngine) -> None:
+        for each in self._restored:
+            engine.rewrite(each.parameter, each.restored)
+
+
+class _Restored:
+    def __init__(self, parameter: nn.Parameter, index: torch.Tensor) -> None:
+        self.parameter = parameter
+        self.base = parameter.detach().clone()
+        kept = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
+        kept[index.long()] = True
+        self.kept = kept.view(parameter.shape)
+        parameter.register_hook(self._without_the_rest)
+
+    def _without_the_rest(self, grad: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.kept, grad, torch.zeros_like(grad))
+
+    def restored(self, weight: torch.Tensor) -> torch.Tensor:
+        """``weight`` with the base's values off the mask."""
+        return torch.where(self.kept, weight, self.base.to(weight.dtype))

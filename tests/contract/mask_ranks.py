@@ -1,0 +1,155 @@
+"""Run by test_masked_training.py in every rank: trains a mask on fixed scores, leaves what it holds.
+
+    python mask_ranks.py OUT CASE [CASE ...]      CASE = training/zero/precision/optimizer/clip/steps,
+                                                  /resumed: saved and loaded in the middle
+
+``training`` is compact or restore; ``zero`` is 0..3, or torch for the engine without DeepSpeed.
+Each case leaves the weights, and beside them the masters in fp32.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from train_ranks import scores
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from opd.config import AdamWConfig, OptimConfig, Precision, SGDConfig
+from opd.head import HeadSpec
+from opd.losses import Divergence, DivergenceKind
+from opd.mask.mask import Mask, Origin
+from opd.tracking.console import SilentProgress
+from opd.train.confine import CompactWeights, RestoredWeights
+from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
+from opd.train.learner import StudentLearner
+from opd.train.optimizers import build_optimizer
+from opd.train.student import Student
+from opd.train.weights import named_weights
+from opd.world import World, join_world
+
+VOCAB, DENSITY, MICRO_TOKENS = 61, 0.2, 40
+EMPTY = "model.layers.0.self_attn.o_proj.weight"
+FULL = "model.layers.1.mlp.up_proj.weight"
+
+
+def tiny() -> Qwen2ForCausalLM:
+    """Tied head, biases on queries, keys and values, grouped heads; weights on the bf16 grid."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            max_position_embeddings=64,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).bfloat16())
+    return model
+
+
+def mask_of(model: nn.Module) -> Mask:
+    """A fifth of every tensor, 1-D ones included; one tensor kept whole and one not at all."""
+    draw = torch.Generator().manual_seed(1)
+    indices = {}
+    for name, weight in named_weights(model):
+        share = {EMPTY: 0.0, FULL: 1.0}.get(name, DENSITY)
+        order = torch.randperm(weight.numel(), generator=draw)
+        indices[name] = order[: round(share * weight.numel())].sort().values.int()
+    shapes = {name: tuple(weight.shape) for name, weight in named_weights(model)}
+    return Mask(indices=indices, shapes=shapes, origin=Origin(rule="test", base="", model="tiny"))
+
+
+def optim_of(name: str, clip: float) -> OptimConfig:
+    if name == "adamw":
+        return AdamWConfig(lr=3e-3, weight_decay=0.1, clip=clip, warmup_steps=2)
+    return SGDConfig(lr=0.03, weight_decay=0.1, clip=clip, momentum=0.9)
+
+
+def learner_of(case: str, world: World) -> tuple[StudentLearner, nn.Module, Any]:
+    training, zero, precision_name, optimizer_name, clip, steps = case.split("/")
+    precision, optim = Precision(precision_name), optim_of(optimizer_name, float(clip))
+    model = tiny()
+    if precision == Precision.pure_bf16:
+        model = model.bfloat16()
+    mask = mask_of(model)
+    confined = {"compact": CompactWeights, "restore": RestoredWeights}[training](model, mask)
+    student = Student(
+        model,
+        spec=HeadSpec(vocab_size=VOCAB),
+        temperature=1.0,
+        chunk_bytes=7 * 4 * VOCAB,
+        teacher_head=lambda: torch.empty(0),
+    )
+    optimizer = build_optimizer(student, optim)
+    if zero == "torch":
+        engine = TorchEngine(
+            student,
+            optimizer,
+            gradients=confined.gradients,
+            precision=precision,
+            clip=optim.clip,
+            device=world.device,
+        )
+    else:
+        config = merged_deepspeed(None, zero=int(zero), precision=precision, clip=optim.clip)
+        # every shard is really sharded
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        engine = DeepSpeedEngine(student, optimizer, config=config, world=world)
+    learner = StudentLearner(
+        engine,
+        model,
+        Divergence(kind=DivergenceKind.reverse_kl),
+        confinement=confined,
+        optim=optim,
+        steps=int(steps),
+        micro_tokens=MICRO_TOKENS,
+        pad_id=0,
+        discount=0.0,
+        world=world,
+        progress=SilentProgress(),
+    )
+    return learner, model, engine
+
+
+def main(out: Path, cases: list[str]) -> None:
+    from accelerate.state import AcceleratorState
+
+    world = join_world()
+    for case in cases:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        plain = case.removesuffix("/resumed")
+        steps = int(plain.split("/")[-1])
+        learner, model, engine = learner_of(plain, world)
+        reports = []
+        for step in range(steps):
+            if step == steps // 2 and case.endswith("/resumed"):
+                folder = out / f"checkpoint_{plain.replace('/', '_')}"
+                folder.mkdir(exist_ok=True)
+                world.barrier()
+                learner.save(str(folder))
+                world.barrier()
+                AcceleratorState._reset_state(reset_partial_state=True)
+                learner, model, engine = learner_of(plain, world)
+                learner.load(str(folder))
+            share = scores(step, VOCAB)[world.rank :: world.size]
+            reports.append(learner.step(share).metrics)
+        weights = {name: tensor.clone() for name, tensor in learner.weights()}
+        if world.is_main:
+            name = case.replace("/", "_")
+            save_file(weights, out / f"{name}.safetensors")
+            (out / f"{name}.json").write_text(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
