@@ -29,6 +29,8 @@ from opd.config import (
     TransformersRolloutConfig,
     VllmRolloutConfig,
     WandbConfig,
+    Watched,
+    active_mask,
 )
 from opd.interfaces import (
     Evaluator,
@@ -428,6 +430,19 @@ def torch_dtype(dtype: DType) -> "torch.dtype":
     return {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}[dtype]
 
 
+RUN_MASK = "mask.safetensors"
+"""Where a run keeps the mask that it trains."""
+
+
+def read_run_mask(config: Config, folder: Path) -> "Mask | None":
+    """The mask of a run, which was put into its folder before it started; None trains everything."""
+    if active_mask(config) is None:
+        return None
+    from opd.mask.mask import read_mask
+
+    return read_mask(folder / RUN_MASK)
+
+
 def build_learner(
     config: Config,
     mask: "Mask | None",
@@ -443,6 +458,7 @@ def build_learner(
     from opd.train.learner import StudentLearner
     from opd.train.optimizers import build_optimizer
     from opd.train.student import Student, causal_lm
+    from opd.train.watch import SquaredGradients
     from opd.train.weights import load_student, with_lora
 
     pure = config.train.precision == Precision.pure_bf16
@@ -469,7 +485,11 @@ def build_learner(
         chunk_bytes=config.train.chunk_mib << 20,
         teacher_head=teacher_head,
     ).to(world.device)
-    optimizer = build_optimizer(student, config.optim)
+    optimizer = (
+        SquaredGradients(student.parameters())
+        if config.train.scores in (Watched.fisher, Watched.first_gradient)
+        else build_optimizer(student, config.optim)
+    )
     discount = config.loss.discount if isinstance(config.loss, PolicyGradientLossConfig) else 0.0
     learner = StudentLearner(
         _training_engine(config, student, optimizer, confinement, world),

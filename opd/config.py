@@ -94,6 +94,21 @@ class MaskStructure(StrEnum):
     columns = "columns"
 
 
+class StudyArm(StrEnum):
+    full = "full"
+    discovered = "discovered"
+    random = "random"
+    magnitude_matched = "magnitude_matched"
+
+
+class Watched(StrEnum):
+    nothing = "none"
+    early_delta = "early_delta"
+    adam_saliency = "adam_saliency"
+    fisher = "fisher"
+    first_gradient = "first_gradient"
+
+
 class MaskTraining(StrEnum):
     compact = "compact"
     restore = "restore"
@@ -345,6 +360,10 @@ class TrainingConfig:
     """bf16 keeps fp32 master weights; pure_bf16 does not and loses small updates."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    stop_after: int | None = knob(None, least=1)
+    """Stop after so many steps as if interrupted; schedules go on counting to train.steps."""
+    scores: Watched = Watched.nothing
+    """Leave this score of every weight in scores.safetensors; fisher and first_gradient move nothing."""
     chunk_mib: int = knob(256, least=1)
     """Largest float32 [tokens, vocabulary] tensor that exists at once, in MiB."""
 
@@ -407,16 +426,32 @@ class FileMaskConfig(MaskConfig):
 
     path: str = MISSING
     """A mask that was made for student.model, by `opd mask discover` for example."""
+    enabled: bool = True
+    """false trains every weight, for a comparison with the same recipe."""
     training: MaskTraining = MaskTraining.compact
     """compact holds gradients and optimizer state of kept weights only; restore is the slow reference."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DiscoverMaskConfig(RuleConfig, MaskConfig):
-    """Those that a rule finds before training starts."""
+    """Those that a rule finds before training starts; what it needs to see is run first."""
 
+    enabled: bool = True
+    """false trains every weight, for a comparison with the same recipe."""
     training: MaskTraining = MaskTraining.compact
     """compact holds gradients and optimizer state of kept weights only; restore is the slow reference."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StudyMaskConfig(DiscoverMaskConfig):
+    """The two-stage experiment: train everything, discover, retrain on the mask and on its controls."""
+
+    arms: list[StudyArm] = knob([*StudyArm])
+    """What is trained: full first, then the discovered mask and random ones of the same density."""
+    seeds: list[int] = knob([0, 1, 2])
+    """Every arm is run once for each; they fix samples, prompt order and random masks."""
+    lr_scale: float = knob(1.0, above=0)
+    """Learning rate of the masked arms as a multiple of optim.lr; sparse masks like a larger one."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -538,7 +573,12 @@ GROUPS: dict[str, dict[str, Any]] = {
     },
     "optim": {"adamw": AdamWConfig, "sgd": SGDConfig},
     "adapter": {"none": AdapterConfig, "lora": LoraConfig},
-    "mask": {"none": MaskConfig, "file": FileMaskConfig, "discover": DiscoverMaskConfig},
+    "mask": {
+        "none": MaskConfig,
+        "file": FileMaskConfig,
+        "discover": DiscoverMaskConfig,
+        "study": StudyMaskConfig,
+    },
     "tracking": {"none": TrackingConfig, "wandb": WandbConfig},
 }
 """Group choices: ``loss=jsd`` on the command line picks ``GROUPS["loss"]["jsd"]``."""
@@ -664,7 +704,39 @@ def pure_bf16_has_a_stage(config: Config) -> str | None:
     return None
 
 
+def active_mask(config: Config) -> FileMaskConfig | DiscoverMaskConfig | None:
+    """The mask that confines this run, if one does."""
+    if isinstance(config.mask, FileMaskConfig | DiscoverMaskConfig) and config.mask.enabled:
+        return config.mask
+    return None
+
+
+def a_mask_is_of_the_weights_themselves(config: Config) -> str | None:
+    """A mask lists coordinates of the student's own weights, adapters have none of them."""
+    if active_mask(config) is not None and isinstance(config.adapter, LoraConfig):
+        return (
+            "mask=... trains coordinates of the student's own weights and adapter=lora freezes them: "
+            "use adapter=none with a mask, or mask=none with adapters"
+        )
+    return None
+
+
+def a_watched_run_has_dense_states(config: Config) -> str | None:
+    """Scores are read off the optimizer's state of every weight."""
+    if config.train.scores == Watched.nothing:
+        return None
+    if active_mask(config) is not None or isinstance(config.adapter, LoraConfig):
+        return f"train.scores={config.train.scores} watches every weight: use mask=none and adapter=none"
+    if config.train.scores == Watched.adam_saliency and not isinstance(config.optim, AdamWConfig):
+        return "train.scores=adam_saliency reads AdamW's moments: use optim=adamw"
+    if config.zero == 0 and config.launch.engine == TrainingEngine.deepspeed:
+        return f"train.scores={config.train.scores} needs zero=1, 2 or 3, found zero=0"
+    return None
+
+
 RULES = (
+    a_mask_is_of_the_weights_themselves,
+    a_watched_run_has_dense_states,
     pure_bf16_has_a_stage,
     a_teacher_is_named,
     torch_engine_is_one_process,

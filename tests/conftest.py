@@ -4,8 +4,11 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 
@@ -33,29 +36,39 @@ def run_ranks() -> RunRanks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        started = [
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                env=os.environ
-                | {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(processes),
-                    "LOCAL_WORLD_SIZE": str(processes),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(processes)
-        ]
-        for process in started:
-            output, _ = process.communicate(timeout=540)
-            if process.returncode != 0:
-                for other in started:
-                    other.kill()
-                pytest.fail(f"a rank of {arguments[0]} failed:\n{output[-3000:]}")
+        with ExitStack() as open_files:
+            # files, not pipes: a full pipe would stop a rank that others wait for
+            outputs = [open_files.enter_context(TemporaryFile("w+")) for _ in range(processes)]
+            started = [
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    env=os.environ
+                    | {
+                        "RANK": str(rank),
+                        "LOCAL_RANK": str(rank),
+                        "WORLD_SIZE": str(processes),
+                        "LOCAL_WORLD_SIZE": str(processes),
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(port),
+                    },
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+                for rank, output in enumerate(outputs)
+            ]
+            deadline = time.monotonic() + 540
+            statuses: list[int | None] = [None]
+            while None in statuses and not any(statuses) and time.monotonic() < deadline:
+                time.sleep(0.1)
+                statuses = [process.poll() for process in started]
+            for process in started:
+                process.kill()
+                process.wait()
+            for status, output in zip(statuses, outputs, strict=True):
+                if status != 0 and (status is not None or not any(statuses)):
+                    output.seek(0)
+                    pytest.fail(
+                        f"a rank of {arguments[0]} ended with {status}:\n{output.read()[-3000:]}"
+                    )
 
     return run

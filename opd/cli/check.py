@@ -10,13 +10,18 @@ from rich.table import Table
 from opd import build
 from opd.cli.compose import Composed
 from opd.cli.folder import open_folder
+from opd.cli.masking import require_mask_fits
 from opd.config import (
     Config,
+    DiscoverMaskConfig,
+    FileMaskConfig,
     LocalTeacherConfig,
+    LoraConfig,
     RolloutConfig,
     ServerTeacherConfig,
     TrainingEngine,
     VllmRolloutConfig,
+    active_mask,
     problems,
 )
 
@@ -60,6 +65,7 @@ def check(composed: Composed, folder: Path) -> Checked:
             f"launch.processes={config.launch.processes}: give every process one, or 0"
         )
     _teacher_fits(config, text, prompts)
+    require_mask_fits(composed, folder)
     return Checked(start=start, text=text, prompts=prompts)
 
 
@@ -152,6 +158,7 @@ def plan_table(composed: Composed, checked: Checked, folder: Path) -> Table:
         "loss": composed.choices["loss"],
         "optimizer": f"{composed.choices['optim']}, lr {config.optim.lr:g}, ZeRO {config.zero}, "
         f"{config.train.precision.value}, adapter {composed.choices['adapter']}",
+        "learns": _mask_words(config),
         "step": f"{config.train.prompts_per_step} prompts x {rollout.n} completions of at most "
         f"{rollout.max_tokens} tokens, by {config.launch.processes} process(es)",
         "steps": f"{config.train.steps}, going on from {checked.start}",
@@ -168,6 +175,16 @@ def plan_table(composed: Composed, checked: Checked, folder: Path) -> Table:
     for name, words in rows.items():
         table.add_row(name, words)
     return table
+
+
+def _mask_words(config: Config) -> str:
+    match active_mask(config):
+        case FileMaskConfig(path=path, training=training):
+            return f"the mask {path}, {training}"
+        case DiscoverMaskConfig() as mask:
+            kept = f"density {mask.density:g}" if mask.density else f"threshold {mask.threshold}"
+            return f"a mask by rule {mask.rule}, {kept if mask.like is None else mask.like}"
+    return "adapters" if isinstance(config.adapter, LoraConfig) else "every weight"
 
 
 def _teacher_words(config: Config) -> str:

@@ -25,6 +25,7 @@ from opd.cli.compose import (
 from opd.cli.examine import teacher_accuracy
 from opd.cli.folder import describe
 from opd.cli.launch import keep_freed_memory, run_processes
+from opd.cli.masking import prepare_mask
 from opd.cli.worker import leave_after
 
 
@@ -74,7 +75,15 @@ def join(recipe: Composed) -> NoReturn:
     if os.environ["RANK"] == "0":
         check(recipe, run_folder(recipe))
         describe(recipe, run_folder(recipe))
+        prepare_mask(recipe, run_folder(recipe), _cannot_run_first)
     leave_after(recipe)
+
+
+def _cannot_run_first(recipe: Composed, folder: Path) -> None:
+    raise ValueError(
+        "this mask needs a run before the run, which only `opd train` itself starts: make it with "
+        "`opd mask discover` and use mask=file, or launch with launch.processes=N"
+    )
 
 
 def job_name(own: Sequence[str], given: Sequence[str], number: int) -> str:
@@ -99,6 +108,7 @@ def run(recipe: Composed, folder: Path) -> None:
     if checked.start >= recipe.config.train.steps and (folder / "final").is_dir():
         console.print(f"the run is complete: {folder}")
     else:
+        prepare_mask(recipe, folder, run)
         accuracy = teacher_accuracy(recipe, folder / "logs") if checked.start == 0 else None
         run_processes(recipe, folder, accuracy=accuracy)
     console.print(summary_table(folder))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from opd import build
 from opd.cli.compose import Composed, composed, find_recipe, run_folder
+from opd.config import Config, Watched
 from opd.interfaces import Reader, Teacher
 from opd.types import Rollout, Wanted
 
@@ -26,6 +27,7 @@ TEACHER_ACCURACY = "OPD_TEACHER_ACCURACY"
 """Environment variable by which the launcher tells how the teacher did in the same examination."""
 MISTAKE_MARK = "opd: "
 """Opens the line of a rank's log that says what the user can mend."""
+SCORES = "scores.safetensors"
 DONE, FAILED, MISTAKE = 0, 1, 2
 
 
@@ -66,7 +68,8 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
     engine, sync = build.build_engine(
         config, config.student.model, text, prompts.max_length, world, progress
     )
-    learner, model = build.build_learner(config, whole_teacher, text, world, progress)
+    mask = build.read_run_mask(config, folder)
+    learner, model = build.build_learner(config, mask, whole_teacher, text, world, progress)
     found = newest_checkpoint(folder, processes=world.size)
     if found is not None:
         learner.load(str(found[0]))
@@ -88,6 +91,8 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
 
     def finish() -> None:
         tracker.close()
+        if config.train.scores != Watched.nothing:
+            _leave_scores(config, learner, folder, world)
         _export(learner, model, text, folder, world)
 
     loop = Loop(
@@ -102,7 +107,7 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
         save=save,
         total=world.sum,
         sampling=sampling,
-        steps=config.train.steps,
+        steps=min(config.train.steps, config.train.stop_after or config.train.steps),
         eval_every=config.eval.every,
         save_every=config.save.every,
         verify_every=config.sync.verify_every,
@@ -123,6 +128,22 @@ def divergence_measure(
         return {"reverse_kl": measured["loss/reverse_kl"]}
 
     return measure
+
+
+def _leave_scores(
+    config: Config, learner: "StudentLearner", folder: Path, world: "World"
+) -> None:
+    """scores.safetensors on rank 0; every rank takes part in gathering."""
+    from opd.tensors import open_checkpoint, write_tensors
+
+    base = open_checkpoint(config.student.model)
+    watched = learner.scores(config.train.scores, base)
+    if world.is_main:
+        write_tensors(folder / SCORES, watched, {"rule": config.train.scores.value})
+    else:
+        for _ in watched:
+            pass
+    world.barrier()
 
 
 def _export(

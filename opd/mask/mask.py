@@ -1,5 +1,6 @@
 """The Mask: for every parameter of one base model the coordinates that are kept for training."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -79,6 +80,14 @@ class Mask:
     def density(self) -> float:
         """Kept coordinates / all coordinates."""
         return sum(self.counts().values()) / sum(self.numel(name) for name in self.shapes)
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of names and coordinates: equal for masks that keep the same weights."""
+        digest = hashlib.sha256()
+        for name in sorted(self.shapes):
+            index = self.indices[name].to(torch.int64)
+            digest.update(f"{name} {len(index)} ".encode() + index.cpu().numpy().tobytes())
+        return digest.hexdigest()[:32]
 
     def require_base(self, fingerprint: str, model: str) -> None:
         """ValueError unless the mask was made for the model of this fingerprint."""

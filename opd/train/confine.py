@@ -16,7 +16,12 @@ from opd.train.weights import layer_of, named_weights
 
 
 class Confinement(Protocol):
-    """What may learn, and how it is kept to that."""
+    """What may learn, and how it is kept to that.
+
+    ``mask`` is the fingerprint of the mask, "" when there is none.
+    """
+
+    mask: str
 
     def metrics(self) -> dict[str, float]:
         """Figures that every step reports."""
@@ -35,6 +40,7 @@ class Unconfined:
     """Everything that asks for a gradient learns."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.mask = ""
         self._model = model
 
     def metrics(self) -> dict[str, float]:
@@ -64,6 +70,7 @@ class CompactWeights:
     """
 
     def __init__(self, causal: nn.Module, mask: Mask) -> None:
+        self.mask = mask.fingerprint()
         self._held = list(_confined(causal, mask))
         self._density = mask.density
 
@@ -123,6 +130,7 @@ class RestoredWeights:
     def __init__(self, causal: nn.Module, mask: Mask) -> None:
         weights = list(named_weights(causal))
         mask.require_parameters({name: tuple(weight.shape) for name, weight in weights})
+        self.mask = mask.fingerprint()
         self._density = mask.density
         self._restored = [_Restored(weight, mask.indices[name]) for name, weight in weights]
 

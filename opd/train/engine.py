@@ -66,6 +66,10 @@ class TrainingEngine(Protocol):
         """Replace a trained parameter and its master by ``change`` of the full master; collective."""
         ...
 
+    def full_state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        """The float32 master ("master") or the optimizer's state ``key``, in full; collective."""
+        ...
+
     def save(self, folder: str) -> None:
         """Weights that are trained, masters and optimizer state of this rank."""
         ...
@@ -197,6 +201,18 @@ class DeepSpeedEngine:
             for part, start in self.parts(parameter):
                 part.copy_(changed[start : start + len(part)])
 
+    def full_state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        assert self._zero, "stage 0 does not say what its optimizer holds"
+        found: Any = (
+            safe_get_full_fp32_param(parameter)
+            if key == "master"
+            else safe_get_full_optimizer_state(parameter, key)
+        )
+        assert found is not None, f"the optimizer holds no {key}"
+        return found
+
     def save(self, folder: str) -> None:
         self._engine.save_checkpoint(folder, tag="deepspeed", exclude_frozen_parameters=True)
 
@@ -283,6 +299,9 @@ class TorchEngine:
         self, parameter: torch.nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
         parameter.data.copy_(change(parameter.data))
+
+    def full_state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        return parameter.data if key == "master" else self._optimizer.state[parameter][key]
 
     def save(self, folder: str) -> None:
         trained = {n: p.data for n, p in self._student.named_parameters() if p.requires_grad}

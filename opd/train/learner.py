@@ -3,17 +3,20 @@
 Losses are sums over tokens; they are divided here, once, by the token count of all ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from opd.batch import Batch, LossOutput, collate, micro_batches
-from opd.config import OptimConfig
+from opd.config import OptimConfig, Watched
 from opd.interfaces import Loss, Progress
 from opd.train.confine import Confinement
+from opd.tensors import Stored
 from opd.train.engine import TrainingEngine
 from opd.train.optimizers import lr_at
+from opd.train.student import causal_lm
+from opd.train.watch import scores
 from opd.train.weights import full_weights
 from opd.types import FloatArray, Rollout, Scored, StepReport
 from opd.world import World
@@ -106,17 +109,32 @@ class StudentLearner:
         """Full tensors under their Hugging Face names, adapters merged, layer by layer; collective."""
         yield from full_weights(self._model, self._engine.gathered)
 
+    def scores(
+        self, watched: Watched, base: Mapping[str, Stored]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the run saw of every weight (see ``opd.train.watch``); collective."""
+        yield from scores(causal_lm(self._model), self._engine, watched, base)
+
     def save(self, folder: str) -> None:
-        """Weights, masters, optimizer state, version and the random state of dropout."""
+        """Trained weights, masters, optimizer state, version, mask and the random state of dropout."""
         self._engine.save(folder)
-        state = {"version": self.version, "torch_rng": torch.get_rng_state()}
+        state = {
+            "version": self.version,
+            "torch_rng": torch.get_rng_state(),
+            "mask": self._confinement.mask,
+        }
         torch.save(state, f"{folder}/rank_{self._world.rank}.pt")
 
     def load(self, folder: str) -> None:
-        """Undo of ``save``, on as many ranks."""
+        """Undo of ``save``, on as many ranks; ValueError when another mask was trained."""
+        state = torch.load(f"{folder}/rank_{self._world.rank}.pt", weights_only=True)
+        if state["mask"] != self._confinement.mask:
+            raise ValueError(
+                f"the checkpoint {folder} was trained with another mask: go on with the mask of the "
+                "run, or start another run.dir"
+            )
         self._engine.load(folder)
         self._confinement.settle(self._engine)
-        state = torch.load(f"{folder}/rank_{self._world.rank}.pt", weights_only=True)
         self.version = state["version"]
         torch.set_rng_state(state["torch_rng"])
 

@@ -1,0 +1,125 @@
+"""A mask confines training bit for bit, at every stage, on one rank and on two."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.append(str(Path(__file__).parent))
+from mask_ranks import EMPTY, FULL, mask_of, tiny
+
+from opd.train.weights import named_weights
+
+SCRIPT = str(Path(__file__).parent / "mask_ranks.py")
+LONG = [
+    f"compact/{zero}/fp32/{optimizer}/1.0/200"
+    for zero in range(4)
+    for optimizer in ("adamw", "sgd")
+]
+LONG_ROUNDED = ["compact/1/bf16/adamw/1.0/200", "compact/3/bf16/sgd/1.0/200"]
+ALONE = ["torch/fp32/adamw/1.0/60", "torch/fp32/sgd/1.0/60", "torch/bf16/adamw/1.0/10"]
+SHARDED = [
+    f"{zero}/{precision}/{optimizer}/0/10"
+    for zero in range(4)
+    for precision in ("fp32", "bf16")
+    for optimizer in ("adamw", "sgd")
+]
+CLIPPED = [f"{zero}/fp32/adamw/1.0/2" for zero in range(4)]
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[[int, list[str]], None]
+) -> Path:
+    out = tmp_path_factory.mktemp("masked")
+    both = [f"{training}/{case}" for case in ALONE for training in ("compact", "restore")]
+    run_ranks(1, [SCRIPT, str(out), *both, f"compact/{ALONE[0]}/resumed"])
+    both = [
+        f"{training}/{case}" for case in SHARDED + CLIPPED for training in ("compact", "restore")
+    ]
+    resumed = [f"{case}/resumed" for case in (LONG + LONG_ROUNDED)]
+    run_ranks(2, [SCRIPT, str(out), *both])
+    run_ranks(2, [SCRIPT, str(out), *LONG[:2], *resumed])
+    return out
+
+
+def weights(folder: Path, case: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{case.replace('/', '_')}.safetensors")
+
+
+def reports(folder: Path, case: str) -> list[dict[str, float]]:
+    return json.loads((folder / f"{case.replace('/', '_')}.json").read_text())
+
+
+def kept() -> dict[str, torch.Tensor]:
+    """The mask of mask_ranks.py as dense booleans."""
+    mask = mask_of(tiny())
+    dense = {}
+    for name, shape in mask.shapes.items():
+        flat = torch.zeros(torch.Size(shape).numel(), dtype=torch.bool)
+        flat[mask.indices[name].long()] = True
+        dense[name] = flat.view(shape)
+    return dense
+
+
+def assert_confined(found: dict[str, torch.Tensor]) -> None:
+    """Bits off the mask are the base's; nearly everything on it has moved."""
+    base, mask = dict(named_weights(tiny())), kept()
+    assert found.keys() == base.keys() == mask.keys()
+    assert not mask[EMPTY].any()
+    assert mask[FULL].all()
+    for name, weight in found.items():
+        start = base[name].detach().to(weight.dtype)
+        assert torch.equal(weight[~mask[name]], start[~mask[name]]), name
+        moved = weight[mask[name]] != start[mask[name]]
+        assert moved.float().mean() > 0.8 or not len(moved), name
+
+
+@pytest.mark.parametrize("case", [f"{c}/resumed" for c in LONG + LONG_ROUNDED])
+def test_frozen_coordinates_are_the_base_s_bits_after_200_steps_and_a_resume(
+    trained: Path, case: str
+) -> None:
+    assert_confined(weights(trained, case))
+    last = reports(trained, case)[-1]
+    assert last["mask/density"] == pytest.approx(
+        float(torch.cat([m.flatten() for m in kept().values()]).float().mean())
+    )
+
+
+@pytest.mark.parametrize("case", [*LONG[:2], f"compact/{ALONE[0]}"])
+def test_a_resumed_masked_run_is_the_uninterrupted_one(trained: Path, case: str) -> None:
+    whole, resumed = weights(trained, case), weights(trained, f"{case}/resumed")
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+    assert reports(trained, case)[-1] == reports(trained, f"{case}/resumed")[-1]
+
+
+@pytest.mark.parametrize("case", [*ALONE, *SHARDED])
+def test_compact_training_is_the_dense_masked_reference_bit_for_bit(
+    trained: Path, case: str
+) -> None:
+    compact, reference = weights(trained, f"compact/{case}"), weights(trained, f"restore/{case}")
+    assert_confined(reference)
+    for name in reference:
+        assert torch.equal(compact[name], reference[name]), name
+
+
+@pytest.mark.parametrize("case", CLIPPED)
+def test_clipping_on_shards_differs_from_the_reference_by_one_ulp_at_most(
+    trained: Path, case: str
+) -> None:
+    compact, reference = weights(trained, f"compact/{case}"), weights(trained, f"restore/{case}")
+    for name in reference:
+        ulps = (compact[name].view(torch.int32) - reference[name].view(torch.int32)).abs()
+        assert int(ulps.max()) <= 1, name
+
+
+@pytest.mark.parametrize("case", [*ALONE, *CLIPPED])
+def test_the_gradient_norm_counts_kept_coordinates_only(trained: Path, case: str) -> None:
+    compact = [r["optim/grad_norm"] for r in reports(trained, f"compact/{case}")]
+    reference = [r["optim/grad_norm"] for r in reports(trained, f"restore/{case}")]
+    assert compact == pytest.approx(reference, rel=1e-6)
