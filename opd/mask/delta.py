@@ -310,9 +310,7 @@ def _require_alike(base: Checkpoint, trained: Checkpoint) -> None:
             )
 
 
-def _require_inside(
-    name: str, coordinates: torch.Tensor, mask: Mask | None, trained: str
-) -> None:
+def _require_inside(name: str, coordinates: torch.Tensor, mask: Mask | None, trained: str) -> None:
     if mask is None:
         return
     outside = len(coordinates) - int(torch.isin(coordinates, mask.indices[name]).sum())

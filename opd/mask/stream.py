@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 
@@ -30,7 +30,7 @@ def write_tensors(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_name(path.name + ".partial")
-    bodies: dict[int, BinaryIO] = {}
+    bodies: dict[int, IO[bytes]] = {}
     found: dict[str, tuple[int, dict[str, Any]]] = {}
     try:
         with ExitStack() as opened:
@@ -38,8 +38,7 @@ def write_tensors(
                 assert name not in found, f"{name} is written once"
                 width = tensor.dtype.itemsize
                 if width not in bodies:
-                    body: Any = tempfile.TemporaryFile(dir=path.parent)
-                    bodies[width] = opened.enter_context(body)
+                    bodies[width] = opened.enter_context(tempfile.TemporaryFile(dir=path.parent))
                 start = bodies[width].tell()
                 bodies[width].write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 found[name] = (
