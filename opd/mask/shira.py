@@ -102,10 +102,14 @@ def _sorted_out(base: Checkpoint, delta: Delta) -> tuple[list[str], list[str], d
                 linears.append(name)
             else:
                 left_out[name] = "values that are not finite"
-        elif isinstance(module, torch.nn.Linear | torch.nn.Embedding) or len(changed.shape) != 1:
-            left_out[name] = type(module).__name__ + (" bias" if leaf == "bias" else "")
-        else:
+        elif (
+            len(changed.shape) == 1
+            and not isinstance(module, torch.nn.Linear)
+            and not any(True for _ in module.children())
+        ):
             norms.append(name)
+        else:
+            left_out[name] = type(module).__name__ + (" bias" if leaf == "bias" else "")
     return linears, norms, left_out
 
 
@@ -204,9 +208,10 @@ def _filled(
 def _rounded(
     indices: torch.Tensor, values: torch.Tensor, before: torch.Tensor, after: torch.Tensor
 ) -> int:
-    """Weights that the adapted layer, which adds in the base's number format, does not hit."""
-    sum_ = before[indices[0], indices[1]] + values.to(before.dtype)
-    return int((sum_ != after[indices[0], indices[1]]).sum())
+    """Weights that the adapted layer, whose own addition on a CPU this is, does not hit."""
+    adapted = before.clone()
+    adapted += torch.sparse_coo_tensor(indices, values, before.shape, check_invariants=True)
+    return int((adapted != after).sum())
 
 
 def _owners(names: Iterable[str]) -> list[str]:

@@ -218,7 +218,7 @@ def test_a_live_model_that_is_not_the_base_stays_as_it_was(folder: Folder) -> No
     with pytest.raises(ValueError, match=r"model\.steps does not hold the bits of .*base"):
         apply_delta(live, delta)
     assert same_bits(live, untouched)
-    with pytest.raises(ValueError, match="is float32 .* made for bfloat16"):
+    with pytest.raises(ValueError, match=r"is float32 .* made for bfloat16"):
         apply_delta({n: t.float() for n, t in before.items()}, delta)
     with pytest.raises(ValueError, match="absent from the 0 tensors"):
         apply_delta({}, delta)
