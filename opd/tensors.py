@@ -92,10 +92,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     return Checkpoint(model, tensors)
 
 
-def model_folder(model: str) -> Path:
-    """The folder of a model that is given as folder or hub id; ValueError when it is neither."""
-    if Path(model).is_dir():
-        return Path(model)
+def _downloaded(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -106,6 +103,11 @@ def model_folder(model: str) -> Path:
         raise ValueError(
             f"{model} is neither a model folder nor a hub id that can be had ({first})"
         ) from None
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model that is given as folder or hub id; ValueError when it is neither."""
+    return Path(model) if Path(model).is_dir() else _downloaded(model)
 
 
 def _weight_files(folder: Path) -> list[Path]:
