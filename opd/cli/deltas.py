@@ -94,8 +94,10 @@ def export(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         return
     if "others" in given:
         raise ValueError("others= is for format=shira only: leave it out")
-    if out.is_dir() or out.suffix != ".safetensors":
+    if out.suffix != ".safetensors":
         raise ValueError(f"out={out} should be a file: name one that ends in .safetensors")
+    if out.exists():
+        raise ValueError(f"out={out} is there already: name a new file, or remove it")
     base, delta = _exported(given, out, rest)
     dense = sum(stored.numel * stored.dtype.itemsize for stored in base.values())
     size = out.stat().st_size

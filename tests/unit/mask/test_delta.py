@@ -382,6 +382,7 @@ def test_the_commands_lead_from_a_run_to_a_model_and_back(
         ),
         (["export", "base=B", "trained=B", "out=d.safetensors", "others=drop"], ["shira"]),
         (["export", "base=B", "trained=B", "out=d.safetensors", "mask=no"], ["no mask file no"]),
+        (["export", "base=B", "trained=B", "out=B/model.safetensors"], ["is there already"]),
         (["export", "base=B", "trained=run", "out=d.safetensors"], ["no final/ yet"]),
         (["apply", "base=B", "delta=d.safetensors", "out=o"], ["d.safetensors", "opd mask export"]),
         (["undo", "trained=B", "delta=B/config.json", "out=o"], ["config.json", "cannot be read"]),
