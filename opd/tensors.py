@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ import torch
 
 READERS = 2
 """Threads that hash; each holds one tensor."""
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+"""What lies beside the weights: configuration, tokenizer, chat template, code."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -61,8 +63,9 @@ class Checkpoint(Mapping[str, Stored]):
     def fingerprint(self) -> str:
         """Hexadecimal digest of names, shapes, dtypes and every bit; sharding does not matter."""
         with ThreadPoolExecutor(READERS) as pool:
-            digests = pool.map(_digest, self._tensors.items())
-            return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+            return fingerprint_of(
+                pool.map(lambda named: digest(named[0], named[1].read()), self._tensors.items())
+            )
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -70,7 +73,7 @@ def open_checkpoint(model: str) -> Checkpoint:
 
     Raises ValueError when there are none, or when a shard is cut short or missing.
     """
-    folder = Path(model) if Path(model).is_dir() else _downloaded(model)
+    folder = model_folder(model)
     files = _weight_files(folder)
     if not files:
         raise ValueError(
@@ -94,12 +97,17 @@ def _downloaded(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", *COMPANIONS]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{model} is neither a model folder nor a hub id that can be had ({first})"
         ) from None
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model that is given as folder or hub id; ValueError when it is neither."""
+    return Path(model) if Path(model).is_dir() else _downloaded(model)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -165,8 +173,13 @@ def _head_is_tied(folder: Path) -> bool:
     return config.is_file() and bool(json.loads(config.read_text()).get("tie_word_embeddings"))
 
 
-def _digest(named: tuple[str, Stored]) -> bytes:
-    name, stored = named
-    header = f"{name} {stored.dtype} {stored.shape}"
-    data = stored.read().contiguous().reshape(-1).view(torch.uint8).numpy()
+def digest(name: str, tensor: torch.Tensor) -> bytes:
+    """Digest of a tensor's name, dtype, shape and every bit [32 bytes]."""
+    header = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(header.encode() + hashlib.sha256(data.data).digest()).digest()
+
+
+def fingerprint_of(digests: Iterable[bytes]) -> str:
+    """The fingerprint of a checkpoint from the digests of its tensors, in the order of their names."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]

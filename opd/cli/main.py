@@ -1,4 +1,4 @@
-"""The command ``opd``: train, eval, teacher, report, doctor."""
+"""The command ``opd``: train, eval, teacher, report, doctor, mask."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from opd.cli.deltas import add_delta_commands
 from opd.cli.worker import DONE, FAILED, MISTAKE
 
 RECIPE_HELP = "path of a recipe, or the name of one that came with opd"
@@ -72,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default=".", help="folder for comparison.html and comparison.csv (default: here)"
     )
     report.set_defaults(run=_report)
+    masks = commands.add_parser("mask", help="a trained subnetwork: export, apply, undo")
+    add_delta_commands(masks.add_subparsers(required=True, metavar="VERB"))
     return parser
 
 

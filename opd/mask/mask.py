@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from opd.mask.stream import write_tensors
 
 FORMAT = "opd-mask-1"
 INT32_MOST = 2**31 - 1
@@ -172,37 +172,24 @@ def write_mask(
     parameter's shape and the density.
     """
     dtype = index_dtype(shapes)
-    entries: dict[str, Any] = {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data, whole = (path.with_name(path.name + suffix) for suffix in (".data", ".partial"))
-    try:
-        with data.open("wb") as file:
-            for name, index in indices:
-                start = file.tell()
-                file.write(index.to(dtype).numpy().data)
-                entries[name] = {
-                    "dtype": "I64" if dtype == torch.int64 else "I32",
-                    "shape": [len(index)],
-                    "data_offsets": [start, file.tell()],
-                }
-        assert entries.keys() == shapes.keys(), "a mask lists every parameter once"
-        kept = sum(entry["shape"][0] for entry in entries.values())
+    counts: dict[str, int] = {}
+
+    def counted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, index in indices:
+            counts[name] = len(index)
+            yield name, index.to(dtype)
+
+    def metadata() -> dict[str, str]:
+        assert counts.keys() == shapes.keys(), "a mask lists every parameter once"
         total = sum(torch.Size(shape).numel() for shape in shapes.values())
-        metadata = {
+        return {
             "format": FORMAT,
             **{key: str(value) for key, value in asdict(origin).items()},
-            "density": repr(kept / total),
+            "density": repr(sum(counts.values()) / total),
             "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
         }
-        header = json.dumps({"__metadata__": metadata, **entries}).encode()
-        header += b" " * (-len(header) % 8)
-        with whole.open("wb") as file, data.open("rb") as body:
-            file.write(len(header).to_bytes(8, "little") + header)
-            shutil.copyfileobj(body, file, 1 << 22)
-        os.replace(whole, path)
-    finally:
-        data.unlink(missing_ok=True)
-        whole.unlink(missing_ok=True)
+
+    write_tensors(path, counted(), metadata)
 
 
 def read_mask(path: Path) -> Mask:
@@ -228,7 +215,7 @@ def read_mask(path: Path) -> Mask:
 
     def read(name: str) -> torch.Tensor:
         index: torch.Tensor = opened.get_tensor(name)
-        _require_sound(index, torch.Size(shapes[name]).numel(), f"{name} in {path}")
+        require_sound(index, torch.Size(shapes[name]).numel(), f"{name} in {path}")
         return index
 
     return Mask(
@@ -244,7 +231,8 @@ def read_mask(path: Path) -> Mask:
     )
 
 
-def _require_sound(index: torch.Tensor, numel: int, what: str) -> None:
+def require_sound(index: torch.Tensor, numel: int, what: str) -> None:
+    """ValueError unless these are sorted, distinct flat coordinates of ``numel`` elements."""
     if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"{what} is {list(index.shape)} {index.dtype}: expected flat int32 or int64"
