@@ -388,6 +388,8 @@ class RuleConfig:
     """rule=random or magnitude_matched: the mask file whose counts per tensor (and binade) are copied."""
     scores: str | None = None
     """rule=scores: a safetensors file with one score per weight under the weights' names."""
+    rank_share: float = knob(0.1, above=0, most=1)
+    """rule=safe: singular directions that count as principal, as a share of a matrix's smaller side."""
     steps: int = knob(20, least=1)
     """Rules that watch a run: optimizer steps to watch."""
     exclude: list[str] = knob([])
