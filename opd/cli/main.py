@@ -1,4 +1,4 @@
-"""The command ``opd``: train, eval, teacher, report, doctor."""
+"""The command ``opd``: train, eval, teacher, mask, report, doctor."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from opd.cli.masks import add_mask_commands
 from opd.cli.worker import DONE, FAILED, MISTAKE
 
 RECIPE_HELP = "path of a recipe, or the name of one that came with opd"
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", help="folder or hub id (default: the recipe's student)")
     evaluate.add_argument("--out", help="JSON file for metrics and transcripts")
     _teacher_command(commands)
+    add_mask_commands(commands)
     report = commands.add_parser("report", help="put runs side by side: one page and a csv")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     report.add_argument(
