@@ -407,6 +407,8 @@ class RuleConfig:
     """rule=random or magnitude_matched: the mask file whose counts per tensor (and binade) are copied."""
     scores: str | None = None
     """rule=scores: a safetensors file with one score per weight under the weights' names."""
+    rank_share: float = knob(0.1, above=0, most=1)
+    """rule=safe: singular directions that count as principal, as a share of a matrix's smaller side."""
     steps: int = knob(20, least=1)
     """Rules that watch a run: optimizer steps to watch."""
     exclude: list[str] = knob([])
@@ -597,7 +599,7 @@ def register() -> None:
 
 def problems(config: Config) -> list[str]:
     """Every broken bound and rule, one sentence each; empty when the config is sound."""
-    found = [*_broken_bounds(config, "")]
+    found = [*broken_bounds(config)]
     for rule in RULES:
         sentence = rule(config)
         if sentence is not None:
@@ -605,13 +607,14 @@ def problems(config: Config) -> list[str]:
     return found
 
 
-def _broken_bounds(node: Any, path: str) -> Iterator[str]:
+def broken_bounds(node: Any, path: str = "") -> Iterator[str]:
+    """A sentence for each field of a dataclass, and of those in it, that is not set or out of bounds."""
     for f in fields(node):
         value, name = getattr(node, f.name), f"{path}{f.name}"
         if value == MISSING:
             yield f"{name} is not set: give it in the recipe or as {name}=..."
         elif is_dataclass(value):
-            yield from _broken_bounds(value, f"{name}.")
+            yield from broken_bounds(value, f"{name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield from _broken_bound(name, value, f.metadata)
 

@@ -81,15 +81,24 @@ def open_checkpoint(model: str) -> Checkpoint:
         )
     tensors: dict[str, Stored] = {}
     for file in files:
-        try:
-            tensors |= _bin_tensors(file) if file.suffix == ".bin" else _safetensors(file)
-        except Exception as error:  # each format raises its own kind for a file that is cut short
-            raise ValueError(
-                f"{file} cannot be read ({error}): fetch the checkpoint again"
-            ) from error
+        tensors |= _read_file(file)
     if HEAD in tensors and _head_is_tied(folder) and EMBEDDING in tensors:
         del tensors[HEAD]
     return Checkpoint(model, tensors)
+
+
+def open_tensors(file: Path) -> Checkpoint:
+    """The tensors of one safetensors file. Raises ValueError when it is missing or cut short."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}: expected a safetensors file")
+    return Checkpoint(str(file), _read_file(file))
+
+
+def _read_file(file: Path) -> dict[str, Stored]:
+    try:
+        return _bin_tensors(file) if file.suffix == ".bin" else _safetensors(file)
+    except Exception as error:  # each format raises its own kind for a file that is cut short
+        raise ValueError(f"{file} cannot be read ({error}): fetch it again") from error
 
 
 def _downloaded(model: str) -> Path:

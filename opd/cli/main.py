@@ -1,4 +1,4 @@
-"""The command ``opd``: train, eval, teacher, report, doctor, mask."""
+"""The command ``opd``: train, eval, teacher, mask, report, doctor."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from opd.cli.deltas import add_delta_commands
+from opd.cli.masks import add_mask_commands
 from opd.cli.worker import DONE, FAILED, MISTAKE
 
 RECIPE_HELP = "path of a recipe, or the name of one that came with opd"
@@ -67,14 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", help="folder or hub id (default: the recipe's student)")
     evaluate.add_argument("--out", help="JSON file for metrics and transcripts")
     _teacher_command(commands)
+    add_mask_commands(commands)
     report = commands.add_parser("report", help="put runs side by side: one page and a csv")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     report.add_argument(
         "--out", default=".", help="folder for comparison.html and comparison.csv (default: here)"
     )
     report.set_defaults(run=_report)
-    masks = commands.add_parser("mask", help="a trained subnetwork: export, apply, undo")
-    add_delta_commands(masks.add_subparsers(required=True, metavar="VERB"))
     return parser
 
 

@@ -130,16 +130,15 @@ def divergence_measure(
     return measure
 
 
-def _leave_scores(
-    config: Config, learner: "StudentLearner", folder: Path, world: "World"
-) -> None:
+def _leave_scores(config: Config, learner: "StudentLearner", folder: Path, world: "World") -> None:
     """scores.safetensors on rank 0; every rank takes part in gathering."""
-    from opd.tensors import open_checkpoint, write_tensors
+    from opd.mask.stream import write_tensors
+    from opd.tensors import open_checkpoint
 
     base = open_checkpoint(config.student.model)
     watched = learner.scores(config.train.scores, base)
     if world.is_main:
-        write_tensors(folder / SCORES, watched, {"rule": config.train.scores.value})
+        write_tensors(folder / SCORES, watched, lambda: {"rule": config.train.scores.value})
     else:
         for _ in watched:
             pass

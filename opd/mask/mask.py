@@ -142,12 +142,20 @@ class Mask:
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def held_by(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Which of some sorted coordinates are among other sorted ones, bool."""
+    if len(b) == 0:
+        return torch.zeros(len(a), dtype=torch.bool)
+    at = torch.searchsorted(b, a, out_int32=len(b) <= INT32_MOST).clamp_(max=len(b) - 1)
+    return b[at] == a
+
+
 def _intersection(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a[torch.isin(a, b, assume_unique=True)]
+    return a[held_by(a, b)]
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a[torch.isin(a, b, assume_unique=True, invert=True)]
+    return a[~held_by(a, b)]
 
 
 def _union(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 from opd.batch import Batch, LossOutput, collate, micro_batches
 from opd.config import OptimConfig, Watched
 from opd.interfaces import Loss, Progress
-from opd.train.confine import Confinement
 from opd.tensors import Stored
+from opd.train.confine import Confinement
 from opd.train.engine import TrainingEngine
 from opd.train.optimizers import lr_at
 from opd.train.student import causal_lm

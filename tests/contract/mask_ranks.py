@@ -4,17 +4,15 @@
                                                   /resumed: saved and loaded in the middle
 
 ``training`` is compact or restore; ``zero`` is 0..3, or torch for the engine without DeepSpeed.
-Each case leaves the weights, and beside them the masters in fp32.
+Each case leaves the weights and the reports of its steps.
 """
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from train_ranks import scores
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -76,7 +74,7 @@ def optim_of(name: str, clip: float) -> OptimConfig:
     return SGDConfig(lr=0.03, weight_decay=0.1, clip=clip, momentum=0.9)
 
 
-def learner_of(case: str, world: World) -> tuple[StudentLearner, nn.Module, Any]:
+def learner_of(case: str, world: World) -> StudentLearner:
     training, zero, precision_name, optimizer_name, clip, steps = case.split("/")
     precision, optim = Precision(precision_name), optim_of(optimizer_name, float(clip))
     model = tiny()
@@ -106,7 +104,7 @@ def learner_of(case: str, world: World) -> tuple[StudentLearner, nn.Module, Any]
         # every shard is really sharded
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         engine = DeepSpeedEngine(student, optimizer, config=config, world=world)
-    learner = StudentLearner(
+    return StudentLearner(
         engine,
         model,
         Divergence(kind=DivergenceKind.reverse_kl),
@@ -119,7 +117,6 @@ def learner_of(case: str, world: World) -> tuple[StudentLearner, nn.Module, Any]
         world=world,
         progress=SilentProgress(),
     )
-    return learner, model, engine
 
 
 def main(out: Path, cases: list[str]) -> None:
@@ -130,7 +127,7 @@ def main(out: Path, cases: list[str]) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         plain = case.removesuffix("/resumed")
         steps = int(plain.split("/")[-1])
-        learner, model, engine = learner_of(plain, world)
+        learner = learner_of(plain, world)
         reports = []
         for step in range(steps):
             if step == steps // 2 and case.endswith("/resumed"):
@@ -140,7 +137,7 @@ def main(out: Path, cases: list[str]) -> None:
                 learner.save(str(folder))
                 world.barrier()
                 AcceleratorState._reset_state(reset_partial_state=True)
-                learner, model, engine = learner_of(plain, world)
+                learner = learner_of(plain, world)
                 learner.load(str(folder))
             share = scores(step, VOCAB)[world.rank :: world.size]
             reports.append(learner.step(share).metrics)

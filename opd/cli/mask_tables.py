@@ -1,0 +1,184 @@
+"""What ``opd mask`` has to say, as tables for a person and as JSON for a script."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from opd.mask.compare import LEVELS, Comparison, Overlap
+from opd.mask.describe import Description, Share
+from opd.mask.discover import Summary
+from opd.mask.mask import Mask
+from opd.mask.names import place
+
+EXTREMES = 5
+CHANCE = {
+    "global": "same densities",
+    "tensor": "same counts per tensor",
+    "binade": "same counts per tensor and binade",
+}
+
+
+def discovered(summary: Summary) -> Table:
+    """A mask just found."""
+    table = _table(str(summary.path), "", "weights kept", "density")
+    blocks: dict[str, int] = {}
+    for name, kept in summary.counts.items():
+        block = place(name).block
+        blocks[block] = blocks.get(block, 0) + kept
+    for block, kept in blocks.items():
+        table.add_row(block, f"{kept:,}", f"{kept / summary.numel:.4%} of all")
+    table.add_section()
+    table.add_row("all", f"{summary.kept:,}", f"{summary.density:.4%}")
+    if summary.tied:
+        told = f"{summary.tied:,} equal scores at the boundary; the seed drew {summary.tied_kept:,}"
+        table.caption = f"{told} of them"
+        table.caption_justify = "left"
+    return table
+
+
+def description_tables(mask: Mask, described: Description) -> Iterator[Table]:
+    """Where a mask is dense."""
+    origin, whole = mask.origin, described.whole
+    head = _table("Mask", "", "", right=False)
+    for name, told in (
+        ("rule", origin.rule),
+        ("base", f"{origin.model} (fingerprint {origin.base[:12]})"),
+        ("seed", str(origin.seed)),
+        ("command", origin.command),
+        ("kept", f"{whole.kept:,} of {whole.numel:,} weights: {whole.density:.4%}"),
+    ):
+        head.add_row(name, told)
+    yield head
+    for title, shares in (
+        ("Blocks", described.blocks),
+        ("Module types", described.modules),
+        ("Layers", described.layers),
+    ):
+        yield _shares(title, shares, whole)
+    ranked = sorted(described.tensors, key=lambda share: -share.density)
+    yield _shares("Densest tensors", ranked[:EXTREMES], whole)
+    yield _shares("Sparsest tensors", ranked[-EXTREMES:], whole)
+
+
+def _shares(title: str, shares: Any, whole: Share) -> Table:
+    table = _table(title, "", "density", "x model's", "kept", "of all kept", "of all weights")
+    for share in shares:
+        relative = share.density / whole.density if whole.density else math.nan
+        table.add_row(
+            share.name,
+            f"{share.density:.3%}",
+            f"{relative:.2f}",
+            f"{share.kept:,}",
+            f"{share.kept / max(whole.kept, 1):.1%}",
+            f"{share.numel / whole.numel:.1%}",
+        )
+    return table
+
+
+def description_json(mask: Mask, described: Description) -> dict[str, Any]:
+    """The same numbers."""
+
+    def shares(of: tuple[Share, ...]) -> dict[str, Any]:
+        return {s.name: {"kept": s.kept, "numel": s.numel, "density": s.density} for s in of}
+
+    return {
+        "origin": asdict(mask.origin),
+        "kept": described.whole.kept,
+        "numel": described.whole.numel,
+        "density": described.whole.density,
+        "blocks": shares(described.blocks),
+        "modules": shares(described.modules),
+        "layers": shares(described.layers),
+        "tensors": shares(described.tensors),
+    }
+
+
+def comparison_tables(comparison: Comparison, names: tuple[str, str]) -> Iterator[Table]:
+    """Observed overlap beside chance."""
+    whole = comparison.whole
+    levels = [level for level in LEVELS if level in whole.expected]
+    title = (
+        f"A = {names[0]}: {whole.a:,} weights, B = {names[1]}: {whole.b:,}, both: {whole.both:,}"
+    )
+    table = _table(title, "", "A covered by B", "B covered by A", "Jaccard", "lift", "z")
+    table.add_row(
+        "[bold]observed[/bold]",
+        *(f"{v:.2%}" for v in (whole.coverage_of_a, whole.coverage_of_b, whole.jaccard)),
+        "",
+        "",
+    )
+    for level in levels:
+        mean = whole.expected[level].mean
+        table.add_row(
+            f"chance, {CHANCE[level]}",
+            f"{mean / max(whole.a, 1):.2%}",
+            f"{mean / max(whole.b, 1):.2%}",
+            f"{whole.expected_jaccard(level):.2%}",
+            f"{whole.lift(level):.3f}",
+            f"{whole.z(level):+,.1f}",
+        )
+    if "binade" not in levels:
+        table.caption = "base=MODEL adds chance that keeps the magnitudes of the weights"
+        table.caption_justify = "left"
+    yield table
+    lifts = [f"lift, {level}" for level in levels]
+    detail = _table("Module types", "", "A", "B", "A covered", "B covered", *lifts, "z")
+    for row in comparison.modules:
+        detail.add_row(*_module(row, levels))
+    yield detail
+
+
+def _module(row: Overlap, levels: list[str]) -> list[str]:
+    return [
+        row.name,
+        f"{row.a / row.numel:.2%}",
+        f"{row.b / row.numel:.2%}",
+        f"{row.coverage_of_a:.2%}",
+        f"{row.coverage_of_b:.2%}",
+        *(f"{row.lift(level):.3f}" for level in levels),
+        f"{row.z(levels[-1]):+,.1f}",
+    ]
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """The same numbers; what is not defined is null."""
+
+    def told(row: Overlap) -> dict[str, Any]:
+        return {
+            "numel": row.numel,
+            "a": row.a,
+            "b": row.b,
+            "both": row.both,
+            "coverage_of_a": _defined(row.coverage_of_a),
+            "coverage_of_b": _defined(row.coverage_of_b),
+            "jaccard": _defined(row.jaccard),
+            "chance": {
+                level: {
+                    "both": row.expected[level].mean,
+                    "jaccard": _defined(row.expected_jaccard(level)),
+                    "lift": _defined(row.lift(level)),
+                    "z": _defined(row.z(level)),
+                }
+                for level in row.expected
+            },
+        }
+
+    return {
+        "whole": told(comparison.whole),
+        "modules": {row.name: told(row) for row in comparison.modules},
+    }
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _table(title: str, *headings: str, right: bool = True) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if right and number else "left", overflow="fold")
+    return table

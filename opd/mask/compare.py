@@ -1,0 +1,170 @@
+"""How two masks of one base overlap, beside what two masks placed at random would."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from opd.mask.mask import Mask, held_by
+from opd.mask.names import place
+from opd.mask.pieces import BINS, Progress, binades, counts_by_binade, pieces, quiet, stretch
+from opd.tensors import Checkpoint
+
+LEVELS = ("global", "tensor", "binade")
+"""What chance keeps: both densities; both counts in each tensor; both in each binade of each tensor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """The overlap of two masks placed at random and independently: mean and variance of its count.
+
+    Within each of some cells with n coordinates, of which a and b are kept, the count is
+    hypergeometric: mean a b / n, variance mean (1 - b / n) (n - a) / (n - 1). Cells add up.
+    """
+
+    mean: float
+    variance: float
+
+    @classmethod
+    def of(cls, sizes: np.ndarray, a: np.ndarray, b: np.ndarray) -> "Expected":
+        """From cells' sizes and the counts of both masks in them."""
+        n = np.maximum(np.asarray(sizes, float), 1)
+        mean = a * (b / n)
+        variance = mean * (1 - b / n) * (n - a) / np.maximum(n - 1, 1)
+        return cls(mean=float(mean.sum()), variance=float(variance.sum()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlap:
+    """Kept coordinates of two masks in some parameters, and what chance expects at each level."""
+
+    name: str
+    numel: int
+    a: int
+    b: int
+    both: int
+    expected: dict[str, Expected]
+
+    @property
+    def coverage_of_a(self) -> float:
+        """Share of A's coordinates that B keeps."""
+        return ratio(self.both, self.a)
+
+    @property
+    def coverage_of_b(self) -> float:
+        """Share of B's coordinates that A keeps."""
+        return ratio(self.both, self.b)
+
+    @property
+    def jaccard(self) -> float:
+        """Kept by both / kept by either."""
+        return ratio(self.both, self.a + self.b - self.both)
+
+    def expected_jaccard(self, level: str) -> float:
+        """Jaccard of the expected overlap."""
+        mean = self.expected[level].mean
+        return ratio(mean, self.a + self.b - mean)
+
+    def lift(self, level: str) -> float:
+        """Observed / expected overlap; 1 is chance."""
+        return ratio(self.both, self.expected[level].mean)
+
+    def z(self, level: str) -> float:
+        """Standard deviations above chance; NaN where chance leaves no choice."""
+        expected = self.expected[level]
+        return ratio(self.both - expected.mean, math.sqrt(max(expected.variance, 0.0)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two masks: over the whole model and by module type, in the model's order."""
+
+    whole: Overlap
+    modules: tuple[Overlap, ...]
+
+
+def ratio(part: float, of: float) -> float:
+    """A quotient, NaN where there is nothing to divide by."""
+    return part / of if of else math.nan
+
+
+def compare(
+    a: Mask, b: Mask, base: Checkpoint | None = None, progress: Progress = quiet
+) -> Comparison:
+    """Coverage both ways, Jaccard and their expectations, a tensor at a time.
+
+    The level ``binade`` needs the base's weights. ValueError when the masks, or the base, do not
+    belong together.
+    """
+    b.require_base(a.origin.base, a.origin.model)
+    b.require_parameters(a.shapes)
+    if base is not None:
+        a.require_base(base.fingerprint(), base.model)
+        a.require_parameters(base.shapes)
+    cells = list(_cells(a, b, base, progress))
+    modules: dict[str, list[_Cell]] = {}
+    for cell in cells:
+        modules.setdefault(place(cell.name).module, []).append(cell)
+    return Comparison(
+        whole=_overlap("all", cells),
+        modules=tuple(_overlap(module, mine) for module, mine in modules.items()),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cell:
+    """One tensor."""
+
+    name: str
+    numel: int
+    a: int
+    b: int
+    both: int
+    binade: Expected | None
+
+
+def _cells(a: Mask, b: Mask, base: Checkpoint | None, progress: Progress) -> Iterator[_Cell]:
+    done, total = 0, sum(a.numel(name) for name in a.shapes)
+    for name in sorted(a.shapes):
+        in_a, in_b = a.indices[name], b.indices[name]
+        yield _Cell(
+            name=name,
+            numel=a.numel(name),
+            a=len(in_a),
+            b=len(in_b),
+            both=int(held_by(in_a, in_b).count_nonzero()),
+            binade=None if base is None else _by_binade(base, name, in_a, in_b),
+        )
+        done += a.numel(name)
+        progress("comparing", done / total)
+
+
+def _by_binade(base: Checkpoint, name: str, a: torch.Tensor, b: torch.Tensor) -> Expected:
+    stored = base[name]
+    sizes = np.zeros(BINS, np.int64)
+    for piece in pieces({name: stored.numel}, [name]):
+        sizes += np.bincount(binades(stretch(stored, piece)), minlength=BINS)
+    return Expected.of(sizes, counts_by_binade(stored, a), counts_by_binade(stored, b))
+
+
+def _overlap(name: str, cells: list[_Cell]) -> Overlap:
+    sizes, a, b = np.array([(c.numel, c.a, c.b) for c in cells], float).T
+    expected = {
+        "global": Expected.of(*(np.array([values.sum()]) for values in (sizes, a, b))),
+        "tensor": Expected.of(sizes, a, b),
+    }
+    binade = [cell.binade for cell in cells if cell.binade is not None]
+    if binade:
+        expected["binade"] = Expected(
+            mean=sum(e.mean for e in binade), variance=sum(e.variance for e in binade)
+        )
+    return Overlap(
+        name=name,
+        numel=int(sizes.sum()),
+        a=int(a.sum()),
+        b=int(b.sum()),
+        both=sum(cell.both for cell in cells),
+        expected=expected,
+    )

@@ -1,0 +1,84 @@
+"""A rule and a base model in, a mask file out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from opd.config import RuleConfig
+from opd.mask.mask import Origin, write_mask
+from opd.mask.pieces import Progress, quiet
+from opd.mask.search import Search
+from opd.mask.settings import require_sound
+from opd.tensors import Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What was discovered: kept weights of each parameter, and what a reader of the mask should know.
+
+    ``tied`` weights had the score of a boundary, of which ``tied_kept`` were kept, drawn by the seed.
+    """
+
+    path: Path
+    counts: dict[str, int]
+    numel: int
+    tied: int = 0
+    tied_kept: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> int:
+        """Kept weights."""
+        return sum(self.counts.values())
+
+    @property
+    def density(self) -> float:
+        """Kept weights / all weights."""
+        return self.kept / self.numel
+
+
+def discover_mask(
+    base: Checkpoint,
+    rule: RuleConfig,
+    out: Path,
+    *,
+    command: str = "",
+    progress: Progress = quiet,
+) -> Summary:
+    """Find the mask of a rule and write it to ``out``; equal settings write equal bytes.
+
+    Holds a few MiB and one parameter's kept coordinates at a time. A rule that watches a run reads
+    the file that the run left as ``rule.scores``. Raises ValueError for settings that contradict
+    each other, files that do not belong to the base and densities that cannot be met.
+    """
+    require_sound(rule)
+    fingerprint = base.fingerprint()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=".discover-") as folder:
+        search = Search(base, rule, fingerprint, Path(folder) / "scores", progress)
+        counts: dict[str, int] = {}
+
+        def counted() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, index in search.kept():
+                counts[name] = len(index)
+                yield name, index
+
+        origin = Origin(
+            rule=rule.rule.value,
+            base=fingerprint,
+            model=base.model,
+            seed=rule.seed,
+            command=command,
+        )
+        write_mask(out, base.shapes, counted(), origin)
+        return Summary(
+            path=out,
+            counts={name: counts[name] for name in base},
+            numel=base.numel,
+            tied=search.tied,
+            tied_kept=search.tied_kept,
+            warnings=tuple(search.warnings),
+        )

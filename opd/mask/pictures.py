@@ -1,0 +1,105 @@
+"""Masks as PNG pictures: a heat map of density, bars of overlap."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from opd.mask.compare import Comparison, Overlap
+from opd.mask.describe import Description
+
+INK, GRID, OBSERVED = "#333333", "#dddddd", "#4c78a8"
+MARKS = {"global": ("|", "#e45756"), "tensor": ("x", "#f58518"), "binade": ("D", "#222222")}
+WORDS = {
+    "global": "chance: same densities",
+    "tensor": "chance: same counts per tensor",
+    "binade": "chance: same counts per tensor and binade",
+}
+_SETTINGS = {
+    "font.size": 9,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.titlelocation": "left",
+}
+_DOTS = 130
+
+
+def heat_map(described: Description, title: str, path: Path) -> None:
+    """Density of each module type in each layer.
+
+    ValueError when the model has no numbered layers.
+    """
+    if not described.cells:
+        raise ValueError("the mask's model has no numbered layers to draw a heat map of")
+    layers = sorted({layer for layer, _ in described.cells})
+    modules = [s.name for s in described.modules if any(s.name == m for _, m in described.cells)]
+    grid = np.full((len(layers), len(modules)), np.nan)
+    for (layer, module), share in described.cells.items():
+        grid[layers.index(layer), modules.index(module)] = 100 * share.density
+    with matplotlib.rc_context(_SETTINGS):  # pyright: ignore[reportArgumentType]
+        size = (2.6 + 0.62 * len(modules), 2.0 + 0.19 * len(layers))
+        figure = Figure(figsize=size, layout="constrained", dpi=_DOTS)
+        axes = figure.add_subplot()
+        top = max(float(np.nanmax(grid)), 1e-9)
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=top)
+        axes.set_xticks(range(len(modules)), modules, rotation=40, ha="right")
+        step = max(1, len(layers) // 16)
+        axes.set_yticks(range(0, len(layers), step), [str(n) for n in layers[::step]])
+        axes.set_xlabel("module type")
+        axes.set_ylabel("layer")
+        axes.set_title(f"{title}\n{_rest(described)}", fontsize=9)
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(image, ax=axes, shrink=0.8)
+        bar.set_label("kept weights, %")
+        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+def _rest(described: Description) -> str:
+    """What the heat map cannot show: the whole, and what lies outside the layers."""
+    inside = {module for _, module in described.cells}
+    outside = [s for s in described.modules if s.name not in inside]
+    parts = [f"whole model {100 * described.whole.density:.3g} %"]
+    return ", ".join([*parts, *(f"{s.name} {100 * s.density:.3g} %" for s in outside)])
+
+
+def overlap_bars(comparison: Comparison, names: tuple[str, str], path: Path) -> None:
+    """Coverage of A by B for the whole model and each module type, with chance marked on each bar."""
+    rows: Sequence[Overlap] = [
+        comparison.whole,
+        *sorted(comparison.modules, key=lambda m: -m.numel),
+    ]
+    with matplotlib.rc_context(_SETTINGS):  # pyright: ignore[reportArgumentType]
+        size = (7.2, 1.9 + 0.3 * len(rows))
+        figure = Figure(figsize=size, layout="constrained", dpi=_DOTS)
+        axes = figure.add_subplot()
+        at = np.arange(len(rows))
+        seen = [100 * row.coverage_of_a for row in rows]
+        axes.barh(at, np.nan_to_num(seen), height=0.62, color=OBSERVED, label="observed")
+        for level in comparison.whole.expected:
+            marker, colour = MARKS[level]
+            chance = [100 * row.expected[level].mean / row.a if row.a else np.nan for row in rows]
+            axes.scatter(
+                chance, at, marker=marker, s=46, color=colour, label=WORDS[level], zorder=3
+            )
+        axes.set_yticks(at, [row.name for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        axes.grid(axis="x", color=GRID, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("share of A's weights that B keeps too, %")
+        axes.set_title(f"A = {names[0]}\nB = {names[1]}", fontsize=9)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)

@@ -1,0 +1,93 @@
+"""The safe rule: weights that are small, or that the matrix's principal directions do not need."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from opd.mask.pieces import PIECE, Piece, Progress, float32
+from opd.tensors import Checkpoint, Stored
+
+
+def safe(
+    base: Checkpoint, rank_share: float, spool: Path, progress: Progress
+) -> Callable[[Piece], np.ndarray]:
+    """-min(rank of |W0|, rank of |P|) within each matrix, both as shares from 0 to 1.
+
+    P is the reconstruction of W0 from its ceil(rank_share * min dim) largest singular directions.
+    The highest scores are the union of the t smallest weights and the t least principal ones, with
+    t as large as the density asks: with t = 1/2 "near-zero or not principal" at the usual halves.
+    Vectors have no directions; their ranks are those of |w| alone. Ranks are resolved to bfloat16.
+    Scores cost a decomposition, so they are kept in the file ``spool``, 4 bytes a weight; the
+    caller removes it.
+    """
+    starts: dict[str, int] = {}
+    written, total = 0, base.numel
+    with spool.open("wb") as file:
+        for name, stored in base.items():
+            starts[name] = written
+            for part in _scores(stored, rank_share):
+                file.write(part.data)
+                written += len(part)
+                progress("decomposing matrices", written / total)
+    held = np.memmap(spool, np.float32, "r")
+
+    def read(piece: Piece) -> np.ndarray:
+        start = starts[piece.name]
+        return np.array(held[start + piece.start : start + piece.stop])
+
+    return read
+
+
+def _scores(stored: Stored, rank_share: float) -> Iterator[np.ndarray]:
+    """Scores of a tensor, a block of rows at a time."""
+    is_matrix = len(stored.shape) > 1
+    rows = next(iter(stored.shape)) if is_matrix else 1
+    matrix = stored.read().reshape(rows, stored.numel // rows)
+    small = _ranks(np.abs(float32(part)) for part in _blocks(matrix))
+    if not is_matrix:
+        yield -small(np.abs(float32(matrix))).reshape(-1)
+        return
+    leading = _leading(matrix, max(1, math.ceil(rank_share * min(matrix.shape))))
+    spare = _ranks(leading(part) for part in _blocks(matrix))
+    for part in _blocks(matrix):
+        least = np.minimum(small(np.abs(float32(part))), spare(leading(part)))
+        yield -least.reshape(-1)
+
+
+def _blocks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield from matrix.split(max(1, PIECE // max(1, matrix.shape[1])))
+
+
+def _leading(matrix: torch.Tensor, rank: int) -> Callable[[torch.Tensor], np.ndarray]:
+    """|rank-r reconstruction| of rows of a matrix: their projection on its right singular space.
+
+    The space comes from the Gram matrix of the smaller side in float64; that loses small singular
+    values, not the directions of the large ones.
+    """
+    rows, width = matrix.shape
+    gram = torch.zeros(min(rows, width), min(rows, width), dtype=torch.float64)
+    for part in _blocks(matrix if rows > width else matrix.T):
+        part = part.double()
+        gram += part.T @ part
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].float()
+    if rows <= width:  # left singular vectors; their images span the right singular space
+        image = torch.cat([part.float() @ vectors for part in _blocks(matrix.T)])
+        vectors = torch.linalg.qr(image).Q
+    return lambda part: ((part.float() @ vectors) @ vectors.T).abs().numpy()
+
+
+def _ranks(values: Iterator[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Share of the values seen that are at most as large, for values of at least 0."""
+    counts = np.zeros(1 << 16, np.int64)
+    for part in values:
+        counts += np.bincount(_bfloat16(part), minlength=1 << 16)
+    shares = (np.cumsum(counts) / max(1, counts.sum())).astype(np.float32)
+    return lambda part: shares[_bfloat16(part)].reshape(part.shape)
+
+
+def _bfloat16(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
+    return (bits >> np.uint32(16)).astype(np.int64)

@@ -1,0 +1,77 @@
+"""What makes a weight worth training: each rule as scores of the coordinates of a piece."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from opd.mask.pieces import Piece, float32, stretch
+from opd.tensors import Checkpoint, Stored, open_checkpoint, open_tensors
+
+Read = Callable[[Piece], np.ndarray]
+
+
+def delta(base: Checkpoint, other: Checkpoint, trained: str) -> Read:
+    """|D|: how far a finished run moved each weight, both sides cast to bf16 before the difference.
+
+    Raises ValueError when the trained model has other parameters than the base.
+    """
+    _require_same(base, other, f"trained={trained}")
+
+    def read(piece: Piece) -> np.ndarray:
+        before, after = (stretch(side[piece.name], piece).bfloat16() for side in (base, other))
+        return _sound(np.abs(float32(after) - float32(before)), piece.name, f"|D| of {trained}")
+
+    return read
+
+
+def near_zero(base: Checkpoint) -> Read:
+    """-|W0|: the smallest weights first."""
+
+    def read(piece: Piece) -> np.ndarray:
+        return _sound(-np.abs(float32(stretch(base[piece.name], piece))), piece.name, base.model)
+
+    return read
+
+
+def scores(base: Checkpoint, file: str) -> Read:
+    """The scores of a safetensors file that holds one per weight under the weights' names."""
+    given = open_tensors(Path(file))
+    _require_same(base, given, f"scores={file}")
+
+    def read(piece: Piece) -> np.ndarray:
+        return _sound(float32(stretch(given[piece.name], piece)), piece.name, file)
+
+    return read
+
+
+def trained_weights(trained: str) -> Checkpoint:
+    """The weights of a run folder (its ``final/``), a model folder or a hub id."""
+    folder = Path(trained)
+    if (folder / "final").is_dir():
+        return open_checkpoint(str(folder / "final"))
+    if (folder / "metrics.jsonl").is_file():
+        raise ValueError(
+            f"trained={trained} is a run without final/: let it finish, or name a checkpoint folder"
+        )
+    return open_checkpoint(trained)
+
+
+def _require_same(base: Checkpoint, other: Checkpoint, what: str) -> None:
+    for name in sorted({*base, *other}):
+        here, there = _shape(base.get(name)), _shape(other.get(name))
+        if here != there:
+            raise ValueError(
+                f"{what} does not belong to base={base.model}: {name} is {there} there and {here} in "
+                "the base; both must list the same parameters in the same shapes"
+            )
+
+
+def _shape(stored: Stored | None) -> str:
+    return "absent" if stored is None else str(list(stored.shape))
+
+
+def _sound(values: np.ndarray, name: str, source: str) -> np.ndarray:
+    if np.isnan(values).any():
+        raise ValueError(f"{name} of {source} holds NaN, which has no rank: mend the file first")
+    return values

@@ -1,0 +1,120 @@
+"""Whole rows or columns of matrices instead of single weights."""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from opd.config import MaskStructure
+from opd.mask.mask import index_dtype
+from opd.mask.pieces import THREADS, Piece, Progress, in_order, pieces
+from opd.mask.select import tickets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A parameter as [rows, width]; a vector is a single row, or a single column.
+
+    Tensors of more dimensions have as rows what their first one counts (the filters of a
+    convolution).
+    """
+
+    rows: int
+    width: int
+    structure: MaskStructure
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], structure: MaskStructure) -> "Grid":
+        """The grid of a parameter's shape."""
+        size = torch.Size(shape).numel()
+        vector = 1 if structure == MaskStructure.rows else size
+        rows = shape[0] if len(shape) > 1 else vector
+        return cls(rows=rows, width=size // max(rows, 1), structure=structure)
+
+    @property
+    def units(self) -> int:
+        """How many rows or columns there are."""
+        return self.rows if self.structure == MaskStructure.rows else self.width
+
+    @property
+    def length(self) -> int:
+        """Weights in each."""
+        return self.width if self.structure == MaskStructure.rows else self.rows
+
+    def unit(self, coordinates: np.ndarray) -> np.ndarray:
+        """The row or column of flat coordinates."""
+        if self.structure == MaskStructure.rows:
+            return coordinates // self.width
+        return coordinates % self.width
+
+    def coordinates(self, units: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Sorted flat coordinates of sorted rows or columns."""
+        units = units.astype(dtype)
+        if self.structure == MaskStructure.rows:
+            grid = units[:, None] * dtype.type(self.width) + np.arange(self.width, dtype=dtype)
+        else:
+            grid = np.arange(self.rows, dtype=dtype)[:, None] * dtype.type(self.width) + units
+        return grid.reshape(-1)
+
+
+class UnitSelection:
+    """Rows or columns ranked by the mean of their squared scores (each square keeps its sign).
+
+    The mean, not the sum: a budget counts weights, and rows of a wide matrix cost more of it.
+    Within one matrix both rank alike. The best units are taken until the next one would exceed the
+    quota, so that a group falls short of it by less than one unit.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        salt: str,
+        structure: MaskStructure,
+        progress: Progress,
+    ) -> None:
+        self._grids = {name: Grid.of(shape, structure) for name, shape in shapes.items()}
+        self._sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+        self._dtype = torch.empty(0, dtype=index_dtype(shapes)).numpy().dtype
+        self._salt = salt
+        self._progress = progress
+        self._done, self._most = 0, max(1, sum(self._sizes.values()))
+
+    def kept(
+        self, names: tuple[str, ...], quota: int, scores: Callable[[Piece], np.ndarray] | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The kept coordinates of each parameter of a group, sorted."""
+        grids = [self._grids[name] for name in names]
+        ends = np.cumsum([grid.units for grid in grids])
+        lengths = np.concatenate([np.full(grid.units, grid.length) for grid in grids])
+        value = np.concatenate([self._values(name, scores) for name in names])
+        drawn = np.concatenate(
+            [tickets(self._salt, name, np.arange(self._grids[name].units)) for name in names]
+        )
+        order = np.lexsort((drawn, value))[::-1]
+        fitting = int(np.searchsorted(np.cumsum(lengths[order]), quota, side="right"))
+        chosen = np.zeros(len(value), bool)
+        chosen[order[:fitting]] = True
+        for name, grid, mine in zip(names, grids, np.split(chosen, ends[:-1]), strict=True):
+            yield name, torch.from_numpy(grid.coordinates(np.flatnonzero(mine), self._dtype))
+
+    def _values(self, name: str, scores: Callable[[Piece], np.ndarray] | None) -> np.ndarray:
+        grid = self._grids[name]
+        total = np.zeros(grid.units)
+        if scores is None:
+            return total
+
+        def squares(piece: Piece) -> np.ndarray:
+            signed = scores(piece).astype(np.float64)
+            signed *= np.abs(signed)
+            unit = grid.unit(np.arange(piece.start, piece.stop))
+            return np.bincount(unit, weights=signed, minlength=grid.units)
+
+        mine = pieces(self._sizes, [name])
+        with ThreadPoolExecutor(THREADS) as pool:
+            for piece, part in zip(mine, in_order(pool, squares, mine), strict=True):
+                total += part
+                self._done += piece.stop - piece.start
+                self._progress("ranking units", self._done / self._most)
+        return total / max(grid.length, 1)
