@@ -25,6 +25,8 @@ from opd.mask.stream import write_tensors
 from opd.tensors import Checkpoint, model_folder
 
 PREFIX = "base_model.model."
+NAMED = 6
+"""Parameters that a refusal names before it counts the rest."""
 
 
 class Others(StrEnum):
@@ -154,7 +156,8 @@ def _common_rank(
 
 
 def _require_welcome(left_out: dict[str, str], others: Others, *, kept: int) -> None:
-    told = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())
+    named = [f"{name} ({reason})" for name, reason in left_out.items()]
+    told = "; ".join(named[:NAMED]) + (f"; {len(named) - NAMED} more" if named[NAMED:] else "")
     if left_out and others == Others.refuse:
         raise ValueError(
             f"a SHiRA adapter cannot hold {len(left_out)} of the changed parameters: {told}. Use "
