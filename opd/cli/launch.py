@@ -49,7 +49,7 @@ def run_processes(recipe: Composed, folder: Path, *, accuracy: float | None) -> 
     config, logs = recipe.config, folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     environment = {} if accuracy is None else {TEACHER_ACCURACY: repr(accuracy)}
-    with _teacher(config, logs) as teacher:
+    with started_teacher(config, logs) as teacher:
         if teacher is not None:
             from opd.teacher.options import TOKEN_VARIABLE
 
@@ -68,7 +68,8 @@ def run_processes(recipe: Composed, folder: Path, *, accuracy: float | None) -> 
 
 
 @contextmanager
-def _teacher(config: Config, logs: Path) -> "Iterator[RunningTeacher | None]":
+def started_teacher(config: Config, logs: Path) -> "Iterator[RunningTeacher | None]":
+    """The teacher server of a run; None where it is not to be started."""
     if not isinstance(config.teacher, ServerTeacherConfig) or config.teacher.url is not None:
         yield None
         return

@@ -26,7 +26,9 @@ from opd.cli.examine import teacher_accuracy
 from opd.cli.folder import describe
 from opd.cli.launch import keep_freed_memory, run_processes
 from opd.cli.masking import prepare_mask
+from opd.cli.study import run_study
 from opd.cli.worker import leave_after
+from opd.config import StudyMaskConfig
 
 
 def train(recipe_name: str, overrides: Sequence[str], *, multirun: bool) -> None:
@@ -105,6 +107,9 @@ def run(recipe: Composed, folder: Path) -> None:
         return
     describe(recipe, folder)
     keep_freed_memory()
+    if isinstance(recipe.config.mask, StudyMaskConfig) and recipe.config.mask.arms:
+        run_study(recipe, folder, run)
+        return
     if checked.start >= recipe.config.train.steps and (folder / "final").is_dir():
         console.print(f"the run is complete: {folder}")
     else:

@@ -1,0 +1,211 @@
+"""Arms of an experiment over seeds: means with intervals, paired differences, what is real."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from opd.tracking.runs import Run
+
+T_95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
+"""Two-sided 95 % quantiles of Student's t for 1 to 20 degrees of freedom."""
+T_95_BEYOND = 2.08
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A mean and half the width of its 95 % t-interval; infinite for a single value."""
+
+    mean: float
+    half: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether a difference of this size is more than what seeds make."""
+        return abs(self.mean) > self.half
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """One figure of a run by which arms are compared."""
+
+    name: str
+    metric: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One arm minus another, seed by seed."""
+
+    measure: Measure
+    arm: str
+    other: str
+    interval: Interval
+
+    @property
+    def sentence(self) -> str:
+        """What may be concluded, in words."""
+        size = (
+            f"{self.interval.mean:+.3f} ± {self.interval.half:.3f}"
+            if math.isfinite(self.interval.half)
+            else f"{self.interval.mean:+.3f}, one seed"
+        )
+        names = f"{self.arm} against {self.other}, {self.measure.name}: {size}"
+        if not self.interval.excludes_zero:
+            return f"{names}: not shown, the seeds differ as much"
+        better = (self.interval.mean > 0) == self.measure.higher_is_better
+        return f"{names}: real, {self.arm} is {'better' if better else 'worse'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arms:
+    """Finished runs by arm and seed, and what is compared."""
+
+    runs: Mapping[str, Mapping[int, Run]]
+    measures: Sequence[Measure]
+    pairs: Sequence[tuple[str, str]]
+
+    def values(self, arm: str, measure: Measure) -> dict[int, float]:
+        """The measure after training, by seed."""
+        last = {seed: run.series(measure.metric).last for seed, run in self.runs[arm].items()}
+        return {seed: value for seed, value in last.items() if value is not None}
+
+    def interval(self, arm: str, measure: Measure) -> Interval:
+        """Over seeds."""
+        return interval(list(self.values(arm, measure).values()))
+
+    def differences(self) -> list[Difference]:
+        """Every pair by every measure, over the seeds that both have."""
+        found = []
+        for measure in self.measures:
+            for arm, other in self.pairs:
+                a, b = self.values(arm, measure), self.values(other, measure)
+                between = [a[seed] - b[seed] for seed in a if seed in b]
+                found.append(
+                    Difference(measure=measure, arm=arm, other=other, interval=interval(between))
+                )
+        return found
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % t-interval of independent values."""
+    count = len(values)
+    mean = sum(values) / count
+    if count < 2:
+        return Interval(mean=mean, half=math.inf)
+    variance = sum((v - mean) ** 2 for v in values) / (count - 1)
+    quantile = T_95[count - 2] if count - 2 < len(T_95) else T_95_BEYOND
+    return Interval(mean=mean, half=quantile * math.sqrt(variance / count))
+
+
+def measures_of(task: str) -> list[Measure]:
+    """Accuracy and reverse KL of a task."""
+    return [
+        Measure(name="accuracy", metric=f"eval/{task}/accuracy", higher_is_better=True),
+        Measure(name="reverse KL", metric=f"eval/{task}/reverse_kl", higher_is_better=False),
+    ]
+
+
+def arms_table(arms: Arms) -> Table:
+    """One row an arm: each measure over seeds, with its interval."""
+    seeds = max(len(runs) for runs in arms.runs.values())
+    table = Table(
+        title=f"After training, mean over {seeds} seeds ± 95 % interval",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("trained")
+    table.add_column("density", justify="right")
+    for measure in arms.measures:
+        table.add_column(measure.name, justify="right")
+    for arm, runs in arms.runs.items():
+        density = next(iter(runs.values())).series("mask/density").last
+        cells = [arm, "100 %" if density is None else f"{density:.2%}"]
+        cells += [_words(arms.interval(arm, measure)) for measure in arms.measures]
+        table.add_row(*cells)
+    return table
+
+
+def _words(found: Interval) -> str:
+    return f"{found.mean:.3f}" + (f" ± {found.half:.3f}" if math.isfinite(found.half) else "")
+
+
+def write_arms(arms: Arms, folder: Path, title: str) -> list[Path]:
+    """study.json, study.md and study.png in ``folder``; returns their paths."""
+    told: dict[str, Any] = {
+        "values": {
+            arm: {measure.name: arms.values(arm, measure) for measure in arms.measures}
+            for arm in arms.runs
+        },
+        "differences": [asdict(d) | {"sentence": d.sentence} for d in arms.differences()],
+    }
+    paths = [folder / f"study.{suffix}" for suffix in ("json", "md", "png")]
+    paths[0].write_text(json.dumps(told, indent=1))
+    paths[1].write_text(_markdown(arms, title))
+    _picture(arms, title, paths[2])
+    return paths
+
+
+def _markdown(arms: Arms, title: str) -> str:
+    head = ["trained", "density", *(m.name for m in arms.measures), "by seed (accuracy)"]
+    lines = [f"# {title}", "", " | ".join(["", *head, ""]).strip()]
+    lines.append("|" + "---|" * len(head))
+    for arm, runs in arms.runs.items():
+        density = next(iter(runs.values())).series("mask/density").last
+        by_seed = arms.values(arm, arms.measures[0])
+        cells = [
+            arm,
+            "100 %" if density is None else f"{density:.2%}",
+            *(_words(arms.interval(arm, m)) for m in arms.measures),
+            ", ".join(f"{seed}: {value:.3f}" for seed, value in by_seed.items()),
+        ]
+        lines.append(" | ".join(["", *cells, ""]).strip())
+    lines += ["", "Mean over seeds ± 95 % t-interval. Differences are paired by seed.", ""]
+    lines += [f"- {difference.sentence}" for difference in arms.differences()]
+    return "\n".join([*lines, "", "![curves and final accuracies](study.png)", ""])
+
+
+def _picture(arms: Arms, title: str, path: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        figure = Figure(figsize=(10, 3.8), layout="constrained", dpi=150)
+        curves, finals = figure.subplots(1, 2, width_ratios=[3, 2])
+        measure = arms.measures[0]
+        for number, (arm, runs) in enumerate(arms.runs.items()):
+            colour = f"C{number}"
+            by_step: dict[int, list[float]] = {}
+            for run in runs.values():
+                series = run.series(measure.metric)
+                curves.plot(series.steps, series.values, color=colour, alpha=0.25, linewidth=0.8)
+                for step, value in zip(series.steps, series.values, strict=True):
+                    by_step.setdefault(step, []).append(value)
+            steps = sorted(by_step)
+            means = [sum(by_step[s]) / len(by_step[s]) for s in steps]
+            curves.plot(steps, means, color=colour, linewidth=2, label=arm)
+            values = list(arms.values(arm, measure).values())
+            found = interval(values)
+            half = found.half if math.isfinite(found.half) else 0.0
+            finals.errorbar(found.mean, -number, xerr=half, fmt="o", color=colour, capsize=4)
+            finals.scatter(values, [-number + 0.18] * len(values), color=colour, alpha=0.5, s=14)
+        curves.set(xlabel="optimizer step", ylabel=measure.name, title="thin: seeds, thick: mean")
+        curves.legend(frameon=False)
+        finals.set(xlabel=f"final {measure.name}", title="mean and 95 % interval; dots: seeds")
+        finals.set_yticks([-n for n in range(len(arms.runs))], list(arms.runs))
+        for axes in (curves, finals):
+            axes.grid(alpha=0.25)
+        figure.suptitle(title)
+        figure.savefig(path)
