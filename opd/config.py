@@ -426,7 +426,7 @@ class MaskConfig:
 class FileMaskConfig(MaskConfig):
     """Those of a mask file."""
 
-    path: str = MISSING
+    path: str | None = None
     """A mask that was made for student.model, by `opd mask discover` for example."""
     enabled: bool = True
     """false trains every weight, for a comparison with the same recipe."""
@@ -724,6 +724,13 @@ def a_mask_is_of_the_weights_themselves(config: Config) -> str | None:
     return None
 
 
+def a_mask_file_is_named(config: Config) -> str | None:
+    """Something must say which weights are kept."""
+    if isinstance(config.mask, FileMaskConfig) and config.mask.enabled and not config.mask.path:
+        return "mask=file needs mask.path=MASK: make one with `opd mask discover`"
+    return None
+
+
 def a_watched_run_has_dense_states(config: Config) -> str | None:
     """Scores are read off the optimizer's state of every weight."""
     if config.train.scores == Watched.nothing:
@@ -738,6 +745,7 @@ def a_watched_run_has_dense_states(config: Config) -> str | None:
 
 
 RULES = (
+    a_mask_file_is_named,
     a_mask_is_of_the_weights_themselves,
     a_watched_run_has_dense_states,
     pure_bf16_has_a_stage,

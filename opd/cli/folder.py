@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "teacher.retries",
     "teacher.devices",
     "teacher.gpu_memory_fraction",
+    "train.stop_after",
     "dry_run",
 )
 """What a resumed run may set otherwise without becoming another run."""

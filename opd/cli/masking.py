@@ -32,7 +32,7 @@ def require_mask_fits(recipe: Composed, folder: Path) -> None:
     """ValueError when the mask of a recipe cannot be found or does not belong to its student."""
     config = recipe.config
     match active_mask(config):
-        case FileMaskConfig(path=path):
+        case FileMaskConfig(path=str(path)):
             mask = read_mask(Path(path))
             base = open_checkpoint(config.student.model)
             mask.require_base(base.fingerprint(), config.student.model)
@@ -64,7 +64,7 @@ def prepare_mask(recipe: Composed, folder: Path, run: RunJob) -> None:
     match active_mask(recipe.config):
         case None:
             return
-        case FileMaskConfig(path=path):
+        case FileMaskConfig(path=str(path)):
             if not target.exists():
                 read_mask(Path(path)).save(target)
         case DiscoverMaskConfig() as discover:

@@ -44,6 +44,13 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["rollout.max_tokens=122"], ["jsonl:", "tokens"]),
         (["train.prompts_per_step=100000"], ["prompts_per_step=100000", "4096"]),
         (["train.precision=pure_bf16", "zero=0"], ["pure_bf16", "zero=0"]),
+        (["mask=file"], ["mask=file needs mask.path=MASK"]),
+        (["mask=file", "mask.path=none.safetensors"], ["none.safetensors", "opd mask discover"]),
+        (["mask=discover", "mask.rule=random"], ["rule=random", "density=..."]),
+        (["mask=discover", "mask.rule=near"], ["near", "near_zero"]),
+        (["mask=discover", "mask.density=0.1", "adapter=lora"], ["adapter=lora", "adapter=none"]),
+        (["mask=study", "mask.density=0.1", "mask.arms=[random]"], ["mask.arms", "discovered"]),
+        (["train.scores=fisher", "zero=0"], ["train.scores=fisher", "zero=1"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
