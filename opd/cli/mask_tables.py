@@ -104,9 +104,7 @@ def comparison_tables(comparison: Comparison, names: tuple[str, str]) -> Iterato
     """Observed overlap beside chance."""
     whole = comparison.whole
     levels = [level for level in LEVELS if level in whole.expected]
-    title = (
-        f"A = {names[0]}: {whole.a:,} weights, B = {names[1]}: {whole.b:,}, both: {whole.both:,}"
-    )
+    title = f"A = {names[0]}: {whole.a:,}\nB = {names[1]}: {whole.b:,}\nboth: {whole.both:,}"
     table = _table(title, "", "A covered\nby B", "B covered\nby A", "Jaccard", "lift", "z")
     table.add_row(
         "[bold]observed[/bold]",
@@ -131,7 +129,7 @@ def comparison_tables(comparison: Comparison, names: tuple[str, str]) -> Iterato
     # within a module type chance per tensor says what chance for the whole would
     shown = [level for level in levels if level != "global"]
     lifts = [f"lift\n{level}" for level in shown]
-    headings = ("A's\ndensity", "B's\ndensity", "A\ncovered", "B\ncovered", *lifts, "z")
+    headings = ("A\nkeeps", "B\nkeeps", "A's\nin B", "B's\nin A", *lifts, "z")
     detail = _table("Module types", "", *headings)
     for row in comparison.modules:
         detail.add_row(*_module(row, shown))
