@@ -37,7 +37,7 @@ def anonymous() -> int:
 
 
 def measure(model: str, settings: dict[str, str | float], out: str) -> dict[str, float]:
-    """Seconds, MiB above the start, and kept weights of one discovery."""
+    """Seconds, CPU seconds, MiB above the start, and kept weights of one discovery."""
     from opd.cli.typed import typed
     from opd.config import RuleConfig
     from opd.mask.discover import discover_mask
@@ -53,13 +53,14 @@ def measure(model: str, settings: dict[str, str | float], out: str) -> dict[str,
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     summary = discover_mask(base, rule, Path(out))
-    seconds = time.perf_counter() - began
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     done.set()
     watcher.join()
     return {
         "seconds": seconds,
+        "cpu": cpu,
         "mib": (max(peak[0], start) - start) / MIB,
         "kept": summary.kept,
         "numel": summary.numel,
@@ -100,7 +101,9 @@ def main() -> None:
     base = open_checkpoint(parsed.model)
     largest = max(stored.numel * stored.dtype.itemsize for stored in base.values()) / MIB
     print(f"{parsed.model}: {base.numel:,} weights, largest tensor {largest:.0f} MiB\n")
-    print("| rule | s | MiB above | x largest tensor | density |\n|---|---:|---:|---:|---:|")
+    print(
+        "| rule | s | CPU s | MiB above | x largest tensor | density |\n|---|---:|---:|---:|---:|---:|"
+    )
     figures = {}
     with tempfile.TemporaryDirectory() as scratch:
         step_taken(parsed.model, Path(scratch) / "trained", parsed.scale)
@@ -112,7 +115,7 @@ def main() -> None:
             done = subprocess.run([*command, *case], check=True, capture_output=True, text=True)
             found = figures[name] = json.loads(done.stdout.splitlines()[-1])
             print(
-                f"| {name} | {found['seconds']:.1f} | {found['mib']:.0f} | "
+                f"| {name} | {found['seconds']:.1f} | {found['cpu']:.1f} | {found['mib']:.0f} | "
                 f"{found['mib'] / largest:.2f} | {found['kept'] / found['numel']:.4%} |"
             )
     if parsed.out:
