@@ -400,7 +400,7 @@ class RuleConfig:
     budget: MaskBudget = MaskBudget.whole
     """Whether weights compete over the whole model, within their tensor or within their module type."""
     structure: MaskStructure = MaskStructure.coordinates
-    """Single weights, or whole rows or columns of matrices by the sum of their scores."""
+    """Single weights, or whole rows or columns of matrices by the mean of their squared scores."""
     trained: str | None = None
     """rule=delta: the finished run (a run folder or a checkpoint) whose update is taken."""
     like: str | None = None

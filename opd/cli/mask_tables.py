@@ -16,9 +16,9 @@ from opd.mask.names import place
 
 EXTREMES = 5
 CHANCE = {
-    "global": "same densities",
-    "tensor": "same counts per tensor",
-    "binade": "same counts per tensor and binade",
+    "global": "chance: both densities",
+    "tensor": "chance: counts per tensor",
+    "binade": "chance: and per binade",
 }
 
 
@@ -34,8 +34,8 @@ def discovered(summary: Summary) -> Table:
     table.add_section()
     table.add_row("all", f"{summary.kept:,}", f"{summary.density:.4%}")
     if summary.tied:
-        told = f"{summary.tied:,} equal scores at the boundary; the seed drew {summary.tied_kept:,}"
-        table.caption = f"{told} of them"
+        told = f"{summary.tied:,} scores equal the boundary's,\n{summary.tied_kept:,} of them kept by lot"
+        table.caption = told
         table.caption_justify = "left"
     return table
 
@@ -60,12 +60,15 @@ def description_tables(mask: Mask, described: Description) -> Iterator[Table]:
     ):
         yield _shares(title, shares, whole)
     ranked = sorted(described.tensors, key=lambda share: -share.density)
-    yield _shares("Densest tensors", ranked[:EXTREMES], whole)
-    yield _shares("Sparsest tensors", ranked[-EXTREMES:], whole)
+    for title, some in (("Densest", ranked[:EXTREMES]), ("Sparsest", ranked[-EXTREMES:])):
+        table = _table(f"{title} tensors", "", "density", "kept")
+        for share in some:
+            table.add_row(share.name, f"{share.density:.3%}", f"{share.kept:,}")
+        yield table
 
 
 def _shares(title: str, shares: Any, whole: Share) -> Table:
-    table = _table(title, "", "density", "x model's", "kept", "of all kept", "of all weights")
+    table = _table(title, "", "density", "x model's", "kept", "of all\nkept", "of all\nweights")
     for share in shares:
         relative = share.density / whole.density if whole.density else math.nan
         table.add_row(
@@ -101,47 +104,52 @@ def comparison_tables(comparison: Comparison, names: tuple[str, str]) -> Iterato
     """Observed overlap beside chance."""
     whole = comparison.whole
     levels = [level for level in LEVELS if level in whole.expected]
-    title = (
-        f"A = {names[0]}: {whole.a:,} weights, B = {names[1]}: {whole.b:,}, both: {whole.both:,}"
-    )
-    table = _table(title, "", "A covered by B", "B covered by A", "Jaccard", "lift", "z")
+    title = f"A = {names[0]}: {whole.a:,}\nB = {names[1]}: {whole.b:,}\nboth: {whole.both:,}"
+    table = _table(title, "", "A covered\nby B", "B covered\nby A", "Jaccard", "lift", "z")
     table.add_row(
         "[bold]observed[/bold]",
-        *(f"{v:.2%}" for v in (whole.coverage_of_a, whole.coverage_of_b, whole.jaccard)),
+        *(_cell(v, ".2%") for v in (whole.coverage_of_a, whole.coverage_of_b, whole.jaccard)),
         "",
         "",
     )
     for level in levels:
         mean = whole.expected[level].mean
         table.add_row(
-            f"chance, {CHANCE[level]}",
+            CHANCE[level],
             f"{mean / max(whole.a, 1):.2%}",
             f"{mean / max(whole.b, 1):.2%}",
-            f"{whole.expected_jaccard(level):.2%}",
-            f"{whole.lift(level):.3f}",
-            f"{whole.z(level):+,.1f}",
+            _cell(whole.expected_jaccard(level), ".2%"),
+            _cell(whole.lift(level), ".3f"),
+            _cell(whole.z(level), "+,.1f"),
         )
     if "binade" not in levels:
         table.caption = "base=MODEL adds chance that keeps the magnitudes of the weights"
         table.caption_justify = "left"
     yield table
-    lifts = [f"lift, {level}" for level in levels]
-    detail = _table("Module types", "", "A", "B", "A covered", "B covered", *lifts, "z")
+    # within a module type chance per tensor says what chance for the whole would
+    shown = [level for level in levels if level != "global"]
+    lifts = [f"lift\n{level}" for level in shown]
+    headings = ("A\nkeeps", "B\nkeeps", "A's\nin B", "B's\nin A", *lifts, "z")
+    detail = _table("Module types", "", *headings)
     for row in comparison.modules:
-        detail.add_row(*_module(row, levels))
+        detail.add_row(*_module(row, shown))
     yield detail
 
 
 def _module(row: Overlap, levels: list[str]) -> list[str]:
     return [
         row.name,
-        f"{row.a / row.numel:.2%}",
-        f"{row.b / row.numel:.2%}",
-        f"{row.coverage_of_a:.2%}",
-        f"{row.coverage_of_b:.2%}",
-        *(f"{row.lift(level):.3f}" for level in levels),
-        f"{row.z(levels[-1]):+,.1f}",
+        f"{row.a / row.numel:.1%}",
+        f"{row.b / row.numel:.1%}",
+        _cell(row.coverage_of_a, ".1%"),
+        _cell(row.coverage_of_b, ".1%"),
+        *(_cell(row.lift(level), ".3f") for level in levels),
+        _cell(row.z(levels[-1]), "+,.1f"),
     ]
+
+
+def _cell(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
@@ -178,7 +186,10 @@ def _defined(value: float) -> float | None:
 
 
 def _table(title: str, *headings: str, right: bool = True) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if right and number else "left", overflow="fold")
+        justify = "right" if right and number else "left"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=right)
     return table

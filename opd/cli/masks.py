@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -140,7 +141,7 @@ def _discover(parsed: argparse.Namespace, rest: list[str]) -> None:
         summary = discover_mask(base, rule, out, command=command, progress=progress)
     Console().print(discovered(summary))
     for warning in summary.warnings:
-        Console(stderr=True).print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+        print(f"opd: warning: {warning}", file=sys.stderr)
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -261,7 +262,11 @@ def _progress() -> "Iterator[Progress]":
     from rich.console import Console
     from rich.progress import Progress as Bars
 
-    with Bars(console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _doing, _share: None
+        return
+    with Bars(console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def tell(doing: str, share: float) -> None:

@@ -11,7 +11,8 @@ from opd.mask.compare import Comparison, Overlap
 from opd.mask.describe import Description
 
 INK, GRID, OBSERVED = "#333333", "#dddddd", "#4c78a8"
-MARKS = {"global": ("|", "#e45756"), "tensor": ("x", "#f58518"), "binade": ("D", "#222222")}
+MARKS = {"global": (-0.2, "#e45756"), "tensor": (0.0, "#f2b701"), "binade": (0.2, "#222222")}
+"""Height on the bar and colour of each level of chance."""
 WORDS = {
     "global": "chance: same densities",
     "tensor": "chance: same counts per tensor",
@@ -88,11 +89,10 @@ def overlap_bars(comparison: Comparison, names: tuple[str, str], path: Path) -> 
         seen = [100 * row.coverage_of_a for row in rows]
         axes.barh(at, np.nan_to_num(seen), height=0.62, color=OBSERVED, label="observed")
         for level in comparison.whole.expected:
-            marker, colour = MARKS[level]
+            height, colour = MARKS[level]
             chance = [100 * row.expected[level].mean / row.a if row.a else np.nan for row in rows]
-            axes.scatter(
-                chance, at, marker=marker, s=46, color=colour, label=WORDS[level], zorder=3
-            )
+            drawn = {"color": colour, "edgecolor": "white", "linewidth": 0.7, "zorder": 3}
+            axes.scatter(chance, at + height, s=34, label=WORDS[level], **drawn)
         axes.set_yticks(at, [row.name for row in rows])
         axes.invert_yaxis()
         axes.set_xlim(left=0)

@@ -11,7 +11,7 @@ import torch
 
 from opd.tensors import Stored
 
-PIECE = 1 << 19
+PIECE = 1 << 18
 """Coordinates looked at together: a few MiB of temporaries."""
 THREADS = 2
 AHEAD = 4

@@ -116,6 +116,8 @@ class Selection:
         self._dtype = torch.empty(0, dtype=index_dtype(shapes)).numpy().dtype
         self._salt = salt
         self._progress = progress
+        # one pool: torch starts threads of its own for each new thread that calls it
+        self._pool = ThreadPoolExecutor(THREADS)
         self._done, self._most = 0, passes * sum(self._sizes.values())
 
     def cut(self, contest: Contest) -> Cut:
@@ -144,19 +146,18 @@ class Selection:
     def kept(self, contest: Contest, cut: Cut) -> Iterator[tuple[str, torch.Tensor]]:
         """The kept coordinates of each parameter of the contest, sorted."""
         places = cut.places.copy()
-        with ThreadPoolExecutor(THREADS) as pool:
-            for name in contest.names:
-                # pages of an empty array that stay untouched take no memory
-                found, length = np.empty(self._sizes[name], self._dtype), 0
-                mine = pieces(self._sizes, [name])
-                above = in_order(pool, lambda piece: self._above(contest, cut, piece), mine)
-                for piece, (part, equal, classes) in zip(mine, above, strict=True):
-                    if len(equal):
-                        part = np.sort(np.concatenate([part, _seated(equal, classes, places)]))
-                    found[length : length + len(part)] = part + piece.start
-                    length += len(part)
-                    self._tell(piece)
-                yield name, torch.from_numpy(found[:length])
+        for name in contest.names:
+            # pages of an empty array that stay untouched take no memory
+            found, length = np.empty(self._sizes[name], self._dtype), 0
+            mine = pieces(self._sizes, [name])
+            above = in_order(self._pool, lambda piece: self._above(contest, cut, piece), mine)
+            for piece, (part, equal, classes) in zip(mine, above, strict=True):
+                if len(equal):
+                    part = np.sort(np.concatenate([part, _seated(equal, classes, places)]))
+                found[length : length + len(part)] = part + piece.start
+                length += len(part)
+                self._tell(piece)
+            yield name, torch.from_numpy(found[:length])
 
     def count_above(self, names: tuple[str, ...], scores: Read, threshold: float) -> int:
         """How many scores are above a threshold."""
@@ -165,8 +166,7 @@ class Selection:
         def count(piece: Piece) -> int:
             return int(np.count_nonzero(sortable(scores(piece)) > key))
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            return sum(in_order(pool, count, pieces(self._sizes, names)))
+        return sum(in_order(self._pool, count, pieces(self._sizes, names)))
 
     def _histogram(self, contest: Contest, cut: Cut, field: Field) -> np.ndarray:
         """How often each digit of a field occurs on the boundary so far, [class, 2^width]."""
@@ -174,11 +174,10 @@ class Selection:
         count = self._count_scores if field.of_score else self._count_tickets
         table = np.zeros(shape, np.int64)
         mine = pieces(self._sizes, contest.names)
-        with ThreadPoolExecutor(THREADS) as pool:
-            work = in_order(pool, lambda piece: count(contest, cut, field, piece), mine)
-            for piece, part in zip(mine, work, strict=True):
-                table += part.reshape(shape)
-                self._tell(piece)
+        work = in_order(self._pool, lambda piece: count(contest, cut, field, piece), mine)
+        for piece, part in zip(mine, work, strict=True):
+            table += part.reshape(shape)
+            self._tell(piece)
         return table
 
     def _count_scores(self, contest: Contest, cut: Cut, field: Field, piece: Piece) -> np.ndarray:

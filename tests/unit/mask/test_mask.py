@@ -1,0 +1,116 @@
+"""A mask file is what was saved, or it is refused; masks combine as sets do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from opd.mask import mask as mask_module
+from opd.mask.mask import FORMAT, Mask, Origin, held_by, read_mask
+
+SHAPES = {"a": (4, 10), "b": (7,), "empty": (3, 3), "whole": (5,)}
+ORIGIN = Origin(rule="random", base="f" * 32, model="somewhere", seed=3, command="opd mask 'x y'")
+
+
+def some(seed: int, **origin: str) -> Mask:
+    generator = torch.Generator().manual_seed(seed)
+    indices = {
+        "a": torch.randperm(40, generator=generator)[:15].sort().values.int(),
+        "b": torch.randperm(7, generator=generator)[:3].sort().values.int(),
+        "empty": torch.zeros(0, dtype=torch.int32),
+        "whole": torch.arange(5, dtype=torch.int32),
+    }
+    if origin:
+        return Mask(indices=indices, shapes=SHAPES, origin=Origin(**origin))
+    return Mask(indices=indices, shapes=SHAPES, origin=ORIGIN)
+
+
+def sets(mask: Mask) -> dict[str, set[int]]:
+    return {name: set(mask.indices[name].tolist()) for name in mask.shapes}
+
+
+def test_a_saved_mask_comes_back(tmp_path: Path) -> None:
+    mask = some(0)
+    mask.save(tmp_path / "folder" / "m.safetensors")
+    back = read_mask(tmp_path / "folder" / "m.safetensors")
+    assert sets(back) == sets(mask)
+    assert back.origin == mask.origin
+    assert dict(back.shapes) == SHAPES
+    assert back.density == mask.density == 23 / 61
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["m.safetensors"]
+
+
+def test_int64_coordinates_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_module, "INT32_MOST", 30)
+    some(0).save(tmp_path / "m")
+    back = read_mask(tmp_path / "m")
+    assert back.indices["a"].dtype == torch.int64
+    assert sets(back) == sets(some(0))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_masks_combine_as_sets_do(tmp_path: Path, seed: int) -> None:
+    a, b = some(seed), some(seed + 100)
+    for name, made, combine in (
+        ("union", a.union(b), set.union),
+        ("intersection", a.intersection(b), set.intersection),
+        ("difference", a.difference(b), set.difference),
+    ):
+        made.save(tmp_path / name)
+        back = read_mask(tmp_path / name)
+        for key in SHAPES:
+            assert sets(back)[key] == combine(sets(a)[key], sets(b)[key])
+        assert back.origin.rule == f"{name}(random, random)"
+
+
+def test_held_by_is_membership() -> None:
+    a, b = torch.tensor([1, 3, 5, 900]), torch.tensor([0, 3, 4, 5])
+    assert held_by(a, b).tolist() == [False, True, True, False]
+    assert held_by(a, b[:0]).tolist() == [False] * 4
+    assert held_by(a[:0], b).tolist() == []
+
+
+def test_another_base_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"made for somewhere .* found elsewhere"):
+        some(0).require_base("e" * 32, "elsewhere")
+    with pytest.raises(ValueError, match="made for elsewhere"):
+        some(0).union(some(1, rule="random", base="e" * 32, model="elsewhere"))
+
+
+def test_other_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"b is \[7\] in the mask and \[8\] in the model"):
+        some(0).require_parameters(SHAPES | {"b": (8,)})
+    with pytest.raises(ValueError, match="c is absent in the mask"):
+        some(0).require_parameters(SHAPES | {"c": (8,)})
+
+
+def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    some(0).save(tmp_path / "m")
+    data = (tmp_path / "m").read_bytes()
+    for length in (0, 5, 60, len(data) - 4):
+        (tmp_path / "m").write_bytes(data[:length])
+        with pytest.raises(ValueError, match="cannot be read as a mask"):
+            read_mask(tmp_path / "m")
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="no mask file of ours"):
+        read_mask(tmp_path / "weights")
+    with pytest.raises(ValueError, match="there is no mask file"):
+        read_mask(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "index", [[3, 2, 1], [1, 1, 2], [-1, 2, 3], [5, 39, 40]], ids=["unsorted", "twice", "-1", "40"]
+)
+def test_impossible_coordinates_are_refused(tmp_path: Path, index: list[int]) -> None:
+    some(0).save(tmp_path / "m")
+    tensors = load_file(tmp_path / "m") | {"a": torch.tensor(index, dtype=torch.int32)}
+    header = {"rule": "x", "base": "y", "model": "z", "seed": "0", "command": ""}
+    shapes = json.dumps({name: list(shape) for name, shape in SHAPES.items()})
+    save_file(tensors, tmp_path / "m", {"format": FORMAT, "shapes": shapes, **header})
+    with pytest.raises(ValueError, match="not a sorted list of coordinates below 40"):
+        _ = read_mask(tmp_path / "m").indices["a"]
