@@ -14,6 +14,7 @@ from opd.config import (
     Config,
     LocalTeacherConfig,
     RolloutConfig,
+    ServerRolloutConfig,
     ServerTeacherConfig,
     TrainingEngine,
     VllmRolloutConfig,
@@ -96,7 +97,10 @@ def hub_answers() -> bool:
 def _missing_packages(config: Config) -> list[str]:
     wanted = {
         "vllm": (
-            isinstance(config.rollout, VllmRolloutConfig)
+            (
+                isinstance(config.rollout, VllmRolloutConfig)
+                and not (isinstance(config.rollout, ServerRolloutConfig) and config.rollout.urls)
+            )
             or (
                 isinstance(config.teacher, ServerTeacherConfig)
                 and config.teacher.url is None

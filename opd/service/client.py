@@ -39,11 +39,18 @@ class ServiceClient:
         )
 
     def send(
-        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        *,
+        retries: int | None = None,
     ) -> httpx.Response:
         """The answer. ``ValueError`` when the service refuses, ``ConnectionError`` when it stays away."""
         started, failure = time.monotonic(), ""
-        for attempt in range(self._retries + 1):
+        attempts = 1 + (self._retries if retries is None else retries)
+        for attempt in range(attempts):
             if attempt:
                 time.sleep(_pause(attempt))
             try:
@@ -57,7 +64,7 @@ class ServiceClient:
             if response.status_code < 500 and response.status_code != CONFLICT:
                 raise ValueError(f"{self._what} at {self.url} refused {method} {path}: {failure}")
         raise ConnectionError(
-            f"{self._what} at {self.url} failed {self._retries + 1} times in "
+            f"{self._what} at {self.url} failed {attempts} times in "
             f"{time.monotonic() - started:.0f} s, last with {failure}; {self._remedy}"
         )
 

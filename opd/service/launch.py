@@ -47,7 +47,7 @@ def running_service(
         port_file = Path(folder) / "port"
         process = subprocess.Popen(
             [sys.executable, *arguments, f"--port-file={port_file}", "--exit-with-parent"],
-            env=os.environ | {variable: token} | environment,
+            env=os.environ | {variable: token, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

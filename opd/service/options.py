@@ -37,6 +37,8 @@ def arguments_of(options: Any) -> list[str]:
         value = getattr(options, option.name)
         if value is True:
             arguments.append(_flag(option.name))
+        elif value is False and option.type == bool | None:
+            arguments.append(_flag(f"no_{option.name}"))
         elif value is not None and value is not False:
             arguments.append(f"{_flag(option.name)}={value}")
     return arguments
@@ -49,6 +51,8 @@ def _flag(name: str) -> str:
 def _reading(kind: Any) -> dict[str, Any]:
     if kind is bool:
         return {"action": "store_true"}
+    if kind == bool | None:
+        return {"action": argparse.BooleanOptionalAction}
     if isinstance(kind, EnumType):
         return {"type": kind, "choices": list(kind)}
     return {"type": {int | None: int, str | None: str}.get(kind, kind)}

@@ -144,9 +144,7 @@ def _records(rows: np.ndarray, payload: memoryview) -> Iterator[Record]:
     at = 0
     for tensor, place_form, value_form, count, place_bytes, value_bytes in rows.tolist():
         middle, end = at + place_bytes, at + place_bytes + value_bytes
-        yield Record(
-            tensor, place_form, value_form, count, payload[at:middle], payload[middle:end]
-        )
+        yield Record(tensor, place_form, value_form, count, payload[at:middle], payload[middle:end])
         at = end
     if at != len(payload):
         raise ValueError(f"the message's records cover {at} of {len(payload)} bytes")

@@ -138,9 +138,7 @@ def checked_kept(kept: Mapping[str, torch.Tensor], mirror: Mirror) -> Kept:
     return checked
 
 
-def _paired(
-    table: Sequence[Entry], records: Sequence[Record]
-) -> Iterator[tuple[Entry, Record]]:
+def _paired(table: Sequence[Entry], records: Sequence[Record]) -> Iterator[tuple[Entry, Record]]:
     last = -1
     for record in records:
         if not last < record.tensor < len(table):

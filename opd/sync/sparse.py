@@ -179,9 +179,7 @@ class WeightSender:
         value_form, values = encode_values(old_n[differ_n], new_n[differ_n])
         if len(places) + len(values) < new_n.nbytes:
             return Record(place, place_form, value_form, len(differ_n), places, values)
-        return Record(
-            place, PlaceForm.whole, ValueForm.plain, len(new_n), b"", new_n.tobytes()
-        )
+        return Record(place, PlaceForm.whole, ValueForm.plain, len(new_n), b"", new_n.tobytes())
 
     def _compared(self, name: str, new: torch.Tensor) -> int:
         """Coordinates of a whole tensor that changed; raises when one of them is frozen."""
