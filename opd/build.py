@@ -409,9 +409,7 @@ def _server(
 ) -> tuple[RolloutEngine, WeightSync]:
     import secrets
 
-    from opd.rollout.client import REMEDY, WHAT, ServerRollouts
-    from opd.rollout.options import TOKEN_VARIABLE
-    from opd.service.client import ServiceClient
+    from opd.rollout.client import ServerRollouts
     from opd.sync.remote import ServerWeights
     from opd.sync.sparse import WeightSender
 
@@ -421,19 +419,9 @@ def _server(
             "rollout=server has no rollout.urls, and another launcher than opd train starts no "
             "servers: start them with `opd rollout` and name them"
         )
-    servers = [
-        ServiceClient(
-            url,
-            what=WHAT,
-            remedy=REMEDY,
-            token=os.environ.get(TOKEN_VARIABLE),
-            timeout=rollout.timeout,
-            retries=rollout.retries,
-        )
-        for url in urls
-    ]
+    servers = [_service(rollout, url) for url in urls]
     own = servers[world.rank % len(servers)]
-    _require_served(own, dtype, text, max_length)
+    _require_served(own, dtype, text, max_length, retries=rollout.retries)
     drawn = world.sum({"run": float(secrets.randbits(48)) if world.is_main else 0.0})
     run = f"{int(drawn['run']):012x}"
     engine = ServerRollouts(own, run=run, progress=progress)
@@ -441,10 +429,34 @@ def _server(
     return engine, ServerWeights(servers, sender, mark=engine.mark, world=world)
 
 
-def _require_served(server: "ServiceClient", dtype: DType, text: Text, max_length: int) -> None:
-    """ValueError when a server serves something else than this run needs."""
+def _service(rollout: ServerRolloutConfig, url: str) -> "ServiceClient":
+    from opd.rollout.client import REMEDY, WHAT
+    from opd.rollout.options import TOKEN_VARIABLE
+    from opd.service.client import ServiceClient
+
+    return ServiceClient(
+        url,
+        what=WHAT,
+        remedy=REMEDY,
+        token=os.environ.get(TOKEN_VARIABLE),
+        timeout=rollout.timeout,
+        retries=rollout.retries,
+    )
+
+
+def require_rollout_servers(config: Config, text: Text, max_length: int) -> None:
+    """Ask every server that the run is told to use; ValueError when one is away or does not fit."""
+    if isinstance(config.rollout, ServerRolloutConfig):
+        for url in config.rollout.urls:
+            server = _service(config.rollout, url)
+            _require_served(server, engine_dtype(config), text, max_length, retries=1)
+
+
+def _require_served(
+    server: "ServiceClient", dtype: DType, text: Text, max_length: int, *, retries: int
+) -> None:
     try:
-        told = server.send("GET", "/info").json()
+        told = server.send("GET", "/info", retries=retries).json()
     except ConnectionError as error:
         raise ValueError(str(error)) from None
     wanted = {"dtype": dtype.value, "stop_ids": text.stop_ids}

@@ -61,6 +61,7 @@ def check(composed: Composed, folder: Path) -> Checked:
             f"launch.processes={config.launch.processes}: give every process one, or 0"
         )
     _teacher_fits(config, text, prompts)
+    build.require_rollout_servers(config, text, prompts.max_length)
     return Checked(start=start, text=text, prompts=prompts)
 
 

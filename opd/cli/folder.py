@@ -26,6 +26,11 @@ MAY_CHANGE = (
     "teacher.retries",
     "teacher.devices",
     "teacher.gpu_memory_fraction",
+    "rollout.urls",
+    "rollout.servers",
+    "rollout.devices",
+    "rollout.timeout",
+    "rollout.retries",
     "dry_run",
 )
 """What a resumed run may set otherwise without becoming another run."""

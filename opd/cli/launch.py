@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,7 +94,7 @@ def _teacher(config: Config, logs: Path) -> "Iterator[RunningTeacher | None]":
 
 @contextmanager
 def _rollout_servers(config: Config, max_length: int, logs: Path) -> Iterator[dict[str, str]]:
-    """Start them one behind the other; yields what workers must find in their environment."""
+    """Start them all at once; yields what workers must find in their environment."""
     rollout = config.rollout
     if not isinstance(rollout, ServerRolloutConfig) or rollout.urls:
         yield {}
@@ -105,21 +106,21 @@ def _rollout_servers(config: Config, max_length: int, logs: Path) -> Iterator[di
     arguments = ["-m", "opd.cli.serve", *arguments_of(build.rollout_options(config, max_length))]
     devices = rollout.devices.split(",") if rollout.devices else []
     token = secrets.token_urlsafe(32)
+    starting = [
+        running_service(
+            "rollout server",
+            arguments,
+            variable=TOKEN_VARIABLE,
+            token=token,
+            log_path=logs / f"rollout_{i}.log",
+            environment=_cores(i, rollout.servers, config.launch.threads)
+            | ({"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {}),
+        )
+        for i in range(rollout.servers)
+    ]
     with ExitStack() as stack:
-        servers = [
-            stack.enter_context(
-                running_service(
-                    "rollout server",
-                    arguments,
-                    variable=TOKEN_VARIABLE,
-                    token=token,
-                    log_path=logs / f"rollout_{i}.log",
-                    environment=_cores(i, rollout.servers, config.launch.threads)
-                    | ({"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {}),
-                )
-            )
-            for i in range(rollout.servers)
-        ]
+        with ThreadPoolExecutor(len(starting)) as pool:
+            servers = list(pool.map(stack.enter_context, starting))
         yield {build.ROLLOUT_URLS: ",".join(s.url for s in servers), TOKEN_VARIABLE: token}
 
 
