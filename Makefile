@@ -48,3 +48,4 @@ docs: setup  ## write docs/configuration.md from the schema
 bench: setup  ## measurements, each beside its alternative
 	$(BIN)/python benchmarks/learner_memory.py
 	$(BIN)/python benchmarks/teacher_scoring.py
+	$(BIN)/python benchmarks/weight_sync.py

@@ -2,13 +2,14 @@
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import httpx
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 CONFLICT = 409
+PIECE_BYTES = 1 << 20
 
 
 class ServiceClient:
@@ -49,12 +50,14 @@ class ServiceClient:
     ) -> httpx.Response:
         """The answer. ``ValueError`` when the service refuses, ``ConnectionError`` when it stays away."""
         started, failure = time.monotonic(), ""
+        told = {"Content-Length": str(len(body)), **(headers or {})} if body else headers
         attempts = 1 + (self._retries if retries is None else retries)
         for attempt in range(attempts):
             if attempt:
                 time.sleep(_pause(attempt))
             try:
-                response = self._http.request(method, path, content=body, headers=headers)
+                content = _pieces(body) if body else None
+                response = self._http.request(method, path, content=content, headers=told)
             except httpx.TransportError as error:
                 failure = f"{type(error).__name__}: {error}"
                 continue
@@ -67,6 +70,12 @@ class ServiceClient:
             f"{self._what} at {self.url} failed {attempts} times in "
             f"{time.monotonic() - started:.0f} s, last with {failure}; {self._remedy}"
         )
+
+
+def _pieces(body: bytes) -> Iterator[bytes]:
+    """The transport copies what is left of a piece after each write, so large bodies go in pieces."""
+    for start in range(0, len(body), PIECE_BYTES):
+        yield body[start : start + PIECE_BYTES]
 
 
 def _pause(attempt: int) -> float:

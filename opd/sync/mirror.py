@@ -88,6 +88,10 @@ class Mirror:
             return
         self.table, self.dtype = tuple(table), dtype
         self.tensors = {e.name: torch.empty(e.shape, dtype=dtype) for e in table}
+        self.forget_mask()
+
+    def forget_mask(self) -> None:
+        """Know of no mask."""
         self.fingerprint, self.kept = None, {}
 
     def apply(self, changes: Sequence[Change]) -> None:

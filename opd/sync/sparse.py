@@ -298,6 +298,8 @@ class WeightReceiver:
         if header.kind == Kind.anchor:
             assert header.dtype is not None
             self._mirror.become(header.table, DTYPES[header.dtype])
+            if header.run != self._run:  # another sender may mean another mask by this name
+                self._mirror.forget_mask()
         self._mirror.apply(changes)
         self._load(self._mirror.tensors, changes, header.version)
         self._run, self._version = header.run, header.version

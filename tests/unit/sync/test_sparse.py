@@ -214,6 +214,17 @@ def test_a_second_sender_does_not_patch_what_the_first_one_sent() -> None:
     assert same(dict(takes.tensors()), other)
 
 
+def test_a_mask_of_the_same_name_from_a_second_sender_is_another_mask() -> None:
+    takes, weights = receiver(), state(tied=True)
+    for density in (0.1, 0.3):
+        kept = mask(weights, density)
+        sends = sender(kept=kept, fingerprint="m")
+        push(sends, takes, weights, 0)
+        train(weights, 0.3, 1, kept)
+        assert push(sends, takes, weights, 1) == ["mask", "patch"]
+        assert same(dict(takes.tensors()), weights)
+
+
 def test_a_frozen_weight_that_moves_is_found_by_the_next_anchor() -> None:
     weights = state(tied=True)
     kept = mask(weights, 0.2)
