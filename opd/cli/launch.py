@@ -18,7 +18,7 @@ from opd.cli.worker import DONE, MISTAKE, MISTAKE_MARK, TEACHER_ACCURACY
 from opd.config import Config, ServerRolloutConfig, ServerTeacherConfig
 
 if TYPE_CHECKING:
-    from opd.teacher.launch import RunningTeacher
+    from opd.service.launch import RunningService
 
 POLL_S = 0.2
 GRACE_S = 10.0
@@ -78,7 +78,7 @@ def run_processes(
 
 
 @contextmanager
-def _teacher(config: Config, logs: Path) -> "Iterator[RunningTeacher | None]":
+def _teacher(config: Config, logs: Path) -> "Iterator[RunningService | None]":
     if not isinstance(config.teacher, ServerTeacherConfig) or config.teacher.url is not None:
         yield None
         return
@@ -120,7 +120,8 @@ def _rollout_servers(config: Config, max_length: int, logs: Path) -> Iterator[di
     ]
     with ExitStack() as stack:
         with ThreadPoolExecutor(len(starting)) as pool:
-            servers = list(pool.map(stack.enter_context, starting))
+            started = [pool.submit(stack.enter_context, service) for service in starting]
+        servers = [future.result() for future in started]
         yield {build.ROLLOUT_URLS: ",".join(s.url for s in servers), TOKEN_VARIABLE: token}
 
 

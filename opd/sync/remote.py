@@ -94,19 +94,23 @@ class ServerWeights:
         while not pause.wait(WATCH_S):
             for server in self._servers:
                 try:
-                    if self._is_behind(server):
-                        with self._lock:
-                            self._catch_up(server)
+                    if self._is_behind(_held_by(server)):
+                        self._catch_up(server)
                 except (ConnectionError, ValueError) as error:
                     log.info("cannot look after %s: %s", server.url, error)
 
     def _catch_up(self, server: ServiceClient) -> None:
-        if self._is_behind(server) and self._bring(server):
-            log.warning("%s was behind and has the weights again", server.url)
+        """Ask again, now that no push is under way, and send what is missing."""
+        with self._lock:
+            held = _held_by(server)
+            if self._is_behind(held):
+                self._servers[server] = held
+                self._bring(server)
+                log.warning("%s was behind and has the weights again", server.url)
 
-    def _is_behind(self, server: ServiceClient) -> bool:
-        told = server.send("GET", "/info", retries=0).json()["held"]
-        if (told["run"], told["version"]) == (self._sender.run, self._sender.version):
-            return False
-        self._servers[server] = Held(**told)
-        return True
+    def _is_behind(self, held: Held) -> bool:
+        return (held.run, held.version) != (self._sender.run, self._sender.version)
+
+
+def _held_by(server: ServiceClient) -> Held:
+    return Held(**server.send("GET", "/info", retries=0).json()["held"])
