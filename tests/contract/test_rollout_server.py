@@ -166,8 +166,9 @@ def test_doors_are_shut_without_token_type_or_sense(server: RunningService) -> N
 
 
 def test_a_server_killed_while_a_run_wants_rollouts_comes_back_and_they_are_the_same(
-    quickstart: Path, tmp_path: Path
+    quickstart: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("opd.service.client.LONGEST_PAUSE_S", 0.5)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -181,7 +182,7 @@ def test_a_server_killed_while_a_run_wants_rollouts_comes_back_and_they_are_the_
 
     running = [start()]
     try:
-        engine, sync = connected(service(f"http://127.0.0.1:{port}", "secret", retries=9))
+        engine, sync = connected(service(f"http://127.0.0.1:{port}", "secret", retries=200))
         weights = weights_of(quickstart)
         sync.push(weights.items(), 0)
         disturb(weights, 1)

@@ -267,8 +267,8 @@ def large(density: float) -> tuple[Weights, Weights]:
     return weights, kept
 
 
-@pytest.mark.parametrize("density", [0.02, 0.05, 0.2])
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.4, 0.8, 1.0])
+@pytest.mark.parametrize("density", [0.02, 0.2])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.4, 1.0])
 def test_masked_patches_stay_within_their_bytes(density: float, share: float) -> None:
     weights, kept = large(density)
     sends, takes = sender(kept=kept, fingerprint="m"), receiver()
