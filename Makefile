@@ -49,3 +49,4 @@ bench: setup  ## measurements, each beside its alternative
 	$(BIN)/python benchmarks/learner_memory.py
 	$(BIN)/python benchmarks/teacher_scoring.py
 	$(BIN)/python benchmarks/mask_discovery.py
+	$(BIN)/python benchmarks/weight_sync.py

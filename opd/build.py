@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -22,6 +22,7 @@ from opd.config import (
     PolicyGradientLossConfig,
     Precision,
     RolloutConfig,
+    ServerRolloutConfig,
     ServerTeacherConfig,
     Support,
     TeacherConfig,
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
     import torch
 
     from opd.mask.mask import Mask
+    from opd.rollout.app import Hosted
+    from opd.rollout.options import RolloutServerOptions
+    from opd.service.client import ServiceClient
+    from opd.sync.sparse import Load
     from opd.sync.verify import SyncCheck
     from opd.teacher.options import TeacherServerOptions
     from opd.teacher.vocabulary import Vocabulary
@@ -60,6 +65,8 @@ if TYPE_CHECKING:
 
 TEACHER_URL = "OPD_TEACHER_URL"
 """Environment variable by which a launcher tells where the teacher that it started is."""
+ROLLOUT_URLS = "OPD_ROLLOUT_URLS"
+"""The same of the rollout servers that it started, comma separated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,15 +352,21 @@ def compute_dtype(config: Config) -> "torch.dtype":
     return torch.float32 if config.train.precision == Precision.fp32 else torch.bfloat16
 
 
+def engine_dtype(config: Config) -> DType:
+    """The number format of the rollout engine's weights."""
+    if config.rollout.dtype == DType.auto:
+        return DType(str(compute_dtype(config)).removeprefix("torch."))
+    return config.rollout.dtype
+
+
 def build_engine(
     config: Config, model: str, text: Text, max_length: int, world: "World", progress: Progress
 ) -> tuple[RolloutEngine, WeightSync]:
     """The engine that writes, holding ``model``, and the way new weights reach it."""
-    rollout = config.rollout
-    dtype = rollout.dtype
-    if dtype == DType.auto:
-        dtype = DType(str(compute_dtype(config)).removeprefix("torch."))
+    rollout, dtype = config.rollout, engine_dtype(config)
     match rollout:
+        case ServerRolloutConfig():
+            return _server(config, rollout, dtype, text, max_length, world, progress)
         case VllmRolloutConfig():
             return _vllm(config, rollout, dtype, model, text, max_length, world, progress)
         case TransformersRolloutConfig():
@@ -391,6 +404,186 @@ def _vllm(
         llm, stop_ids=text.stop_ids, progress=progress, sleeps=rollout.sleep and on_gpu
     )
     return engine, VllmWeights(llm, wake=engine.wake, mark=engine.mark)
+
+
+def _server(
+    config: Config,
+    rollout: ServerRolloutConfig,
+    dtype: DType,
+    text: Text,
+    max_length: int,
+    world: "World",
+    progress: Progress,
+) -> tuple[RolloutEngine, WeightSync]:
+    import secrets
+
+    from opd.rollout.client import ServerRollouts
+    from opd.sync.remote import ServerWeights
+    from opd.sync.sparse import WeightSender
+
+    urls = rollout.urls or [u for u in os.environ.get(ROLLOUT_URLS, "").split(",") if u]
+    if not urls:
+        raise ValueError(
+            "rollout=server has no rollout.urls, and another launcher than opd train starts no "
+            "servers: start them with `opd rollout` and name them"
+        )
+    servers = [_service(rollout, url) for url in urls]
+    own = servers[world.rank % len(servers)]
+    _require_served(own, dtype, text, max_length, retries=rollout.retries)
+    drawn = world.sum({"run": float(secrets.randbits(48)) if world.is_main else 0.0})
+    run = f"{int(drawn['run']):012x}"
+    engine = ServerRollouts(own, run=run, progress=progress)
+    sender = WeightSender(dtype=torch_dtype(dtype), anchor_every=config.sync.anchor_every, run=run)
+    return engine, ServerWeights(servers, sender, mark=engine.mark, world=world)
+
+
+def _service(rollout: ServerRolloutConfig, url: str) -> "ServiceClient":
+    from opd.rollout.client import REMEDY, WHAT
+    from opd.rollout.options import TOKEN_VARIABLE
+    from opd.service.client import ServiceClient
+
+    return ServiceClient(
+        url,
+        what=WHAT,
+        remedy=REMEDY,
+        token=os.environ.get(TOKEN_VARIABLE),
+        timeout=rollout.timeout,
+        retries=rollout.retries,
+    )
+
+
+def require_rollout_servers(config: Config, text: Text, max_length: int) -> None:
+    """Ask every server that the run is told to use; ValueError when one is away or does not fit."""
+    if isinstance(config.rollout, ServerRolloutConfig):
+        for url in config.rollout.urls:
+            server = _service(config.rollout, url)
+            _require_served(server, engine_dtype(config), text, max_length, retries=1)
+
+
+def _require_served(
+    server: "ServiceClient", dtype: DType, text: Text, max_length: int, *, retries: int
+) -> None:
+    try:
+        told = server.send("GET", "/info", retries=retries).json()
+    except ConnectionError as error:
+        raise ValueError(str(error)) from None
+    wanted = {"dtype": dtype.value, "stop_ids": text.stop_ids}
+    for name, value in wanted.items():
+        if told[name] != value:
+            raise ValueError(
+                f"the rollout server at {server.url} has {name} {told[name]}, this run needs "
+                f"{value}: start it with the run's student.model and rollout.dtype"
+            )
+    if told["max_length"] < max_length:
+        raise ValueError(
+            f"prompt plus completion can reach {max_length} tokens, the rollout server at "
+            f"{server.url} takes {told['max_length']}: start it with a larger --max-length"
+        )
+
+
+def rollout_options(config: Config, max_length: int) -> "RolloutServerOptions":
+    """How to start a server that a run brings along."""
+    from opd.rollout.options import RolloutServerOptions
+
+    rollout = config.rollout
+    assert isinstance(rollout, ServerRolloutConfig)
+    return RolloutServerOptions(
+        model=config.student.model,
+        dtype=engine_dtype(config),
+        max_length=max_length,
+        seed=config.seed,
+        gpu_memory_fraction=rollout.gpu_memory_fraction,
+        kv_cache_mib=rollout.kv_cache_mib,
+        eager=rollout.eager,
+        trust_remote_code=config.student.trust_remote_code,
+    )
+
+
+def in_process(rollout: RolloutConfig) -> RolloutConfig:
+    """The same engine in this process, for work to which nobody sends weights."""
+    if isinstance(rollout, ServerRolloutConfig):
+        names = [f.name for f in fields(VllmRolloutConfig)]
+        return VllmRolloutConfig(**{name: getattr(rollout, name) for name in names})
+    return rollout
+
+
+def build_host(options: "RolloutServerOptions") -> "Hosted":
+    """The engine of a rollout server and the doors through which weights reach it."""
+    from opd.rollout.app import Hosted, ServedModel
+    from opd.rollout.options import EngineName
+    from opd.sync.sparse import WeightReceiver
+    from opd.tracking.console import SilentProgress
+
+    text = build_text(options.model, trust_remote_code=options.trust_remote_code)
+    max_length = options.max_length or text.max_length
+    match options.engine:
+        case EngineName.vllm:
+            engine, load = _hosted_vllm(options, text, max_length, SilentProgress())
+        case EngineName.transformers:
+            engine, load = _hosted_transformers(options, text, SilentProgress())
+    receiver = WeightReceiver(load)
+    told = ServedModel(
+        model=options.model,
+        dtype=options.dtype.value,
+        max_length=max_length,
+        stop_ids=text.stop_ids,
+    )
+    return Hosted(engine=engine, model=told, take=receiver.take, held=receiver.held)
+
+
+def _hosted_vllm(
+    options: "RolloutServerOptions", text: Text, max_length: int, progress: Progress
+) -> tuple[RolloutEngine, "Load"]:
+    import torch
+
+    from opd.rollout.vllm import VllmRollouts, VllmSettings, start_llm
+    from opd.sync.colocated import VllmWeights
+    from opd.sync.patched import loaded_whole, patched_in_place
+
+    on_gpu = torch.cuda.is_available()
+    settings = VllmSettings(
+        model=options.model,
+        dtype=options.dtype.value,
+        max_length=max_length,
+        seed=options.seed,
+        gpu_memory_fraction=options.gpu_memory_fraction,
+        kv_cache_mib=options.kv_cache_mib,
+        eager=(not on_gpu) if options.eager is None else options.eager,
+        sleep=False,
+        trust_remote_code=options.trust_remote_code,
+    )
+    llm = start_llm(settings, torch.device("cuda" if on_gpu else "cpu"))
+    engine = VllmRollouts(llm, stop_ids=text.stop_ids, progress=progress, sleeps=False)
+    whole = VllmWeights(llm, wake=engine.wake, mark=engine.mark)
+    if on_gpu:
+        return engine, patched_in_place(llm, whole, mark=engine.mark)
+    return engine, loaded_whole(whole)
+
+
+def _hosted_transformers(
+    options: "RolloutServerOptions", text: Text, progress: Progress
+) -> tuple[RolloutEngine, "Load"]:
+    import torch
+
+    from opd.rollout.transformers import TransformersRollouts
+    from opd.sync.colocated import ModuleWeights
+    from opd.sync.patched import loaded_whole
+    from opd.train.weights import load_student
+
+    module = load_student(
+        options.model,
+        dtype=torch_dtype(options.dtype),
+        attention="sdpa",
+        trust_remote_code=options.trust_remote_code,
+    ).to("cuda" if torch.cuda.is_available() else "cpu")
+    engine = TransformersRollouts(
+        module,
+        stop_ids=text.stop_ids,
+        pad_id=text.pad_id,
+        batch_size=options.batch_size,
+        progress=progress,
+    )
+    return engine, loaded_whole(ModuleWeights(module, mark=engine.mark))
 
 
 def _transformers(

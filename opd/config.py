@@ -218,6 +218,22 @@ class VllmRolloutConfig(RolloutConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class ServerRolloutConfig(VllmRolloutConfig):
+    """vLLM engines in processes of their own, behind HTTP; only changed weights travel."""
+
+    urls: list[str] = knob([])
+    """Addresses of running `opd rollout`; without them the run starts rollout.servers of them."""
+    servers: int = knob(1, least=1)
+    """How many to start with the run; rank r sends its prompts to server r modulo their number."""
+    devices: str | None = None
+    """GPUs of the servers started with the run, comma separated, one each; by default the run's own."""
+    timeout: float = knob(600.0, above=0)
+    """Seconds before one request, a whole generation included, is given up and tried again."""
+    retries: int = knob(8, least=0)
+    """How often a failed request is tried again, with exponential back-off; 8 are about 90 seconds."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TransformersRolloutConfig(RolloutConfig):
     """model.generate() of transformers, for machines without vLLM."""
 
@@ -502,6 +518,8 @@ class SyncConfig:
     """Steps between comparisons of the engine's log-probs with the learner's; 0 only at the start."""
     max_gap: float | None = knob(None, above=0)
     """Largest mean difference in nats before the run stops; by default 1e-3 in fp32, 0.15 in bf16."""
+    anchor_every: int = knob(50, least=1)
+    """rollout=server: every so many pushes all weights travel, else only the changed ones."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -562,7 +580,11 @@ class Config:
 
 GROUPS: dict[str, dict[str, Any]] = {
     "teacher": {"server": ServerTeacherConfig, "local": LocalTeacherConfig},
-    "rollout": {"vllm": VllmRolloutConfig, "transformers": TransformersRolloutConfig},
+    "rollout": {
+        "vllm": VllmRolloutConfig,
+        "server": ServerRolloutConfig,
+        "transformers": TransformersRolloutConfig,
+    },
     "loss": {
         **{kind.value: DivergenceLossConfig(kind=kind) for kind in DivergenceKind},
         "topk_forward_kl": DivergenceLossConfig(

@@ -183,6 +183,20 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What a receiver of weights answers: the weights it has, and why it took no others.
+
+    ``run`` names the sender, ``version`` counts that sender's optimizer steps; both None: nothing yet.
+    ``mask`` is the fingerprint of the coordinates that it knows; ``refused`` is one sentence.
+    """
+
+    run: str | None = None
+    version: int | None = None
+    mask: str | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """One evaluation, reduced over ranks, and a few transcripts to look at."""
 

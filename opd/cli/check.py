@@ -18,6 +18,7 @@ from opd.config import (
     LocalTeacherConfig,
     LoraConfig,
     RolloutConfig,
+    ServerRolloutConfig,
     ServerTeacherConfig,
     TrainingEngine,
     VllmRolloutConfig,
@@ -66,6 +67,7 @@ def check(composed: Composed, folder: Path) -> Checked:
         )
     _teacher_fits(config, text, prompts)
     require_mask_fits(composed, folder)
+    build.require_rollout_servers(config, text, prompts.max_length)
     return Checked(start=start, text=text, prompts=prompts)
 
 
@@ -102,7 +104,10 @@ def hub_answers() -> bool:
 def _missing_packages(config: Config) -> list[str]:
     wanted = {
         "vllm": (
-            isinstance(config.rollout, VllmRolloutConfig)
+            (
+                isinstance(config.rollout, VllmRolloutConfig)
+                and not (isinstance(config.rollout, ServerRolloutConfig) and config.rollout.urls)
+            )
             or (
                 isinstance(config.teacher, ServerTeacherConfig)
                 and config.teacher.url is None

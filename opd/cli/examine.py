@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +30,7 @@ def examine(config: Config, model: str) -> Evaluation:
     _, progress = build.build_console(world, sys.stdout)
     text = build.build_text(model, trust_remote_code=config.student.trust_remote_code)
     prompts = build.build_prompts(config, text)
+    config = replace(config, rollout=build.in_process(config.rollout))
     engine, _ = build.build_engine(config, model, text, prompts.max_length, world, progress)
     evaluator = build.build_evaluator(config, prompts, text, engine, world)
     assert evaluator is not None

@@ -27,6 +27,11 @@ MAY_CHANGE = (
     "teacher.devices",
     "teacher.gpu_memory_fraction",
     "train.stop_after",
+    "rollout.urls",
+    "rollout.servers",
+    "rollout.devices",
+    "rollout.timeout",
+    "rollout.retries",
     "dry_run",
 )
 """What a resumed run may set otherwise without becoming another run."""

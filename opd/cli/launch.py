@@ -1,22 +1,24 @@
 """Start a run: check it, examine the teacher, serve it, start one process per GPU, and watch them."""
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opd import build
 from opd.cli.compose import Composed
 from opd.cli.worker import DONE, MISTAKE, MISTAKE_MARK, TEACHER_ACCURACY
-from opd.config import Config, ServerTeacherConfig
+from opd.config import Config, ServerRolloutConfig, ServerTeacherConfig
 
 if TYPE_CHECKING:
-    from opd.teacher.launch import RunningTeacher
+    from opd.service.launch import RunningService
 
 POLL_S = 0.2
 GRACE_S = 10.0
@@ -41,15 +43,23 @@ def keep_freed_memory() -> None:
             os.environ.setdefault(name, value)
 
 
-def run_processes(recipe: Composed, folder: Path, *, accuracy: float | None) -> None:
-    """Serve the teacher if the recipe asks for it, train, and return when every rank is done.
+def run_processes(
+    recipe: Composed, folder: Path, *, max_length: int, accuracy: float | None
+) -> None:
+    """Serve teacher and rollouts if the recipe asks for it, train, and return when every rank is done.
+
+    ``max_length`` is the longest prompt plus completion.
 
     Raises ValueError with a rank's own sentence for the user's mistakes, WorkerFailed otherwise.
     """
     config, logs = recipe.config, folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     environment = {} if accuracy is None else {TEACHER_ACCURACY: repr(accuracy)}
-    with started_teacher(config, logs) as teacher:
+    with (
+        started_teacher(config, logs) as teacher,
+        _rollout_servers(config, max_length, logs) as servers,
+    ):
+        environment |= servers
         if teacher is not None:
             from opd.teacher.options import TOKEN_VARIABLE
 
@@ -68,7 +78,7 @@ def run_processes(recipe: Composed, folder: Path, *, accuracy: float | None) -> 
 
 
 @contextmanager
-def started_teacher(config: Config, logs: Path) -> "Iterator[RunningTeacher | None]":
+def started_teacher(config: Config, logs: Path) -> "Iterator[RunningService | None]":
     """The teacher server of a run; None where it is not to be started."""
     if not isinstance(config.teacher, ServerTeacherConfig) or config.teacher.url is not None:
         yield None
@@ -83,11 +93,52 @@ def started_teacher(config: Config, logs: Path) -> "Iterator[RunningTeacher | No
         yield teacher
 
 
+@contextmanager
+def _rollout_servers(config: Config, max_length: int, logs: Path) -> Iterator[dict[str, str]]:
+    """Start them all at once; yields what workers must find in their environment."""
+    rollout = config.rollout
+    if not isinstance(rollout, ServerRolloutConfig) or rollout.urls:
+        yield {}
+        return
+    from opd.rollout.options import TOKEN_VARIABLE
+    from opd.service.launch import running_service
+    from opd.service.options import arguments_of
+
+    arguments = ["-m", "opd.cli.serve", *arguments_of(build.rollout_options(config, max_length))]
+    devices = rollout.devices.split(",") if rollout.devices else []
+    token = secrets.token_urlsafe(32)
+    starting = [
+        running_service(
+            "rollout server",
+            arguments,
+            variable=TOKEN_VARIABLE,
+            token=token,
+            log_path=logs / f"rollout_{i}.log",
+            environment=_cores(i, rollout.servers, config.launch.threads)
+            | ({"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {}),
+        )
+        for i in range(rollout.servers)
+    ]
+    with ExitStack() as stack:
+        with ThreadPoolExecutor(len(starting)) as pool:
+            started = [pool.submit(stack.enter_context, service) for service in starting]
+        servers = [future.result() for future in started]
+        yield {build.ROLLOUT_URLS: ",".join(s.url for s in servers), TOKEN_VARIABLE: token}
+
+
+def _cores(place: int, of: int, threads: int | None) -> dict[str, str]:
+    """The share of the CPU cores of one of ``of`` processes."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = cores[place % len(cores) :: of] or cores[:1]
+    return {
+        "OMP_NUM_THREADS": str(threads or len(share)),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, share)),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
 def worker_environment(config: Config, rank: int, port: int) -> dict[str, str]:
     """torchrun's names, and the CPU cores that a rank may use when there is no GPU."""
-    cores = sorted(os.sched_getaffinity(0))
-    share = cores[rank % len(cores) :: config.launch.processes] or cores[:1]
-    threads = config.launch.threads or len(share)
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -95,9 +146,7 @@ def worker_environment(config: Config, rank: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(config.launch.processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": str(threads),
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, share)),
-        "TOKENIZERS_PARALLELISM": "false",
+        **_cores(rank, config.launch.processes, config.launch.threads),
     }
 
 

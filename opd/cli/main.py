@@ -1,4 +1,4 @@
-"""The command ``opd``: train, eval, teacher, mask, report, doctor."""
+"""The command ``opd``: train, eval, teacher, rollout, mask, report, doctor."""
 
 import argparse
 import os
@@ -66,7 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _recipe_command(commands, "eval", _eval, "examine a checkpoint without training")
     evaluate.add_argument("--model", help="folder or hub id (default: the recipe's student)")
     evaluate.add_argument("--out", help="JSON file for metrics and transcripts")
-    _teacher_command(commands)
+    _server_command(
+        commands, "teacher", _teacher, "serve a teacher over HTTP (--help lists its options)"
+    )
+    _server_command(
+        commands, "rollout", _rollout, "generate over HTTP for a run (--help lists its options)"
+    )
     add_mask_commands(commands)
     report = commands.add_parser("report", help="put runs side by side: one page and a csv")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
@@ -97,13 +102,14 @@ def _recipe_command(
     return parser
 
 
-def _teacher_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "teacher",
-        help="serve a teacher over HTTP (--help lists its options)",
-        add_help=False,
-    )
-    parser.set_defaults(run=_teacher)
+def _server_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace, list[str]], None],
+    help: str,
+) -> None:
+    parser = commands.add_parser(name, help=help, add_help=False)
+    parser.set_defaults(run=run)
 
 
 def _overrides(rest: Sequence[str]) -> list[str]:
@@ -141,6 +147,14 @@ def _teacher(parsed: argparse.Namespace, rest: list[str]) -> None:
     from opd.teacher.server import main as serve
 
     serve(parse(rest))
+
+
+def _rollout(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from opd.cli.serve import main as serve
+    from opd.rollout.options import RolloutServerOptions
+    from opd.service.options import parse_options
+
+    serve(parse_options(RolloutServerOptions, "opd rollout", rest))
 
 
 def _report(parsed: argparse.Namespace, rest: list[str]) -> None:

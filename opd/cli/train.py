@@ -115,7 +115,8 @@ def run(recipe: Composed, folder: Path) -> None:
     else:
         prepare_mask(recipe, folder, run)
         accuracy = teacher_accuracy(recipe, folder / "logs") if checked.start == 0 else None
-        run_processes(recipe, folder, accuracy=accuracy)
+        assert checked.prompts is not None
+        run_processes(recipe, folder, max_length=checked.prompts.max_length, accuracy=accuracy)
     console.print(summary_table(folder))
     console.print(f"report: {folder / 'report.html'}")
 

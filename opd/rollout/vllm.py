@@ -51,6 +51,7 @@ def start_llm(settings: VllmSettings, device: torch.device) -> "LLM":
     from vllm import LLM
 
     on_gpu = device.type == "cuda"
+    launched = on_gpu and "RANK" in os.environ
     kv_cache_mib = settings.kv_cache_mib or (None if on_gpu else 512)
     memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_fraction}
     if kv_cache_mib is not None:
@@ -69,7 +70,7 @@ def start_llm(settings: VllmSettings, device: torch.device) -> "LLM":
         enforce_eager=settings.eager,
         enable_sleep_mode=settings.sleep and on_gpu,
         trust_remote_code=settings.trust_remote_code,
-        distributed_executor_backend="external_launcher" if on_gpu else "uni",
+        distributed_executor_backend="external_launcher" if launched else "uni",
         max_logprobs=-1,
         use_tqdm_on_load=False,
         logprobs_mode="processed_logprobs",

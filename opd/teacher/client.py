@@ -1,23 +1,20 @@
 """A teacher behind HTTP: splits, sends a few requests at once, retries, says what failed."""
 
-import random
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import numpy as np
 from safetensors.numpy import load
 
 from opd.interfaces import Progress
+from opd.service.client import ServiceClient
+from opd.service.server import MEDIA_TYPE
 from opd.teacher.answer import bytes_per_target, form_of
 from opd.teacher.batches import bar, by_tokens
 from opd.teacher.vocabulary import Vocabulary, require_fit
-from opd.teacher.wire import MEDIA_TYPE, read_answer, request_bytes, request_of, scored_of
+from opd.teacher.wire import read_answer, request_bytes, request_of, scored_of
 from opd.types import FloatArray, Rollout, Scored, TeacherInfo, Wanted
 
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
 HEAD_BYTES = 64 << 20  # of one piece of the head
 
 
@@ -45,16 +42,18 @@ class ServerTeacher:
         connections: int = 4,
         progress: Progress | None = None,
     ) -> None:
-        self.url, self.wanted, self.retries = url, wanted, retries
+        self.url, self.wanted = url, wanted
         self.batch_tokens, self.answer_bytes = batch_tokens, answer_bytes
         self.connections, self.progress = connections, progress
-        self._http = httpx.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
-            trust_env=False,  # a proxy named in the environment must see neither token nor tokens
+        self._service = ServiceClient(
+            url,
+            what="teacher",
+            remedy="is it running? (start one with `opd teacher`)",
+            token=token,
+            timeout=timeout,
+            retries=retries,
         )
-        told = self._send("GET", "/info").json()
+        told = self._service.send("GET", "/info").json()
         self._linear_head = bool(told.pop("linear_head"))
         self._info = TeacherInfo(**told)
         self.vocab_size = require_fit(self._info, student)
@@ -90,7 +89,7 @@ class ServerTeacher:
         if self._head is None:
             rows = max(1, HEAD_BYTES // (4 * self._info.hidden_size))
             pieces = [
-                self._send(
+                self._service.send(
                     "GET", f"/head?start={start}&stop={min(start + rows, self.vocab_size)}"
                 ).content
                 for start in range(0, self.vocab_size, rows)
@@ -122,34 +121,5 @@ class ServerTeacher:
 
     def _score_group(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         body = request_bytes(self._request(rollouts))
-        answer = self._send("POST", "/score", body, {"Content-Type": MEDIA_TYPE})
+        answer = self._service.send("POST", "/score", body, {"Content-Type": MEDIA_TYPE})
         return scored_of(rollouts, read_answer(answer.content))
-
-    def _send(
-        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
-    ) -> httpx.Response:
-        """One request, tried again after failures that may pass; scoring twice does no harm."""
-        started, failure = time.monotonic(), ""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(_pause(attempt))
-            try:
-                response = self._http.request(method, path, content=body, headers=headers)
-            except httpx.TransportError as error:
-                failure = f"{type(error).__name__}: {error}"
-                continue
-            if response.is_success:
-                return response
-            failure = f"HTTP {response.status_code}: {response.text[:500]}"
-            if response.status_code < 500:
-                raise ValueError(f"teacher at {self.url} refused {method} {path}: {failure}")
-        raise ConnectionError(
-            f"teacher at {self.url} failed {self.retries + 1} times in "
-            f"{time.monotonic() - started:.0f} s, last with {failure}; is it running? "
-            "(start one with `opd teacher`)"
-        )
-
-
-def _pause(attempt: int) -> float:
-    """Doubling, at most half a minute, and spread so that many ranks do not return all at once."""
-    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)

@@ -1,13 +1,11 @@
 """What a teacher server can be told, and its command line."""
 
-import argparse
-import re
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from opd.config import DType
+from opd.service.options import parse_options
 
 TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
 
@@ -21,7 +19,7 @@ class BackendName(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherServerOptions:
-    """Everything but the token, which travels in the environment as ``OPD_TEACHER_TOKEN``.
+    """Score token sequences over HTTP; the token is in ``OPD_TEACHER_TOKEN``.
 
     ``model``: checkpoint folder or hub name.
     ``host``: address to bind; anything but loopback needs a token.
@@ -59,41 +57,4 @@ class TeacherServerOptions:
 
 def parse(arguments: Sequence[str] | None = None) -> TeacherServerOptions:
     """The options that a command line names."""
-    parser = argparse.ArgumentParser(
-        prog="python -m opd.teacher.server", description="Score token sequences over HTTP."
-    )
-    told = dict(re.findall(r"``(\w+)``: (.+)\.", TeacherServerOptions.__doc__ or ""))
-    for option in fields(TeacherServerOptions):
-        shown = "" if option.default in (MISSING, None) else f" (default: {option.default})"
-        parser.add_argument(
-            _flag(option.name),
-            required=option.default is MISSING,
-            default=option.default,
-            help=told.get(option.name, "") + shown,
-            **_reading(option.type),
-        )
-    return TeacherServerOptions(**vars(parser.parse_args(arguments)))
-
-
-def arguments_of(options: TeacherServerOptions) -> list[str]:
-    """The command line that ``parse`` reads back into ``options``."""
-    arguments = []
-    for option in fields(options):
-        value = getattr(options, option.name)
-        if value is True:
-            arguments.append(_flag(option.name))
-        elif value is not None and value is not False:
-            arguments.append(f"{_flag(option.name)}={value}")
-    return arguments
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _reading(kind: Any) -> dict[str, Any]:
-    if kind is bool:
-        return {"action": "store_true"}
-    if kind in (BackendName, DType):
-        return {"type": kind, "choices": list(kind)}
-    return {"type": {int | None: int, str | None: str}.get(kind, kind)}
+    return parse_options(TeacherServerOptions, "opd teacher", arguments)

@@ -21,7 +21,6 @@ from opd.types import FloatArray, IntArray, Rollout, Scored, SupportLogps, Wante
 
 FORMAT = "opd-teacher-1"
 HEADER_BYTES = 1 << 16  # of a request; ours have four tensors and five strings
-MEDIA_TYPE = "application/octet-stream"
 
 
 class Want(StrEnum):

@@ -18,13 +18,15 @@ from transformers import (
 )
 
 from opd.config import DType
+from opd.service.launch import RunningService
+from opd.service.server import MEDIA_TYPE
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.client import ServerTeacher
-from opd.teacher.launch import RunningTeacher, running_teacher
+from opd.teacher.launch import running_teacher
 from opd.teacher.local import LocalTeacher
 from opd.teacher.options import TeacherServerOptions
 from opd.teacher.vocabulary import Vocabulary, vocabulary_of
-from opd.teacher.wire import MEDIA_TYPE, Want, read_answer, request_bytes, request_of
+from opd.teacher.wire import Want, read_answer, request_bytes, request_of
 from opd.types import FinishReason, Prompt, Rollout, Scored, Wanted
 
 VOCAB, TOKENS, WIDTH, MAX_LENGTH = 97, 90, 64, 256
@@ -81,7 +83,7 @@ def _options(model: Path, **changed) -> TeacherServerOptions:
 
 
 @pytest.fixture(scope="session")
-def server(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningTeacher]:
+def server(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     log = tmp_path_factory.mktemp("log") / "teacher.log"
     with running_teacher(_options(untied), log_path=log, wait_s=300) as running:
         yield running
@@ -135,7 +137,7 @@ def truth(untied: Path) -> Truth:
 
 
 def _client(
-    server: RunningTeacher, wanted: Wanted, student: Vocabulary, **changed
+    server: RunningService, wanted: Wanted, student: Vocabulary, **changed
 ) -> ServerTeacher:
     return ServerTeacher(
         server.url, token=server.token, wanted=wanted, student=student, timeout=60, **changed
@@ -155,7 +157,7 @@ ASKED = {
 @pytest.mark.parametrize("asked", ASKED)
 def test_server_and_local_teacher_both_say_what_transformers_say(
     asked: str,
-    server: RunningTeacher,
+    server: RunningService,
     untied: Path,
     student: Vocabulary,
     rollouts: list[Rollout],
@@ -210,7 +212,7 @@ def _require_true_support(scored: Scored, true_TV: torch.Tensor, wanted: Wanted)
 
 
 def test_ids_beyond_the_smaller_matrix_get_no_probability(
-    server: RunningTeacher, untied: Path, student: Vocabulary, truth: Truth
+    server: RunningService, untied: Path, student: Vocabulary, truth: Truth
 ) -> None:
     smaller = Vocabulary(
         fingerprint=student.fingerprint, tokenizer_size=TOKENS, matrix_size=TOKENS + 2
@@ -240,7 +242,7 @@ def test_ids_beyond_the_smaller_matrix_get_no_probability(
 
 
 def test_full_distribution_of_a_narrow_vocabulary_travels_as_log_probs(
-    server: RunningTeacher, student: Vocabulary, rollouts: list[Rollout], truth: Truth
+    server: RunningService, student: Vocabulary, rollouts: list[Rollout], truth: Truth
 ) -> None:
     request = request_of(rollouts[:3], Wanted(), want=Want.full_logps, vocab_size=VOCAB)
     response = httpx.post(
@@ -272,7 +274,7 @@ def test_tied_head_in_bfloat16_stays_within_rounding(
 
 
 def test_eight_threads_get_the_numbers_of_one(
-    server: RunningTeacher, student: Vocabulary, rollouts: list[Rollout]
+    server: RunningService, student: Vocabulary, rollouts: list[Rollout]
 ) -> None:
     served = _client(server, Wanted(top_k=4), student, batch_tokens=60)
     alone = served.score(rollouts)
@@ -284,14 +286,14 @@ def test_eight_threads_get_the_numbers_of_one(
             assert other.support.tail_logp == pytest.approx(one.support.tail_logp, abs=EXACT)
 
 
-def test_another_tokenizer_is_refused_with_the_reason(server: RunningTeacher) -> None:
+def test_another_tokenizer_is_refused_with_the_reason(server: RunningService) -> None:
     stranger = Vocabulary(fingerprint="0" * 64, tokenizer_size=50, matrix_size=64)
     with pytest.raises(ValueError, match=r"another tokenizer.*50 tokens.*choose a teacher"):
         _client(server, Wanted(), stranger)
 
 
 def test_rollouts_without_the_asked_support_are_refused(
-    server: RunningTeacher, student: Vocabulary, rollouts: list[Rollout]
+    server: RunningService, student: Vocabulary, rollouts: list[Rollout]
 ) -> None:
     bare = Rollout(
         prompt=rollouts[0].prompt,

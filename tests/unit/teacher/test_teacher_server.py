@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 
 from opd.config import DType
+from opd.service.launch import RunningService
+from opd.service.options import arguments_of
+from opd.service.server import MEDIA_TYPE
 from opd.teacher.client import ServerTeacher
-from opd.teacher.launch import RunningTeacher, running_teacher
-from opd.teacher.options import BackendName, TeacherServerOptions, arguments_of
+from opd.teacher.launch import running_teacher
+from opd.teacher.options import BackendName, TeacherServerOptions
 from opd.teacher.vocabulary import Vocabulary
-from opd.teacher.wire import MEDIA_TYPE, ScoreRequest, request_bytes
+from opd.teacher.wire import ScoreRequest, request_bytes
 from opd.types import FinishReason, Prompt, Rollout, Wanted
 
 VOCAB = 97
@@ -38,7 +41,7 @@ def _options(model: Path, **changed) -> TeacherServerOptions:
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningTeacher]:
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     log = tmp_path_factory.mktemp("log") / "teacher.log"
     with running_teacher(_options(checkpoint), log_path=log, wait_s=120) as running:
         yield running
@@ -55,7 +58,7 @@ def rollout() -> Rollout:
     )
 
 
-def _post(server: RunningTeacher, body: bytes, **headers: str) -> httpx.Response:
+def _post(server: RunningService, body: bytes, **headers: str) -> httpx.Response:
     told = {"Authorization": f"Bearer {server.token}", "Content-Type": MEDIA_TYPE} | headers
     return httpx.post(f"{server.url}/score", content=body, headers=told, timeout=60)
 
@@ -100,7 +103,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("fault", MALFORMED)
 def test_malformed_requests_are_answered_400_with_one_sentence(
-    fault: str, server: RunningTeacher
+    fault: str, server: RunningService
 ) -> None:
     body, sentence = MALFORMED[fault]
     response = _post(server, body)
@@ -109,7 +112,7 @@ def test_malformed_requests_are_answered_400_with_one_sentence(
     assert len(response.text) < 300
 
 
-def test_a_wrong_or_missing_token_is_answered_401(server: RunningTeacher) -> None:
+def test_a_wrong_or_missing_token_is_answered_401(server: RunningService) -> None:
     for header in ("Bearer wrong", "", "Bearer \u00e9"):
         told = {"Authorization": header.encode("latin-1")}
         for method, path in (("POST", "/score"), ("GET", "/info"), ("GET", "/head?start=0&stop=1")):
@@ -117,7 +120,7 @@ def test_a_wrong_or_missing_token_is_answered_401(server: RunningTeacher) -> Non
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
-def test_size_limits_and_content_type_are_kept(server: RunningTeacher) -> None:
+def test_size_limits_and_content_type_are_kept(server: RunningService) -> None:
     assert _post(server, _request()).status_code == 200
     assert _post(server, _request(), **{"Content-Type": "text/plain"}).status_code == 415
     assert _post(server, b"\0" * 9000).status_code == 413
@@ -144,9 +147,9 @@ def test_a_token_is_demanded_beyond_loopback(
 
 
 def test_the_client_tries_again_after_failures_that_may_pass(
-    server: RunningTeacher, student: Vocabulary, monkeypatch: pytest.MonkeyPatch
+    server: RunningService, student: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opd.teacher.client.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("opd.service.client.FIRST_PAUSE_S", 0.01)
     answers = [503, 500, 200]
     info = httpx.get(f"{server.url}/info", headers={"Authorization": f"Bearer {server.token}"})
 
@@ -179,7 +182,7 @@ def test_a_killed_server_gives_a_clear_error(
     rollout: Rollout,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("opd.teacher.client.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("opd.service.client.FIRST_PAUSE_S", 0.01)
     options = _options(checkpoint)
     with running_teacher(options, log_path=tmp_path / "log", wait_s=120) as running:
         served = ServerTeacher(

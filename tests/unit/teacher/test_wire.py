@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from opd.config import DType
+from opd.service.options import arguments_of
 from opd.teacher.batches import by_tokens
-from opd.teacher.options import BackendName, TeacherServerOptions, arguments_of, parse
+from opd.teacher.options import BackendName, TeacherServerOptions, parse
 from opd.teacher.wire import (
     ScoreAnswer,
     Want,

@@ -1,0 +1,83 @@
+"""Requests to a service of ours, tried again after failures that may pass."""
+
+import random
+import time
+from collections.abc import Iterator, Mapping
+
+import httpx
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+CONFLICT = 409
+PIECE_BYTES = 1 << 20
+
+
+class ServiceClient:
+    """Sends to one address; safe to call from several threads.
+
+    ``what`` names the service in errors and ``remedy`` says what to do when it stays away. A request
+    is given up after ``timeout`` seconds and repeated up to ``retries`` times after connection errors,
+    time-outs, answers from 500 on and 409 (not now), so every door must bear being asked twice.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        what: str,
+        remedy: str,
+        token: str | None,
+        timeout: float,
+        retries: int,
+    ) -> None:
+        self.url = url
+        self._what, self._remedy, self._retries = what, remedy, retries
+        self._http = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
+            trust_env=False,  # a proxy named in the environment must see neither token nor tokens
+        )
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        *,
+        retries: int | None = None,
+    ) -> httpx.Response:
+        """The answer. ``ValueError`` when the service refuses, ``ConnectionError`` when it stays away."""
+        started, failure = time.monotonic(), ""
+        told = {"Content-Length": str(len(body)), **(headers or {})} if body else headers
+        attempts = 1 + (self._retries if retries is None else retries)
+        for attempt in range(attempts):
+            if attempt:
+                time.sleep(_pause(attempt))
+            try:
+                content = _pieces(body) if body else None
+                response = self._http.request(method, path, content=content, headers=told)
+            except httpx.TransportError as error:
+                failure = f"{type(error).__name__}: {error}"
+                continue
+            if response.is_success:
+                return response
+            failure = f"HTTP {response.status_code}: {response.text[:500]}"
+            if response.status_code < 500 and response.status_code != CONFLICT:
+                raise ValueError(f"{self._what} at {self.url} refused {method} {path}: {failure}")
+        raise ConnectionError(
+            f"{self._what} at {self.url} failed {attempts} times in "
+            f"{time.monotonic() - started:.0f} s, last with {failure}; {self._remedy}"
+        )
+
+
+def _pieces(body: bytes) -> Iterator[bytes]:
+    """The transport copies what is left of a piece after each write, so large bodies go in pieces."""
+    for start in range(0, len(body), PIECE_BYTES):
+        yield body[start : start + PIECE_BYTES]
+
+
+def _pause(attempt: int) -> float:
+    """Doubling, at most half a minute, and spread so that many ranks do not return all at once."""
+    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)

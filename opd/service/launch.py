@@ -1,0 +1,82 @@
+"""Start a service as a child of this process, and end it."""
+
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+POLL_S = 0.1
+END_S = 15.0
+TAIL_CHARACTERS = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningService:
+    """Where a started service is and what opens it."""
+
+    url: str
+    token: str
+    pid: int
+
+
+@contextmanager
+def running_service(
+    what: str,
+    arguments: Sequence[str],
+    *,
+    variable: str,
+    log_path: Path,
+    environment: Mapping[str, str],
+    token: str | None = None,
+    wait_s: float = 1800.0,
+) -> Iterator[RunningService]:
+    """``python <arguments>`` on a free loopback port, ended when the context ends.
+
+    It gets ``--port-file`` and ``--exit-with-parent`` besides, and a token (a random one unless given)
+    in ``variable``; it writes to ``log_path`` and ends by itself if this process dies.
+    ``RuntimeError`` with the end of that log when it is not up in ``wait_s``.
+    """
+    token = token or secrets.token_urlsafe(32)
+    with tempfile.TemporaryDirectory() as folder, log_path.open("wb") as output:
+        port_file = Path(folder) / "port"
+        process = subprocess.Popen(
+            [sys.executable, *arguments, f"--port-file={port_file}", "--exit-with-parent"],
+            env=os.environ | {variable: token, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+        try:
+            port = _wait_for(what, port_file, process, log_path, wait_s)
+            yield RunningService(url=f"http://127.0.0.1:{port}", token=token, pid=process.pid)
+        finally:
+            _end(process)
+
+
+def _wait_for(
+    what: str, port_file: Path, process: subprocess.Popen[bytes], log_path: Path, wait_s: float
+) -> int:
+    started = time.monotonic()
+    while not port_file.exists():
+        late = time.monotonic() - started > wait_s
+        if late or process.poll() is not None:
+            why = f"was not ready after {wait_s:.0f} s" if late else "ended while starting"
+            tail = log_path.read_text(errors="replace")[-TAIL_CHARACTERS:]
+            raise RuntimeError(f"the {what} {why}; the end of {log_path}:\n{tail}")
+        time.sleep(POLL_S)
+    return int(port_file.read_text())
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,150 @@
+"""Bytes on the way from learner to engine: a header, a table of records, and their payloads.
+
+    sha256 [32]  of everything behind it
+    length [8]   of the JSON header at the end, little endian
+    payloads     of all records, end to end
+    records      one a tensor that says something, ``RECORD`` each
+    header       JSON: format, kind, run, version, base_version, mask, records, and with an anchor
+                 dtype and the table of tensors: [name, shape] each
+
+An anchor holds every tensor whole. A patch holds what differs from ``base_version``; its places are
+positions among the coordinates that ``mask`` keeps, or among all. A mask message holds those
+coordinates. No pickle.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+FORMAT = "opd-weights-1"
+DIGEST_BYTES, LENGTH_BYTES = 32, 8
+PREFIX_BYTES = DIGEST_BYTES + LENGTH_BYTES
+RECORD = np.dtype(
+    [
+        ("tensor", "<u4"),
+        ("place_form", "u1"),
+        ("value_form", "u1"),
+        ("count", "<u8"),
+        ("place_bytes", "<u8"),
+        ("value_bytes", "<u8"),
+    ]
+)
+
+
+class Kind(StrEnum):
+    """What a message is for."""
+
+    anchor = "anchor"
+    patch = "patch"
+    mask = "mask"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One tensor of the table."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """``run`` names the sender; ``mask`` is the fingerprint of the coordinates that places refer to.
+
+    ``dtype`` is the number format of every tensor in torch's words, without the ``torch.``.
+    """
+
+    kind: Kind
+    run: str
+    version: int
+    base_version: int | None = None
+    mask: str | None = None
+    dtype: str | None = None
+    table: tuple[Entry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is said about one tensor: ``count`` places and as many values, still encoded."""
+
+    tensor: int
+    place_form: int
+    value_form: int
+    count: int
+    places: bytes | memoryview
+    values: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message whose checksum and layout are sound; ``records`` point into its bytes."""
+
+    header: Header
+    records: list[Record]
+
+
+def write_message(header: Header, records: Iterable[Record], table: list[Entry]) -> bytes:
+    """The bytes. ``table`` is read after the last record, so that a stream of tensors may fill it."""
+    out, rows = io.BytesIO(), []
+    out.write(bytes(PREFIX_BYTES))
+    for r in records:
+        out.write(r.places)
+        out.write(r.values)
+        sizes = (len(r.places), len(r.values))
+        rows.append((r.tensor, r.place_form, r.value_form, r.count, *sizes))
+    out.write(np.array(rows, RECORD).tobytes())
+    told: dict[str, Any] = asdict(header) | {"format": FORMAT, "records": len(rows)}
+    told["table"] = [[e.name, list(e.shape)] for e in table]
+    end = json.dumps({k: v for k, v in told.items() if v not in (None, [])}).encode()
+    out.write(end)
+    with out.getbuffer() as whole:
+        whole[DIGEST_BYTES:PREFIX_BYTES] = len(end).to_bytes(LENGTH_BYTES, "little")
+        whole[:DIGEST_BYTES] = hashlib.sha256(whole[DIGEST_BYTES:]).digest()
+    return out.getvalue()
+
+
+def read_message(data: bytes) -> Message:
+    """The undo of ``write_message``; ``ValueError`` when a byte is not as it was sent."""
+    whole = memoryview(data)
+    if hashlib.sha256(whole[DIGEST_BYTES:]).digest() != whole[:DIGEST_BYTES]:
+        raise ValueError(f"the checksum of the message's {len(data)} bytes does not agree")
+    size = int.from_bytes(whole[DIGEST_BYTES:PREFIX_BYTES], "little")
+    try:
+        told = json.loads(bytes(whole[len(whole) - size :]))
+        if told["format"] != FORMAT:
+            raise ValueError(f"format is {told['format']!r}, read is {FORMAT!r}")
+        header = Header(
+            kind=Kind(told["kind"]),
+            run=str(told["run"]),
+            version=int(told["version"]),
+            base_version=told.get("base_version"),
+            mask=told.get("mask"),
+            dtype=told.get("dtype"),
+            table=tuple(
+                Entry(name=name, shape=tuple(shape)) for name, shape in told.get("table", ())
+            ),
+        )
+        records_end = len(whole) - size
+        start = records_end - int(told["records"]) * RECORD.itemsize
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the message's header cannot be read: {error!r}") from None
+    if not PREFIX_BYTES <= start <= records_end:
+        raise ValueError("the message announces more records than it holds")
+    rows = np.frombuffer(whole[start:records_end], RECORD)
+    return Message(header, list(_records(rows, whole[PREFIX_BYTES:start])))
+
+
+def _records(rows: np.ndarray, payload: memoryview) -> Iterator[Record]:
+    at = 0
+    for tensor, place_form, value_form, count, place_bytes, value_bytes in rows.tolist():
+        middle, end = at + place_bytes, at + place_bytes + value_bytes
+        yield Record(tensor, place_form, value_form, count, payload[at:middle], payload[middle:end])
+        at = end
+    if at != len(payload):
+        raise ValueError(f"the message's records cover {at} of {len(payload)} bytes")
