@@ -360,13 +360,22 @@ def engine_dtype(config: Config) -> DType:
 
 
 def build_engine(
-    config: Config, model: str, text: Text, max_length: int, world: "World", progress: Progress
+    config: Config,
+    model: str,
+    text: Text,
+    max_length: int,
+    world: "World",
+    progress: Progress,
+    mask: "Mask | None" = None,
 ) -> tuple[RolloutEngine, WeightSync]:
-    """The engine that writes, holding ``model``, and the way new weights reach it."""
+    """The engine that writes, holding ``model``, and the way new weights reach it.
+
+    Of a ``mask`` only the kept values travel.
+    """
     rollout, dtype = config.rollout, engine_dtype(config)
     match rollout:
         case ServerRolloutConfig():
-            return _server(config, rollout, dtype, text, max_length, world, progress)
+            return _server(config, rollout, dtype, mask, text, max_length, world, progress)
         case VllmRolloutConfig():
             return _vllm(config, rollout, dtype, model, text, max_length, world, progress)
         case TransformersRolloutConfig():
@@ -410,6 +419,7 @@ def _server(
     config: Config,
     rollout: ServerRolloutConfig,
     dtype: DType,
+    mask: "Mask | None",
     text: Text,
     max_length: int,
     world: "World",
@@ -433,7 +443,13 @@ def _server(
     drawn = world.sum({"run": float(secrets.randbits(48)) if world.is_main else 0.0})
     run = f"{int(drawn['run']):012x}"
     engine = ServerRollouts(own, run=run, progress=progress)
-    sender = WeightSender(dtype=torch_dtype(dtype), anchor_every=config.sync.anchor_every, run=run)
+    sender = WeightSender(
+        dtype=torch_dtype(dtype),
+        anchor_every=config.sync.anchor_every,
+        kept=None if mask is None else mask.indices,
+        fingerprint=None if mask is None else mask.fingerprint(),
+        run=run,
+    )
     return engine, ServerWeights(servers, sender, mark=engine.mark, world=world)
 
 

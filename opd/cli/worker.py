@@ -65,10 +65,10 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
     teacher, whole_teacher, sampled_teacher = build.build_teacher(
         config.teacher, vocabulary, [wanted, whole, sampled], world, progress
     )
-    engine, sync = build.build_engine(
-        config, config.student.model, text, prompts.max_length, world, progress
-    )
     mask = build.read_run_mask(config, folder)
+    engine, sync = build.build_engine(
+        config, config.student.model, text, prompts.max_length, world, progress, mask
+    )
     learner, model = build.build_learner(config, mask, whole_teacher, text, world, progress)
     found = newest_checkpoint(folder, processes=world.size)
     if found is not None:
@@ -91,7 +91,7 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
 
     def finish() -> None:
         tracker.close()
-        if config.train.scores != Watched.nothing:
+        if config.train.scores != Watched.none:
             _leave_scores(config, learner, folder, world)
         _export(learner, model, text, folder, world)
 

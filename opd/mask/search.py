@@ -172,12 +172,11 @@ def shared_out(total: int, sizes: Mapping[str, int]) -> dict[str, int]:
 
 def _competition(budget: MaskBudget, name: str) -> str:
     match budget:
-        case MaskBudget.whole:
-            return ""
         case MaskBudget.tensor:
             return name
         case MaskBudget.module:
             return place(name).module
+    return ""
 
 
 def _digest(file: Path) -> str:

@@ -58,6 +58,6 @@ def scores(
                 score = engine.full_state(parameter, "squares")
             case Watched.first_gradient:
                 score = engine.full_state(parameter, "squares").sqrt()
-            case Watched.nothing:
+            case Watched.none:
                 raise AssertionError("nothing was watched")
         yield name, score.float().cpu()
