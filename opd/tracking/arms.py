@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """One figure of a run by which arms are compared."""
+    """One figure of a run by which arms are compared: ``figure`` of a metric over the run."""
 
     name: str
     metric: str
+    figure: Callable[[Sequence[float]], float]
     higher_is_better: bool
 
 
@@ -54,14 +55,12 @@ class Difference:
     @property
     def sentence(self) -> str:
         """What may be concluded, in words."""
-        size = (
-            f"{self.interval.mean:+.3f} ± {self.interval.half:.3f}"
-            if math.isfinite(self.interval.half)
-            else f"{self.interval.mean:+.3f}, one seed"
-        )
-        names = f"{self.arm} against {self.other}, {self.measure.name}: {size}"
+        names = f"{self.arm} against {self.other}, {self.measure.name}: {self.interval.mean:+.3f}"
+        if not math.isfinite(self.interval.half):
+            return f"{names}; one seed tells nothing"
+        names += f" ± {self.interval.half:.3f}"
         if not self.interval.excludes_zero:
-            return f"{names}: not shown, the seeds differ as much"
+            return f"{names}: no difference that these seeds can show"
         better = (self.interval.mean > 0) == self.measure.higher_is_better
         return f"{names}: real, {self.arm} is {'better' if better else 'worse'}"
 
@@ -75,9 +74,9 @@ class Arms:
     pairs: Sequence[tuple[str, str]]
 
     def values(self, arm: str, measure: Measure) -> dict[int, float]:
-        """The measure after training, by seed."""
-        last = {seed: run.series(measure.metric).last for seed, run in self.runs[arm].items()}
-        return {seed: value for seed, value in last.items() if value is not None}
+        """The measure of each seed that has the metric."""
+        found = {seed: run.series(measure.metric).values for seed, run in self.runs[arm].items()}
+        return {seed: measure.figure(values) for seed, values in found.items() if values}
 
     def interval(self, arm: str, measure: Measure) -> Interval:
         """Over seeds."""
@@ -108,11 +107,21 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def measures_of(task: str) -> list[Measure]:
-    """Accuracy and reverse KL of a task."""
+    """Accuracy at the end, on the average over the evaluations, and reverse KL at the end."""
+    accuracy, kl = f"eval/{task}/accuracy", f"eval/{task}/reverse_kl"
     return [
-        Measure(name="accuracy", metric=f"eval/{task}/accuracy", higher_is_better=True),
-        Measure(name="reverse KL", metric=f"eval/{task}/reverse_kl", higher_is_better=False),
+        Measure(name="accuracy", metric=accuracy, figure=_last, higher_is_better=True),
+        Measure(name="accuracy on the way", metric=accuracy, figure=_mean, higher_is_better=True),
+        Measure(name="reverse KL", metric=kl, figure=_last, higher_is_better=False),
     ]
+
+
+def _last(values: Sequence[float]) -> float:
+    return values[-1]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def arms_table(arms: Arms) -> Table:
@@ -147,7 +156,16 @@ def write_arms(arms: Arms, folder: Path, title: str) -> list[Path]:
             arm: {measure.name: arms.values(arm, measure) for measure in arms.measures}
             for arm in arms.runs
         },
-        "differences": [asdict(d) | {"sentence": d.sentence} for d in arms.differences()],
+        "differences": [
+            {
+                "measure": difference.measure.name,
+                "arm": difference.arm,
+                "other": difference.other,
+                **asdict(difference.interval),
+                "sentence": difference.sentence,
+            }
+            for difference in arms.differences()
+        ],
     }
     paths = [folder / f"study.{suffix}" for suffix in ("json", "md", "png")]
     paths[0].write_text(json.dumps(told, indent=1))
@@ -157,7 +175,7 @@ def write_arms(arms: Arms, folder: Path, title: str) -> list[Path]:
 
 
 def _markdown(arms: Arms, title: str) -> str:
-    head = ["trained", "density", *(m.name for m in arms.measures), "by seed (accuracy)"]
+    head = ["trained", "density", *(m.name for m in arms.measures), "accuracy by seed"]
     lines = [f"# {title}", "", " | ".join(["", *head, ""]).strip()]
     lines.append("|" + "---|" * len(head))
     for arm, runs in arms.runs.items():
@@ -179,33 +197,45 @@ def _picture(arms: Arms, title: str, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
-        figure = Figure(figsize=(10, 3.8), layout="constrained", dpi=150)
-        curves, finals = figure.subplots(1, 2, width_ratios=[3, 2])
-        measure = arms.measures[0]
-        for number, (arm, runs) in enumerate(arms.runs.items()):
-            colour = f"C{number}"
-            by_step: dict[int, list[float]] = {}
-            for run in runs.values():
-                series = run.series(measure.metric)
-                curves.plot(series.steps, series.values, color=colour, alpha=0.25, linewidth=0.8)
-                for step, value in zip(series.steps, series.values, strict=True):
-                    by_step.setdefault(step, []).append(value)
-            steps = sorted(by_step)
-            means = [sum(by_step[s]) / len(by_step[s]) for s in steps]
-            curves.plot(steps, means, color=colour, linewidth=2, label=arm)
-            values = list(arms.values(arm, measure).values())
-            found = interval(values)
-            half = found.half if math.isfinite(found.half) else 0.0
-            finals.errorbar(found.mean, -number, xerr=half, fmt="o", color=colour, capsize=4)
-            finals.scatter(values, [-number + 0.18] * len(values), color=colour, alpha=0.5, s=14)
-        curves.set(xlabel="optimizer step", ylabel=measure.name, title="thin: seeds, thick: mean")
-        curves.legend(frameon=False)
-        finals.set(xlabel=f"final {measure.name}", title="mean and 95 % interval; dots: seeds")
-        finals.set_yticks([-n for n in range(len(arms.runs))], list(arms.runs))
-        for axes in (curves, finals):
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):  # pyright: ignore[reportArgumentType]
+        figure = Figure(figsize=(13, 3.8), layout="constrained", dpi=150)
+        curves, *finals = figure.subplots(1, 1 + len(arms.measures), width_ratios=[3, 2, 2, 2])
+        _draw_curves(curves, arms)
+        for axes, measure in zip(finals, arms.measures, strict=True):
+            _draw_intervals(axes, arms, measure)
+            if axes is not finals[0]:
+                axes.set_yticklabels([])
+        for axes in (curves, *finals):
             axes.grid(alpha=0.25)
         figure.suptitle(title)
         figure.savefig(path)
+
+
+def _draw_curves(axes: Any, arms: Arms) -> None:
+    measure = arms.measures[0]
+    for number, (arm, runs) in enumerate(arms.runs.items()):
+        by_step: dict[int, list[float]] = {}
+        for run in runs.values():
+            series = run.series(measure.metric)
+            axes.plot(series.steps, series.values, color=f"C{number}", alpha=0.25, linewidth=0.8)
+            for step, value in zip(series.steps, series.values, strict=True):
+                by_step.setdefault(step, []).append(value)
+        steps = sorted(by_step)
+        means = [_mean(by_step[step]) for step in steps]
+        axes.plot(steps, means, color=f"C{number}", linewidth=2, label=arm)
+    axes.set(xlabel="optimizer step", ylabel=measure.name, title="thin: seeds, thick: their mean")
+    axes.legend(frameon=False)
+
+
+def _draw_intervals(axes: Any, arms: Arms, measure: Measure) -> None:
+    for number, arm in enumerate(arms.runs):
+        values = list(arms.values(arm, measure).values())
+        found = interval(values)
+        half = found.half if math.isfinite(found.half) else 0.0
+        drawn = {"color": f"C{number}"}
+        axes.errorbar(found.mean, -number, xerr=half, fmt="o", capsize=4, **drawn)
+        axes.scatter(values, [0.2 - number] * len(values), alpha=0.5, s=14, **drawn)
+    axes.set(xlabel=measure.name, title="mean, 95 % interval, seeds")
+    axes.set_yticks([-n for n in range(len(arms.runs))], list(arms.runs))
+    axes.set_ylim(0.6 - len(arms.runs), 0.6)
