@@ -52,6 +52,10 @@ def test_recipe_dry_runs(
         ["zero=3", "adapter=lora", "adapter.rank=4"],
         ["rollout=transformers", "teacher=local", "launch.engine=torch", "launch.processes=1"],
         ["tracking=wandb", "tracking.mode=offline"],
+        ["mask=file", "mask.path=m.safetensors", "mask.training=restore"],
+        ["mask=discover", "mask.rule=early_delta", "mask.density=0.1", "mask.budget=global"],
+        ["mask=study", "mask.rule=delta", "mask.threshold=1e-5", "mask.arms=[full,discovered]"],
+        ["rollout=server", "rollout.servers=2"],
     ],
     ids=" ".join,
 )
