@@ -3,8 +3,9 @@
     python mask_ranks.py OUT CASE [CASE ...]      CASE = training/zero/precision/optimizer/clip/steps,
                                                   /resumed: saved and loaded in the middle
 
-``training`` is compact or restore; ``zero`` is 0..3, or torch for the engine without DeepSpeed.
-Each case leaves the weights and the reports of its steps.
+``training`` is compact or restore, or the name of a score: then everything is trained and the case
+leaves the scores. ``zero`` is 0..3, or torch for the engine without DeepSpeed. Each case leaves the
+weights and the reports of its steps.
 """
 
 import json
@@ -17,16 +18,18 @@ from torch import nn
 from train_ranks import scores
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from opd.config import AdamWConfig, OptimConfig, Precision, SGDConfig
+from opd.config import AdamWConfig, OptimConfig, Precision, SGDConfig, Watched
 from opd.head import HeadSpec
 from opd.losses import Divergence, DivergenceKind
 from opd.mask.mask import Mask, Origin
+from opd.tensors import Stored
 from opd.tracking.console import SilentProgress
-from opd.train.confine import CompactWeights, RestoredWeights
+from opd.train.confine import CompactWeights, RestoredWeights, Unconfined
 from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
 from opd.train.learner import StudentLearner
 from opd.train.optimizers import build_optimizer
 from opd.train.student import Student
+from opd.train.watch import SquaredGradients
 from opd.train.weights import named_weights
 from opd.world import World, join_world
 
@@ -68,6 +71,15 @@ def mask_of(model: nn.Module) -> Mask:
     return Mask(indices=indices, shapes=shapes, origin=Origin(rule="test", base="", model="tiny"))
 
 
+def base() -> dict[str, Stored]:
+    """The weights that training starts from, as a checkpoint gives them."""
+    weights = {name: weight.detach() for name, weight in named_weights(tiny())}
+    return {
+        name: Stored(shape=tuple(w.shape), dtype=w.dtype, read=lambda w=w: w)
+        for name, w in weights.items()
+    }
+
+
 def optim_of(name: str, clip: float) -> OptimConfig:
     if name == "adamw":
         return AdamWConfig(lr=3e-3, weight_decay=0.1, clip=clip, warmup_steps=2)
@@ -80,8 +92,13 @@ def learner_of(case: str, world: World) -> StudentLearner:
     model = tiny()
     if precision == Precision.pure_bf16:
         model = model.bfloat16()
-    mask = mask_of(model)
-    confined = {"compact": CompactWeights, "restore": RestoredWeights}[training](model, mask)
+    match training:
+        case "compact":
+            confined = CompactWeights(model, mask_of(model))
+        case "restore":
+            confined = RestoredWeights(model, mask_of(model))
+        case _:
+            confined = Unconfined(model)
     student = Student(
         model,
         spec=HeadSpec(vocab_size=VOCAB),
@@ -89,7 +106,10 @@ def learner_of(case: str, world: World) -> StudentLearner:
         chunk_bytes=7 * 4 * VOCAB,
         teacher_head=lambda: torch.empty(0),
     )
-    optimizer = build_optimizer(student, optim)
+    moves_nothing = training in (Watched.fisher, Watched.first_gradient)
+    optimizer = (
+        SquaredGradients(student.parameters()) if moves_nothing else build_optimizer(student, optim)
+    )
     if zero == "torch":
         engine = TorchEngine(
             student,
@@ -141,7 +161,13 @@ def main(out: Path, cases: list[str]) -> None:
                 learner.load(str(folder))
             share = scores(step, VOCAB)[world.rank :: world.size]
             reports.append(learner.step(share).metrics)
-        weights = {name: tensor.clone() for name, tensor in learner.weights()}
+        training = plain.split("/")[0]
+        left = (
+            learner.weights()
+            if training in ("compact", "restore")
+            else learner.scores(Watched(training), base())
+        )
+        weights = {name: tensor.clone() for name, tensor in left}
         if world.is_main:
             name = case.replace("/", "_")
             save_file(weights, out / f"{name}.safetensors")
