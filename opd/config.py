@@ -114,6 +114,11 @@ class MaskTraining(StrEnum):
     restore = "restore"
 
 
+class Others(StrEnum):
+    refuse = "refuse"
+    drop = "drop"
+
+
 class WandbMode(StrEnum):
     online = "online"
     offline = "offline"

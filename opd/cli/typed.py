@@ -18,7 +18,7 @@ T = TypeVar("T")
 def typed(kind: type[T], words: Sequence[str]) -> T:
     """The dataclass that ``key=value`` words describe.
 
-    ValueError with one sentence for a word without ``=``, an unknown key, a value of another type or
+    ValueError with one sentence for a word without ``=``, an unknown key, a key given twice, a value of another type or
     out of bounds, and a required key that is missing.
     """
     import yaml
@@ -29,6 +29,7 @@ def typed(kind: type[T], words: Sequence[str]) -> T:
 
     known = {field.name: field for field in fields(kind)}  # pyright: ignore[reportArgumentType]
     settings = OmegaConf.structured(kind)
+    given: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
@@ -37,8 +38,15 @@ def typed(kind: type[T], words: Sequence[str]) -> T:
             near = difflib.get_close_matches(key, known, n=1)
             meant = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"{key} is not a key here: {meant}keys are {', '.join(known)}")
+        if key in given:
+            raise ValueError(f"{key}= is given twice, as {given[key]} and as {value}: choose one")
+        given[key] = value
+        is_text = known[key].type in (str, str | None) and value != "null"
+        told = (
+            {key: value} if is_text else OmegaConf.from_dotlist([word])
+        )  # a file may be called no
         try:
-            settings = OmegaConf.merge(settings, OmegaConf.from_dotlist([word]))
+            settings = OmegaConf.merge(settings, told)
         except (OmegaConfBaseException, yaml.YAMLError):
             raise ValueError(f"{key}={value}: expected {expected(known[key])}") from None
     made = OmegaConf.to_container(settings, throw_on_missing=False)

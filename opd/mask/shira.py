@@ -14,12 +14,12 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from opd.config import Others
 from opd.mask.delta import Delta, Side
 from opd.mask.stream import write_tensors
 from opd.tensors import Checkpoint, model_folder
@@ -27,13 +27,6 @@ from opd.tensors import Checkpoint, model_folder
 PREFIX = "base_model.model."
 NAMED = 6
 """Parameters that a refusal names before it counts the rest."""
-
-
-class Others(StrEnum):
-    """What to do with changed parameters that an adapter cannot hold."""
-
-    refuse = "refuse"
-    drop = "drop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -367,8 +367,8 @@ def test_the_commands_lead_from_a_run_to_a_model_and_back(
     ("words", "told"),
     [
         (["export"], ["base=... is missing"]),
-        (["export", "bse=a"], ["bse=a", "base=..."]),
-        (["export", "--base", "a"], ["--base", "base=..."]),
+        (["export", "bse=a"], ["bse", "did you mean base?"]),
+        (["export", "--base", "a"], ["--base", "keys are base"]),
         (["export", "base=a", "base=b"], ["twice"]),
         (["export", "base=B", "trained=B", "out=d"], ["out=d", ".safetensors"]),
         (["export", "base=nowhere/a", "trained=B", "out=d.safetensors"], ["nowhere/a"]),
