@@ -42,10 +42,9 @@ def typed(kind: type[T], words: Sequence[str]) -> T:
             raise ValueError(f"{key}= is given twice, as {given[key]} and as {value}: choose one")
         given[key] = value
         is_text = known[key].type in (str, str | None) and value != "null"
-        told = (
-            {key: value} if is_text else OmegaConf.from_dotlist([word])
-        )  # a file may be called no
         try:
+            # a file may be called no, which YAML takes for false
+            told = {key: value} if is_text else OmegaConf.from_dotlist([word])
             settings = OmegaConf.merge(settings, told)
         except (OmegaConfBaseException, yaml.YAMLError):
             raise ValueError(f"{key}={value}: expected {expected(known[key])}") from None
