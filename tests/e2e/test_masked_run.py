@@ -23,6 +23,8 @@ MASKED = [
     "save.every=2",
     "optim.weight_decay=0.1",
     "launch.processes=2",
+    "rollout=server",
+    "sync.verify_every=1",
 ]
 
 
@@ -68,6 +70,16 @@ def test_a_run_that_stopped_goes_on_and_moves_on(run: Path) -> None:
     assert any(not torch.equal(halfway[name], final[name]) for name in final)
 
 
+def test_only_the_values_of_the_mask_travel_to_the_rollout_server(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = sum(read_mask(run / "mask.safetensors").counts().values())
+    anchors = [row["step"] for row in rows if row["sync/anchors"]]
+    assert anchors == [0]
+    # the first patch after a start brings the coordinates along: steps 1 and 3
+    assert max(rows[step]["sync/bytes"] for step in (2, 4)) < 4 * kept * 1.01 + 2000
+    assert all(row["sync/gap"] < 1e-3 for row in rows)
+
+
 def test_checkpoints_hold_what_is_trained_and_no_more(run: Path, quickstart: Path) -> None:
     kept = sum(read_mask(run / "mask.safetensors").counts().values())
     files = (run / "checkpoints" / "step_000004").rglob("*.pt")
@@ -78,7 +90,8 @@ def test_checkpoints_hold_what_is_trained_and_no_more(run: Path, quickstart: Pat
 def test_a_mask_file_starts_a_run_and_another_one_cannot_go_on_with_it(
     run: Path, quickstart: Path
 ) -> None:
-    again = [o for o in MASKED if not o.startswith(("mask", "run.dir", "launch"))]
+    dropped = ("mask", "run.dir", "launch", "rollout")
+    again = [o for o in MASKED if not o.startswith(dropped)]
     again += ["run.dir=again", "mask=file", "launch.engine=torch", "launch.processes=1"]
     again += ["train.steps=2", "mask.training=restore"]
     done = opd("train", "quickstart", *again, f"mask.path={run}/mask.safetensors", cwd=run.parent)
