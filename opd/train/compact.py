@@ -44,6 +44,7 @@ class MaskedWeight(nn.Module):
         assert 0 < len(index) < weight.numel()
         self.frozen = nn.Parameter(weight.detach(), requires_grad=False)
         self.matrix = weight.ndim > 1
+        self.size = weight.numel()
         self.index: torch.Tensor
         self.register_buffer("index", index.to(weight.device), persistent=False)
 

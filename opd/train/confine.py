@@ -94,8 +94,10 @@ class CompactWeights:
 def _write_back(values: torch.Tensor, masked: MaskedWeight, engine: TrainingEngine) -> None:
     index = masked.index
     for part, start in engine.parts(masked.frozen):
-        ends = torch.tensor([start, start + len(part)], device=index.device)
-        low, high = torch.searchsorted(index, ends).tolist()
+        low, high = 0, len(index)
+        if len(part) < masked.size:  # a shard
+            ends = index.new_tensor([start, start + len(part)])
+            low, high = torch.searchsorted(index, ends).tolist()
         part[index[low:high].long() - start] = values[low:high].to(part.dtype)
 
 
