@@ -130,6 +130,7 @@ def _discover(parsed: argparse.Namespace, rest: list[str]) -> None:
                     "or scores=FILE that such a run left"
                 )
             recipe = composed(find_recipe(told.recipe), overrides)
+            _require_same_model(told.base, recipe.config.student.model)
             rule.scores = str(watch(recipe, rule.rule, rule.steps, Path(folder), run))
         elif told.recipe is not None:
             raise ValueError(
@@ -142,6 +143,16 @@ def _discover(parsed: argparse.Namespace, rest: list[str]) -> None:
     Console().print(discovered(summary))
     for warning in summary.warnings:
         print(f"opd: warning: {warning}", file=sys.stderr)
+
+
+def _require_same_model(base: str, student: str) -> None:
+    from opd.tensors import open_checkpoint
+
+    if open_checkpoint(base).fingerprint() != open_checkpoint(student).fingerprint():
+        raise ValueError(
+            f"base={base} is not the recipe's student.model={student}, whose weights are watched: give "
+            "the same model to both"
+        )
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -145,6 +145,7 @@ class DeepSpeedEngine:
             optimizer.state.clear()
         self._optimizer = wrapped.optimizer
         self._clip: float = config["gradient_clipping"]
+        self._linked = False
 
     def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
         total, sums, maxima = self._engine(batch.to(self._world.device), loss)
@@ -205,6 +206,8 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         assert self._zero, "stage 0 does not say what its optimizer holds"
+        if key != "master":
+            self._link_states()
         found: Any = (
             safe_get_full_fp32_param(parameter)
             if key == "master"
@@ -212,6 +215,15 @@ class DeepSpeedEngine:
         )
         assert found is not None, f"the optimizer holds no {key}"
         return found
+
+    def _link_states(self) -> None:
+        """Stages 1 and 2 tie parameters to their states within the first step, after its first group,
+        so that vectors have none, and not at all after a load: tie them all, once they are there."""
+        if not self._linked and self._zero < 3:
+            optimizer = self._engine.optimizer
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+        self._linked = True
 
     def save(self, folder: str) -> None:
         self._engine.save_checkpoint(folder, tag="deepspeed", exclude_frozen_parameters=True)
@@ -222,6 +234,7 @@ class DeepSpeedEngine:
                 folder, tag="deepspeed", load_module_strict=False
             )
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+        self._linked = False
 
 
 @contextmanager

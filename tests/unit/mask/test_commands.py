@@ -85,6 +85,10 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (["discover", "base=base", "out=m", "exclude=*norm*"], ["exclude=*norm*", "a list"]),
         (["discover", "base=base", "out=m", "seed=1.5"], ["seed=1.5", "whole number"]),
         (["discover", "base=base", "out=m", "--fast"], ["unknown option --fast"]),
+        (
+            ["discover", "base=base", "out=m", "density=0.1", "rule=fisher", "recipe=quickstart"],
+            ["base=base is not the recipe's student.model"],
+        ),
         (["discover", "base=base", "out=m", "density=0.1"], ["rule=delta needs trained"]),
         (["discover", "base=base", "out=base", "density=0.1"], ["out=base is a folder"]),
         (["discover", "base=base", "out=taken", "density=0.1"], ["out=taken exists", "overwrite"]),
