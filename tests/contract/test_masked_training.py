@@ -71,24 +71,25 @@ def kept() -> dict[str, torch.Tensor]:
     return dense
 
 
-def assert_confined(found: dict[str, torch.Tensor]) -> None:
-    """Bits off the mask are the base's; most of it has moved."""
+def moved_where_kept(found: dict[str, torch.Tensor]) -> float:
+    """The share of kept coordinates that moved; bits off the mask must be the base's."""
     base, mask = dict(named_weights(tiny())), kept()
     assert found.keys() == base.keys() == mask.keys()
     assert not mask[EMPTY].any()
     assert mask[FULL].all()
+    moved = 0
     for name, weight in found.items():
         start = base[name].detach().to(weight.dtype)
         assert torch.equal(weight[~mask[name]], start[~mask[name]]), name
-        moved = weight[mask[name]] != start[mask[name]]
-        assert moved.float().mean() > 0.5 or not len(moved), name
+        moved += int((weight != start).sum())
+    return moved / sum(int(m.sum()) for m in mask.values())
 
 
 @pytest.mark.parametrize("case", [f"{c}/resumed" for c in LONG + LONG_ROUNDED])
 def test_frozen_coordinates_are_the_base_s_bits_after_200_steps_and_a_resume(
     trained: Path, case: str
 ) -> None:
-    assert_confined(weights(trained, case))
+    assert moved_where_kept(weights(trained, case)) > (0.5 if "bf16" in case else 0.95)
     last = reports(trained, case)[-1]
     assert last["mask/density"] == pytest.approx(
         float(torch.cat([m.flatten() for m in kept().values()]).float().mean())
@@ -108,7 +109,7 @@ def test_compact_training_is_the_dense_masked_reference_bit_for_bit(
     trained: Path, case: str
 ) -> None:
     compact, reference = weights(trained, f"compact/{case}"), weights(trained, f"restore/{case}")
-    assert_confined(reference)
+    assert moved_where_kept(reference) > 0
     for name in reference:
         assert torch.equal(compact[name], reference[name]), name
 
