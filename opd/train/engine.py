@@ -70,6 +70,11 @@ class TrainingEngine(Protocol):
         """The float32 master ("master") or the optimizer's state ``key``, in full; collective."""
         ...
 
+    def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What the step will see of a trained parameter, before clipping; after the last backward
+        and before the step; collective."""
+        ...
+
     def save(self, folder: str) -> None:
         """Weights that are trained, masters and optimizer state of this rank."""
         ...
@@ -145,6 +150,7 @@ class DeepSpeedEngine:
             optimizer.state.clear()
         self._optimizer = wrapped.optimizer
         self._clip: float = config["gradient_clipping"]
+        self._linked = False
 
     def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
         total, sums, maxima = self._engine(batch.to(self._world.device), loss)
@@ -205,12 +211,30 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         assert self._zero, "stage 0 does not say what its optimizer holds"
+        if key != "master":
+            self._link_states()
         found: Any = (
             safe_get_full_fp32_param(parameter)
             if key == "master"
             else safe_get_full_optimizer_state(parameter, key)
         )
         assert found is not None, f"the optimizer holds no {key}"
+        return found
+
+    def _link_states(self) -> None:
+        """Stages 1 and 2 tie parameters to their states within the first step, after its first group,
+        so that vectors have none, and not at all after a load: tie them all, once they are there."""
+        if not self._linked and self._zero < 3:
+            optimizer = self._engine.optimizer
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+        self._linked = True
+
+    def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_grad
+
+        assert self._zero, "stage 0 averages gradients inside the step"
+        found: Any = safe_get_full_grad(parameter)
         return found
 
     def save(self, folder: str) -> None:
@@ -222,6 +246,7 @@ class DeepSpeedEngine:
                 folder, tag="deepspeed", load_module_strict=False
             )
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+        self._linked = False
 
 
 @contextmanager
@@ -302,6 +327,10 @@ class TorchEngine:
 
     def full_state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         return parameter.data if key == "master" else self._optimizer.state[parameter][key]
+
+    def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        assert parameter.grad is not None
+        return parameter.grad
 
     def save(self, folder: str) -> None:
         trained = {n: p.data for n, p in self._student.named_parameters() if p.requires_grad}
