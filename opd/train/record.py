@@ -141,7 +141,7 @@ class WeightRecorder:
     @torch.no_grad()
     def after_step(self, version: int, *, lr: float, norm: float) -> dict[str, float]:
         if not self._due(version):
-            return {}
+            return {"time/record": self._seconds} if version == 1 else {}
         began = time.perf_counter()
         moments = None
         if self._adam is not None:
