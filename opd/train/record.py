@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,7 @@ from opd.train.measured import (
     row_of,
     spectrum_values,
 )
-from opd.train.weights import named_weights
+from opd.train.weights import layer_of, named_weights
 from opd.world import World
 
 KEPT = 16
@@ -172,22 +173,32 @@ class WeightRecorder:
         return version % self._every == 0 or version == self._steps
 
     def _gradient_sums(self, version: int) -> Iterator[tuple[str, dict[str, float]]]:
-        for weight in self._weights:
+        for weight, states in self._with_states(["exp_avg"] if version else []):
             if weight.trained is None:
                 continue
-            gradient = self._engine.full_gradient(weight.trained)
-            first = self._engine.full_state(weight.trained, "exp_avg") if version else None
+            gradient = self._engine.full_gradient(weight.trained).reshape(-1)
             if weight.owner == self._world.rank:
-                yield weight.name, gradient_sums(gradient, first)
+                yield weight.name, gradient_sums(gradient, states[0] if states else None)
+
+    def _with_states(self, keys: list[str]) -> Iterator[tuple[_Weight, list[torch.Tensor]]]:
+        """Each weight with what the optimizer holds of it, a layer's gathered together."""
+        for _, layer in groupby(self._weights, key=lambda w: layer_of(w.name)):
+            weights = list(layer)
+            trained = [w.trained for w in weights if w.trained is not None]
+            states = iter(self._engine.full_states(trained, keys))
+            for weight in weights:
+                yield weight, [] if weight.trained is None else next(states)
 
     def _record(self, version: int, moments: Moments | None) -> dict[str, Any]:
         earlier = sorted(self._tops)
         names = columns(earlier)
         tops: dict[str, torch.Tensor] = {}
         table: dict[str, float] = {}
-        for number, weight in enumerate(self._weights):
+        keys = ["master", *([] if moments is None else ["exp_avg", "exp_avg_sq"])]
+        for number, (weight, states) in enumerate(self._with_states(keys)):
             found = dict.fromkeys(names, 0.0)
-            found |= self._measured(weight, moments, tops)
+            if weight.owner == self._world.rank:
+                found |= self._measured(weight, states, moments, tops)
             table |= {f"{number} {column}": found[column] for column in names}
         table = self._world.sum(table)
         places = [weight.at for weight in self._weights]
@@ -205,30 +216,25 @@ class WeightRecorder:
         return row
 
     def _measured(
-        self, weight: _Weight, moments: Moments | None, tops: dict[str, torch.Tensor]
+        self,
+        weight: _Weight,
+        states: list[torch.Tensor],
+        moments: Moments | None,
+        tops: dict[str, torch.Tensor],
     ) -> dict[str, float]:
-        """What is found in a weight on the rank that measures it; the others only help to gather."""
-        master, states = None, []
-        if weight.trained is not None:
-            master = self._engine.full_state(weight.trained, "master")
-            if moments is not None:
-                states = [
-                    self._engine.full_state(weight.trained, key)
-                    for key in ("exp_avg", "exp_avg_sq")
-                ]
-        if weight.owner != self._world.rank:
-            return {}
+        """What is found in a weight, from its master (and moments); none if it is not trained."""
         start = weight.start(self._world.device)
-        now = start if master is None else weight.now(start, master)
+        now = weight.now(start, states[0]) if states else start
         found, changed = changes(start, now)
         ever = changed if weight.name not in self._ever else self._seen(weight) | changed
         self._ever[weight.name] = packed(ever)
         found["ever"] = float(ever.sum())
         found |= self._directions(weight, start, now, tops)
-        if moments is not None and master is not None:
+        if moments is not None and states:
             sums = self._gradients[weight.name]
             matrix = len(weight.stored.shape) > 1
-            found |= moment_sums(master, states[0], states[1], sums, moments, matrix=matrix)
+            master, first, second = states
+            found |= moment_sums(master, first, second, sums, moments, matrix=matrix)
         return found
 
     def _seen(self, weight: _Weight) -> torch.Tensor:
