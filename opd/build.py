@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from opd.config import (
+    AdamWConfig,
     Config,
     DataConfig,
     DiscoverMaskConfig,
@@ -31,6 +32,7 @@ from opd.config import (
     VllmRolloutConfig,
     WandbConfig,
     Watched,
+    WeightRecordConfig,
     active_mask,
 )
 from opd.interfaces import (
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from opd.train.confine import Confinement
     from opd.train.engine import TrainingEngine as Engine
     from opd.train.learner import StudentLearner
+    from opd.train.record import Recorder, Write
     from opd.train.student import Student
     from opd.world import World
 
@@ -659,8 +662,12 @@ def build_learner(
     text: Text,
     world: "World",
     progress: Progress,
+    write: "Write",
 ) -> tuple["StudentLearner", "torch.nn.Module"]:
-    """The student under its training engine, and the transformers (or peft) model inside it."""
+    """The student under its training engine, and the transformers (or peft) model inside it.
+
+    ``write`` takes what record=weights finds.
+    """
     import torch
 
     from opd.head import head_spec
@@ -700,8 +707,9 @@ def build_learner(
         else build_optimizer(student, config.optim)
     )
     discount = config.loss.discount if isinstance(config.loss, PolicyGradientLossConfig) else 0.0
+    engine = _training_engine(config, student, optimizer, confinement, world)
     learner = StudentLearner(
-        _training_engine(config, student, optimizer, confinement, world),
+        engine,
         model,
         build_loss(config.loss),
         confinement=confinement,
@@ -712,8 +720,35 @@ def build_learner(
         discount=discount,
         world=world,
         progress=progress,
+        recorder=_recorder(config, causal_lm(model), engine, world, write),
     )
     return learner, model
+
+
+def _recorder(
+    config: Config,
+    causal: "torch.nn.Module",
+    engine: "Engine",
+    world: "World",
+    write: "Write",
+) -> "Recorder":
+    from opd.tensors import open_checkpoint
+    from opd.train.record import Unrecorded, WeightRecorder
+
+    if not isinstance(config.record, WeightRecordConfig):
+        return Unrecorded()
+    still = config.train.scores in (Watched.fisher, Watched.first_gradient)
+    adam = config.optim if isinstance(config.optim, AdamWConfig) and not still else None
+    return WeightRecorder(
+        causal,
+        engine,
+        open_checkpoint(config.student.model),
+        every=config.record.every,
+        steps=config.train.steps,
+        adam=adam,
+        world=world,
+        write=write,
+    )
 
 
 def _confinement(
@@ -836,6 +871,17 @@ def build_sync_check(
         bound=config.sync.max_gap or DEFAULT_GAP[config.train.precision],
         world=world,
     )
+
+
+def build_weight_file(
+    config: Config, folder: Path, world: "World", found: tuple[Path, int] | None
+) -> "Write":
+    """Where record=weights writes; ``found`` is the checkpoint that the run goes on from."""
+    from opd.tracking.jsonl import WeightRecord
+
+    if not world.is_main or not isinstance(config.record, WeightRecordConfig):
+        return lambda step, row: None
+    return WeightRecord(folder, None if found is None else found[1]).append
 
 
 def build_console(world: "World", terminal: TextIO) -> tuple[Any, Progress]:

@@ -528,6 +528,19 @@ class SyncConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RecordConfig:
+    """What is measured in the weights while they are trained: nothing."""
+
+
+@dataclass(kw_only=True, slots=True)
+class WeightRecordConfig(RecordConfig):
+    """How far the weights have moved from where they started, in weights.jsonl."""
+
+    every: int = knob(10, least=1)
+    """Steps between recordings; the start and the last step are always recorded."""
+
+
+@dataclass(kw_only=True, slots=True)
 class LaunchConfig:
     """What changes when the machine changes."""
 
@@ -578,6 +591,7 @@ class Config:
     save: SaveConfig = field(default_factory=SaveConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    record: RecordConfig = MISSING
     tracking: TrackingConfig = MISSING
     dry_run: bool = False
     """Check everything that can be checked without training, print the plan, and stop."""
@@ -608,6 +622,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "discover": DiscoverMaskConfig,
         "study": StudyMaskConfig,
     },
+    "record": {"none": RecordConfig, "weights": WeightRecordConfig},
     "tracking": {"none": TrackingConfig, "wandb": WandbConfig},
 }
 """Group choices: ``loss=jsd`` on the command line picks ``GROUPS["loss"]["jsd"]``."""
@@ -771,7 +786,22 @@ def a_watched_run_has_dense_states(config: Config) -> str | None:
     return None
 
 
+def a_recorded_run_has_masters(config: Config) -> str | None:
+    """The record reads masters and moments of the student's own weights."""
+    if not isinstance(config.record, WeightRecordConfig):
+        return None
+    if isinstance(config.adapter, LoraConfig):
+        return (
+            "record=weights reads the student's own weights and adapter=lora freezes them: use "
+            "adapter=none, or record=none"
+        )
+    if config.zero == 0 and config.launch.engine == TrainingEngine.deepspeed:
+        return "record=weights needs zero=1, 2 or 3 (or launch.engine=torch), found zero=0"
+    return None
+
+
 RULES = (
+    a_recorded_run_has_masters,
     a_mask_file_is_named,
     a_mask_is_of_the_weights_themselves,
     a_watched_run_has_dense_states,

@@ -31,6 +31,11 @@ class World:
         """Maxima over ranks."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Sum over ranks, in place; every rank passes the same shape."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
     def barrier(self) -> None:
         """Wait for everybody."""
         if self.size > 1:

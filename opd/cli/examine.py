@@ -64,20 +64,28 @@ def teacher_accuracy(composed: Composed, logs: Path) -> float | None:
     teacher = config.teacher.model
     if not (config.eval.teacher_accuracy and config.data.eval and teacher):
         return None
-    logs.mkdir(parents=True, exist_ok=True)
-    overrides = [o for o in composed.overrides if not o.startswith("rollout.dtype=")]
+    overrides = ["eval.k=0"]
     if config.teacher.dtype != DType.auto:
         overrides.append(f"rollout.dtype={config.teacher.dtype.value}")
-    with tempfile.TemporaryDirectory() as folder, (logs / "teacher_eval.log").open("wb") as log:
+    kept = [o for o in composed.overrides if not o.startswith("rollout.dtype=")]
+    asked = replace(composed, overrides=kept)
+    metrics = examined_apart(asked, teacher, overrides, logs / "teacher_eval.log")
+    return None if metrics is None else metrics[f"eval/{config.eval.task}/accuracy"]
+
+
+def examined_apart(
+    composed: Composed, model: str, overrides: list[str], log: Path
+) -> dict[str, float] | None:
+    """The metrics of ``opd eval`` on a model, in a process of its own; None when it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, log.open("wb") as file:
         out = Path(folder) / "evaluation.json"
         command = [sys.executable, "-m", "opd.cli.main", "eval", str(composed.recipe)]
         done = subprocess.run(
-            [*command, f"--model={teacher}", f"--out={out}", *overrides, "eval.k=0"],
-            stdout=log,
+            [*command, f"--model={model}", f"--out={out}", *composed.overrides, *overrides],
+            stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             check=False,
         )
-        if done.returncode != 0:
-            return None
-        return json.loads(out.read_text())["metrics"][f"eval/{config.eval.task}/accuracy"]
+        return json.loads(out.read_text())["metrics"] if done.returncode == 0 else None

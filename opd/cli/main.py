@@ -1,4 +1,4 @@
-"""The command ``opd``: train, eval, teacher, rollout, mask, report, doctor."""
+"""The command ``opd``: train, eval, teacher, rollout, mask, prune, report, doctor."""
 
 import argparse
 import os
@@ -73,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
         commands, "rollout", _rollout, "generate over HTTP for a run (--help lists its options)"
     )
     add_mask_commands(commands)
+    prune = commands.add_parser(
+        "prune", help="take back part of what training moved, and examine what is left"
+    )
+    prune.usage = "opd prune base=MODEL trained=RUN recipe=RECIPE out=DIR [KEY=VALUE ...]"
+    prune.set_defaults(run=_prune)
     report = commands.add_parser("report", help="put runs side by side: one page and a csv")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     report.add_argument(
@@ -155,6 +160,12 @@ def _rollout(parsed: argparse.Namespace, rest: list[str]) -> None:
     from opd.service.options import parse_options
 
     serve(parse_options(RolloutServerOptions, "opd rollout", rest))
+
+
+def _prune(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from opd.cli.prune import print_curves, prune
+
+    print_curves(prune(_overrides(rest)))
 
 
 def _report(parsed: argparse.Namespace, rest: list[str]) -> None:

@@ -69,8 +69,9 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
     engine, sync = build.build_engine(
         config, config.student.model, text, prompts.max_length, world, progress, mask
     )
-    learner, model = build.build_learner(config, mask, whole_teacher, text, world, progress)
     found = newest_checkpoint(folder, processes=world.size)
+    record = build.build_weight_file(config, folder, world, found)
+    learner, model = build.build_learner(config, mask, whole_teacher, text, world, progress, record)
     if found is not None:
         learner.load(str(found[0]))
     accuracy = os.environ.get(TEACHER_ACCURACY)

@@ -1,6 +1,6 @@
-"""Masks as PNG pictures: a heat map of density, bars of overlap."""
+"""Masks as PNG pictures: a heat map of density, bars of overlap, accuracy without some moves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from opd.mask.compare import Comparison, Overlap
 from opd.mask.describe import Description
 
+CURVES = ("#4c78a8", "#e45756", "#7a7a7a")
+"""Colours of curves, in their order."""
 INK, GRID, OBSERVED = "#333333", "#dddddd", "#4c78a8"
 MARKS = {"global": (-0.2, "#e45756"), "tensor": (0.0, "#f2b701"), "binade": (0.2, "#222222")}
 """Height on the bar and colour of each level of chance."""
@@ -101,5 +103,29 @@ def overlap_bars(comparison: Comparison, names: tuple[str, str], path: Path) -> 
         axes.set_xlabel("share of A's weights that B keeps too, %")
         axes.set_title(f"A = {names[0]}\nB = {names[1]}", fontsize=9)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+def prune_curve(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], moved: int, path: Path
+) -> None:
+    """Accuracy against the share of moves taken back, one curve an order, with its intervals."""
+    with matplotlib.rc_context(_SETTINGS):  # pyright: ignore[reportArgumentType]
+        figure = Figure(figsize=(6.2, 3.9), layout="constrained", dpi=_DOTS)
+        axes = figure.add_subplot()
+        for (order, points), colour in zip(curves.items(), CURVES, strict=False):
+            at = [100 * point["share"] for point in points]
+            low, high = ([100 * point[end] for point in points] for end in ("low", "high"))
+            seen = [100 * point["accuracy"] for point in points]
+            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(at, seen, color=colour, marker="o", markersize=4, label=f"{order} first")
+        axes.grid(axis="y", color=GRID, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(f"moves taken back, % of {moved:,}")
+        axes.set_ylabel("accuracy, %")
+        axes.set_title("shaded: 95 % intervals over the questions (Wilson)", fontsize=9)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

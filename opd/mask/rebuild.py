@@ -42,7 +42,7 @@ def _rebuild(source: Checkpoint, delta: Delta, out: Path, start: Side, end: Side
     partial.mkdir(parents=True)
     try:
         _write_shards(source, delta, partial, start)
-        _copy_companions(model_folder(source.model), partial)
+        copy_companions(model_folder(source.model), partial)
         found = open_checkpoint(str(partial)).fingerprint()
         if found != delta.ends[end].fingerprint:
             raise ValueError(
@@ -103,7 +103,8 @@ def _bytes(source: Checkpoint, name: str) -> int:
     return source[name].numel * source[name].dtype.itemsize
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
+    """Configuration, tokenizer and the like; no weights and no list of shards."""
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and not file.name.endswith(".index.json"):

@@ -16,7 +16,7 @@ def delta(base: Checkpoint, other: Checkpoint, trained: str) -> Read:
 
     Raises ValueError when the trained model has other parameters than the base.
     """
-    _require_same(base, other, f"trained={trained}")
+    require_same(base, other, f"trained={trained}")
 
     def read(piece: Piece) -> np.ndarray:
         before, after = (stretch(side[piece.name], piece).bfloat16() for side in (base, other))
@@ -37,7 +37,7 @@ def near_zero(base: Checkpoint) -> Read:
 def scores(base: Checkpoint, file: str) -> Read:
     """The scores of a safetensors file that holds one per weight under the weights' names."""
     given = open_tensors(Path(file))
-    _require_same(base, given, f"scores={file}")
+    require_same(base, given, f"scores={file}")
 
     def read(piece: Piece) -> np.ndarray:
         return _sound(float32(stretch(given[piece.name], piece)), piece.name, file)
@@ -57,7 +57,8 @@ def trained_weights(trained: str) -> Checkpoint:
     return open_checkpoint(trained)
 
 
-def _require_same(base: Checkpoint, other: Checkpoint, what: str) -> None:
+def require_same(base: Checkpoint, other: Checkpoint, what: str) -> None:
+    """ValueError unless both list the same parameters in the same shapes."""
     for name in sorted({*base, *other}):
         here, there = _shape(base.get(name)), _shape(other.get(name))
         if here != there:

@@ -1,4 +1,4 @@
-"""The run's own record: metrics.jsonl and samples.jsonl, one JSON object a line."""
+"""The run's own record: metrics, samples and recorded weights, one JSON object a line."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+WEIGHTS = "weights.jsonl"
 
 
 class JsonlTracker:
@@ -39,6 +40,18 @@ class JsonlTracker:
 
     def close(self) -> None:
         """Nothing is held back: each call leaves its lines in the file."""
+
+
+class WeightRecord:
+    """Appends to weights.jsonl in ``folder``; later lines than ``resume_step`` go, as above."""
+
+    def __init__(self, folder: Path, resume_step: int | None = None) -> None:
+        self._path = folder / WEIGHTS
+        _drop_after(self._path, -1 if resume_step is None else resume_step)
+
+    def append(self, step: int, row: Mapping[str, Any]) -> None:
+        """What was recorded of one step."""
+        _append(self._path, [{"step": step, **row}])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

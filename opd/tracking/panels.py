@@ -62,7 +62,8 @@ def other_panels(run: Run) -> list[Panel]:
     for task in run.tasks:
         names = ("accuracy", "mean_at_k", "teacher_accuracy", "reverse_kl", "length")
         shown |= {f"eval/{task}/{name}" for name in names}
-    names = [name for name in run.metrics if name not in shown and not name.startswith("loss/")]
+    elsewhere = ("loss/", "weights/")
+    names = [name for name in run.metrics if name not in shown and not name.startswith(elsewhere)]
     return [Panel(title=name, lines=_lines([(run.series(name), name)])) for name in names]
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from opd.tracking.compare import Comparison, compare, sentences, table, write_csv
 from opd.tracking.panels import comparison_panels, other_panels, run_line, run_panels
 from opd.tracking.runs import Run, read_started_run
+from opd.tracking.weights import weight_panels
 from opd.tracking.words import duration, number
 
 REPORT = "report.html"
@@ -34,6 +35,7 @@ def write_report(run_folder: str | Path) -> Path:
         title=run.name,
         facts=_facts(run),
         panels=run_panels(run),
+        weights=weight_panels(run.recorded),
         others=other_panels(run),
         shares=_time_shares(run),
         transcripts=_transcripts(run),

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from opd.tracking.jsonl import METRICS, SAMPLES, read_lines
+from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
 from opd.tracking.words import tasks_of
 
 CONFIG = "config.yaml"
@@ -52,7 +52,7 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One run folder: its configuration, its rows by step, its transcripts."""
+    """One run folder: its configuration, rows by step, transcripts, recordings of its weights."""
 
     name: str
     folder: Path
@@ -62,6 +62,7 @@ class Run:
     rows: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     has_final: bool
+    recorded: list[dict[str, Any]]
 
     def series(self, metric: str) -> Series:
         """The metric over steps; empty when it was never logged."""
@@ -170,6 +171,7 @@ def read_run(folder: str | Path) -> Run:
         rows=read_lines(root / METRICS),
         samples=read_lines(root / SAMPLES),
         has_final=(root / "final").is_dir(),
+        recorded=read_lines(root / WEIGHTS),
     )
 
 

@@ -67,6 +67,18 @@ def dense_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield leaf, parametrizations[0].frozen
 
 
+def compact_ends(model: nn.Module) -> dict[int, tuple[nn.Parameter, torch.Tensor]]:
+    """id of a masked dense weight -> what is trained of it (values [kept], index [kept])."""
+    ends: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
+    for module in model.modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            masked: Any = module[0]
+            if isinstance(masked, MaskedWeight):
+                values: Any = module.original
+                ends[id(masked.frozen)] = (values, masked.index)
+    return ends
+
+
 def matrices_and_vectors(
     model: nn.Module,
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -70,6 +70,17 @@ class TrainingEngine(Protocol):
         """The float32 master ("master") or the optimizer's state ``key``, in full; collective."""
         ...
 
+    def full_states(
+        self, parameters: Sequence[torch.nn.Parameter], keys: Sequence[str]
+    ) -> list[list[torch.Tensor]]:
+        """``full_state`` of each parameter and each key, flat, gathered at once; collective."""
+        ...
+
+    def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What the step will see of a trained parameter, before clipping; after the last backward
+        and before the step; collective."""
+        ...
+
     def save(self, folder: str) -> None:
         """Weights that are trained, masters and optimizer state of this rank."""
         ...
@@ -216,6 +227,29 @@ class DeepSpeedEngine:
         assert found is not None, f"the optimizer holds no {key}"
         return found
 
+    def full_states(
+        self, parameters: Sequence[torch.nn.Parameter], keys: Sequence[str]
+    ) -> list[list[torch.Tensor]]:
+        if self._zero == 3 or not parameters or not keys:
+            return [[self.full_state(p, k).reshape(-1) for k in keys] for p in parameters]
+        assert self._zero, "stage 0 does not say what its optimizer holds"
+        if any(key != "master" for key in keys):
+            self._link_states()
+        sizes = [p.numel() for p in parameters for _ in keys]
+        gathered = torch.zeros(sum(sizes), device=self._world.device)
+        parts = iter(gathered.split(sizes))
+        states = [[next(parts) for _ in keys] for _ in parameters]
+        for parameter, found in zip(parameters, states, strict=True):
+            mapping: Any = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+            if mapping is None:
+                continue  # another rank holds all of it
+            own = mapping.lp_fragment_address
+            for key, part in zip(keys, found, strict=True):
+                held = mapping.get_hp_fragment(None if key == "master" else key)
+                part[own.start : own.start + own.numel].copy_(held)
+        self._world.add_up(gathered)
+        return states
+
     def _link_states(self) -> None:
         """Stages 1 and 2 tie parameters to their states within the first step, after its first group,
         so that vectors have none, and not at all after a load: tie them all, once they are there."""
@@ -224,6 +258,13 @@ class DeepSpeedEngine:
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
         self._linked = True
+
+    def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_grad
+
+        assert self._zero, "stage 0 averages gradients inside the step"
+        found: Any = safe_get_full_grad(parameter)
+        return found
 
     def save(self, folder: str) -> None:
         self._engine.save_checkpoint(folder, tag="deepspeed", exclude_frozen_parameters=True)
@@ -315,6 +356,15 @@ class TorchEngine:
 
     def full_state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         return parameter.data if key == "master" else self._optimizer.state[parameter][key]
+
+    def full_states(
+        self, parameters: Sequence[torch.nn.Parameter], keys: Sequence[str]
+    ) -> list[list[torch.Tensor]]:
+        return [[self.full_state(p, k).view(-1) for k in keys] for p in parameters]
+
+    def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        assert parameter.grad is not None
+        return parameter.grad
 
     def save(self, folder: str) -> None:
         trained = {n: p.data for n, p in self._student.named_parameters() if p.requires_grad}

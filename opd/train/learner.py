@@ -15,6 +15,7 @@ from opd.tensors import Stored
 from opd.train.confine import Confinement
 from opd.train.engine import TrainingEngine
 from opd.train.optimizers import lr_at
+from opd.train.record import Recorder, Unrecorded
 from opd.train.student import causal_lm
 from opd.train.watch import scores
 from opd.train.weights import full_weights
@@ -30,6 +31,7 @@ class StudentLearner:
         confinement: what of it may learn.
         micro_tokens: padded tokens of one forward and backward pass; results do not depend on it.
         discount: fills ``Batch.future_N`` when above 0.
+        recorder: looks at the weights before and after each optimizer step.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class StudentLearner:
         discount: float,
         world: World,
         progress: Progress,
+        recorder: Recorder | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -58,6 +61,7 @@ class StudentLearner:
         self._discount = discount
         self._world = world
         self._progress = progress
+        self._recorder = recorder or Unrecorded()
         self.version = 0
 
     def step(self, scored: Sequence[Scored]) -> StepReport:
@@ -73,12 +77,14 @@ class StudentLearner:
                 totals.add(out)
                 advance(1)
         lr = lr_at(self.version, self._steps, self._optim)
+        self._recorder.before_step(self.version)
         norm = self._engine.step(lr)
         self._confinement.settle(self._engine)
         self.version += 1
         metrics = totals.per_token(tokens, self._world)
         metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": tokens}
         metrics |= self._confinement.metrics()
+        metrics |= self._recorder.after_step(self.version, lr=lr, norm=norm)
         return StepReport(version=self.version, metrics=metrics)
 
     def measure(self, scored: Sequence[Scored], loss: Loss) -> dict[str, float]:
@@ -116,12 +122,13 @@ class StudentLearner:
         yield from scores(causal_lm(self._model), self._engine, watched, base)
 
     def save(self, folder: str) -> None:
-        """Trained weights, masters, optimizer state, version, mask and the random state of dropout."""
+        """Trained weights, masters, optimizer state, version, mask, record and dropout's random state."""
         self._engine.save(folder)
         state = {
             "version": self.version,
             "torch_rng": torch.get_rng_state(),
             "mask": self._confinement.mask,
+            "record": self._recorder.state(),
         }
         torch.save(state, f"{folder}/rank_{self._world.rank}.pt")
 
@@ -133,6 +140,7 @@ class StudentLearner:
                 f"the checkpoint {folder} was trained with another mask: go on with the mask of the "
                 "run, or start another run.dir"
             )
+        self._recorder.resume(state.get("record"), folder)
         self._engine.load(folder)
         self._confinement.settle(self._engine)
         self.version = state["version"]

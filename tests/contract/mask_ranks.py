@@ -28,6 +28,7 @@ from opd.train.confine import CompactWeights, RestoredWeights, Unconfined
 from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
 from opd.train.learner import StudentLearner
 from opd.train.optimizers import build_optimizer
+from opd.train.record import WeightRecorder, Write
 from opd.train.student import Student
 from opd.train.watch import SquaredGradients
 from opd.train.weights import named_weights
@@ -86,7 +87,8 @@ def optim_of(name: str, clip: float) -> OptimConfig:
     return SGDConfig(lr=0.03, weight_decay=0.1, clip=clip, momentum=0.9)
 
 
-def learner_of(case: str, world: World) -> StudentLearner:
+def learner_of(case: str, world: World, write: Write | None = None) -> StudentLearner:
+    """The learner of a case; ``write`` takes what is recorded of its weights, every second step."""
     training, zero, precision_name, optimizer_name, clip, steps = case.split("/")
     precision, optim = Precision(precision_name), optim_of(optimizer_name, float(clip))
     model = tiny()
@@ -124,6 +126,12 @@ def learner_of(case: str, world: World) -> StudentLearner:
         # every shard is really sharded
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         engine = DeepSpeedEngine(student, optimizer, config=config, world=world)
+    recorder = None
+    if write is not None:
+        adam = optim if isinstance(optim, AdamWConfig) else None
+        recorder = WeightRecorder(
+            model, engine, base(), every=2, steps=int(steps), adam=adam, world=world, write=write
+        )
     return StudentLearner(
         engine,
         model,
@@ -136,6 +144,7 @@ def learner_of(case: str, world: World) -> StudentLearner:
         discount=0.0,
         world=world,
         progress=SilentProgress(),
+        recorder=recorder,
     )
 
 

@@ -25,6 +25,8 @@ MASKED = [
     "launch.processes=2",
     "rollout=server",
     "sync.verify_every=1",
+    "record=weights",
+    "record.every=2",
 ]
 
 
@@ -80,11 +82,30 @@ def test_only_the_values_of_the_mask_travel_to_the_rollout_server(run: Path) -> 
     assert all(row["sync/gap"] < 1e-3 for row in rows)
 
 
+def test_the_record_of_the_weights_is_what_the_run_left(run: Path, quickstart: Path) -> None:
+    rows = [json.loads(line) for line in (run / "weights.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    base = open_checkpoint(str(quickstart / "student"))
+    for row, folder in ((rows[1], run.parent / "halfway"), (rows[2], run / "final")):
+        now = load_file(folder / "model.safetensors")
+        pairs = [(base[name].read().flatten(), now[name].flatten()) for name in now]
+        same = torch.cat([start.float() == after for start, after in pairs])
+        same_seen = torch.cat([start.bfloat16() == after.bfloat16() for start, after in pairs])
+        assert row["all"]["weights"] == len(same)
+        assert row["all"]["fp32"]["exact_zero"] == pytest.approx(float(same.double().mean()))
+        assert row["all"]["bf16"]["exact_zero"] == pytest.approx(float(same_seen.double().mean()))
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["weights/unchanged"] == rows[2]["all"]["bf16"]["exact_zero"]
+    assert "Never, cancelled, final" in (run / "report.html").read_text()
+
+
 def test_checkpoints_hold_what_is_trained_and_no_more(run: Path, quickstart: Path) -> None:
     kept = sum(read_mask(run / "mask.safetensors").counts().values())
     files = (run / "checkpoints" / "step_000004").rglob("*.pt")
-    # weights, masters and two moments in float32, and the names of a few things
-    assert sum(file.stat().st_size for file in files) < 4 * 4 * kept * 1.1 + 200_000
+    # weights, masters and two moments in float32, and the names of a few things; of the record a
+    # bit per weight, and 8 directions of every matrix twice
+    record = 440_000 / 8 + 2 * 2 * 8 * 5_000
+    assert sum(file.stat().st_size for file in files) < 4 * 4 * kept * 1.1 + 200_000 + record
 
 
 def test_a_mask_file_starts_a_run_and_another_one_cannot_go_on_with_it(

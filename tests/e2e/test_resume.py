@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 COMMAND = [
     "train", "quickstart", *SMALL, "train.steps=6", "save.every=2", "eval.every=3",
     "launch.processes=1", "zero=1", "optim.weight_decay=0.1", "rollout.n=2",
+    "record=weights", "record.every=2",
 ]  # fmt: skip
 
 
@@ -58,3 +59,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
     assert lines(tmp_path / "killed" / "metrics.jsonl") == 7
+    recorded = [(tmp_path / run / "weights.jsonl").read_text() for run in ("whole", "killed")]
+    assert recorded[0] == recorded[1]
+    assert recorded[0].count("\n") == 4

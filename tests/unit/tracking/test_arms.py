@@ -27,6 +27,7 @@ def run(accuracies: list[float], kls: list[float], density: float | None) -> Run
         rows=rows,
         samples=[],
         has_final=True,
+        recorded=[],
     )
 
 

@@ -1,0 +1,169 @@
+"""Pictures of what record=weights found."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from opd.tracking.plots import NEUTRAL, Line, Panel
+
+_BLOCKS = ("attention", "ffn")
+Row = Mapping[str, Any]
+
+
+def weight_panels(rows: Sequence[Row]) -> list[Panel]:
+    """Each quantity over the recorded steps; what was never known has no picture."""
+    panels = [
+        Panel(
+            title="Weights that look unchanged",
+            note="share of all, against the start; fp32 is what the optimizer holds, bf16 what runs",
+            lines=_known(
+                _line(rows, "bf16, bitwise", 0, lambda r: r["all"]["bf16"]["exact_zero"]),
+                _line(rows, "bf16, |D| up to 1e-5", 1, lambda r: r["all"]["bf16"]["1e-05"]),
+                _line(rows, "fp32, bitwise", 2, lambda r: r["all"]["fp32"]["exact_zero"]),
+            ),
+            y_range=(0.0, 1.04),
+            wide=True,
+        ),
+        Panel(
+            title="Never, cancelled, final",
+            note="weights whose bf16 value no recording saw changed, was changed and is back, differs",
+            lines=_stack(rows, ("final", "cancelled", "never"), lambda r, name: r["all"][name]),
+            stacked=True,
+            wide=True,
+        ),
+        Panel(
+            title="How far the changed ones went",
+            note="bf16 numbers between start and now; share of all weights",
+            lines=_stack(rows, _bins(rows), lambda r, name: r["all"]["ulps"][name]),
+            stacked=True,
+            wide=True,
+        ),
+        _ranks(rows),
+        Panel(
+            title="One step, with its gradient and with none",
+            note="weights that an Adam step changes in bf16; the second is momentum alone",
+            lines=_known(
+                _line(rows, "the step", 0, lambda r: _adam(r, "step_visible")),
+                _line(rows, "gradient zero", 1, lambda r: _adam(r, "zero_gradient_visible")),
+            ),
+            wide=True,
+        ),
+        _directions(rows),
+        Panel(
+            title="Adam's moments",
+            note="",
+            lines=_known(
+                _line(rows, "variation of √v", 0, lambda r: _adam(r, "root_v_variation")),
+                _line(rows, "cosine of m and g", 1, lambda r: _adam(r, "cosine_m_g")),
+            ),
+            wide=True,
+        ),
+        Panel(
+            title="Distance from the start",
+            note="‖D‖ / ‖W0‖",
+            lines=_known(
+                _line(rows, "fp32", 0, lambda r: r["all"]["fp32"]["relative_norm"]),
+                _line(rows, "bf16", 1, lambda r: r["all"]["bf16"]["relative_norm"]),
+            ),
+            wide=True,
+        ),
+    ]
+    return [panel for panel in panels if panel.lines]
+
+
+def _ranks(rows: Sequence[Row]) -> Panel:
+    def rank(told: Any, precision: str) -> float | None:
+        found = told[precision]["stable_rank"]
+        return found["mean"] if found else None
+
+    lines = [
+        _line(rows, "all, fp32", 0, lambda r: rank(r["all"], "fp32")),
+        _line(rows, "all, bf16", 1, lambda r: rank(r["all"], "bf16")),
+    ]
+    for colour, block in enumerate(_BLOCKS, start=2):
+        if rows and block in rows[0]["blocks"]:
+            lines.append(
+                _line(
+                    rows, f"{block}, fp32", colour, lambda r, b=block: rank(r["blocks"][b], "fp32")
+                )
+            )
+    return Panel(
+        title="Stable rank of the change",
+        note="‖D‖F² / s1², mean over matrices",
+        lines=_known(*lines),
+        wide=True,
+    )
+
+
+def _directions(rows: Sequence[Row]) -> Panel:
+    to_end = rows[-1].get("similarity_to_end", {}) if rows else {}
+    known = {int(step): told for step, told in to_end.items() if told}
+    lines = [
+        _line(rows, "to the recording before", 0, lambda r: _similarity(r, "mean")),
+        Line(
+            label="to the end",
+            xs=list(known),
+            ys=[told["mean"] for told in known.values()],
+            colour=1,
+            marked=True,
+        ),
+        _line(rows, "chance", NEUTRAL, lambda r: _similarity(r, "chance"), style="dashed"),
+    ]
+    return Panel(
+        title="Directions of the change",
+        note="similarity of the top 8 left directions, mean over matrices; 1 is the same subspace",
+        lines=_known(*lines),
+        y_range=(0.0, 1.04),
+        wide=True,
+    )
+
+
+def _line(
+    rows: Sequence[Row],
+    label: str,
+    colour: int,
+    value: Callable[[Row], float | None],
+    style: Any = "solid",
+) -> Line:
+    found = [(row["step"], value(row)) for row in rows]
+    known = [(step, y) for step, y in found if y is not None]
+    return Line(
+        label=label,
+        xs=[step for step, _ in known],
+        ys=[y for _, y in known],
+        colour=colour,
+        style=style,
+        marked=style == "solid",
+    )
+
+
+def _stack(
+    rows: Sequence[Row], names: Sequence[str], value: Callable[[Row, str], float]
+) -> list[Line]:
+    """An area needs two recordings."""
+    if len(rows) < 2:
+        return []
+    return [
+        Line(
+            label=name,
+            xs=[row["step"] for row in rows],
+            ys=[value(row, name) for row in rows],
+            colour=colour,
+        )
+        for colour, name in enumerate(names)
+    ]
+
+
+def _bins(rows: Sequence[Row]) -> list[str]:
+    return [name for name in rows[0]["all"]["ulps"] if name != "0"] if rows else []
+
+
+def _known(*lines: Line) -> list[Line]:
+    return [line for line in lines if line.xs]
+
+
+def _adam(row: Row, name: str) -> float | None:
+    return row["all"]["adam"][name] if row["all"]["adam"] else None
+
+
+def _similarity(row: Row, name: str) -> float | None:
+    return row["all"]["similarity"][name] if row["all"]["similarity"] else None

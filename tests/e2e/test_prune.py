@@ -1,0 +1,46 @@
+"""``opd prune``: from the trained accuracy to the base's, as moves are taken back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command import opd
+from safetensors.torch import load_file, save_file
+
+SETTINGS = [
+    "recipe=quickstart",
+    "orders=[smallest]",
+    "out=pruned",
+    "rollout=transformers",
+    "data.eval_limit=24",
+    "eval.kl_prompts=0",
+]
+
+
+def test_a_broken_model_is_the_base_again_when_all_its_moves_are_back(
+    tmp_path: Path, quickstart: Path
+) -> None:
+    student, file = quickstart / "student", "model.safetensors"
+    shutil.copytree(student, tmp_path / "broken")
+    torch.manual_seed(0)
+    weights = {
+        n: t.float() + 0.3 * torch.randn(t.shape) for n, t in load_file(student / file).items()
+    }
+    save_file(weights, tmp_path / "broken" / file, metadata={"format": "pt"})
+    words = [f"base={student}", "trained=broken", *SETTINGS]
+    done = opd("prune", *words, "shares=[0,1]", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads((tmp_path / "pruned" / "prune.json").read_text())
+    broken, base = told["curves"]["smallest"]
+    assert (broken["reverted"], base["reverted"]) == (0, told["moved"])
+    assert told["moved"] == sum(w.numel() for w in weights.values())
+    assert broken["accuracy"] == 0 < base["accuracy"] < 1
+    assert base["low"] < base["accuracy"] < base["high"]
+    assert base["accuracy"] * told["questions"] == pytest.approx(round(24 * base["accuracy"]))
+    logs = tmp_path / "pruned" / "logs"
+    shutil.rmtree(logs)
+    again = opd("prune", *words, "shares=[0,1]", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert not logs.exists(), "what was examined before is not asked again"
