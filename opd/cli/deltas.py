@@ -128,7 +128,7 @@ def undo(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 
     given = _settings(rest, UNDO, required=tuple(UNDO))
     delta = read_delta(Path(given["delta"]))
-    write_base(open_checkpoint(_final(given["trained"])), delta, Path(given["out"]))
+    write_base(open_checkpoint(final_model(given["trained"])), delta, Path(given["out"]))
     _tell_rebuilt(delta, Side.base, given["out"])
 
 
@@ -141,7 +141,7 @@ def _exported(
     from opd.mask.mask import read_mask
     from opd.tensors import open_checkpoint
 
-    base, trained = open_checkpoint(given["base"]), open_checkpoint(_final(given["trained"]))
+    base, trained = open_checkpoint(given["base"]), open_checkpoint(final_model(given["trained"]))
     if "dtype" in given:
         to = {
             CastTo.bfloat16: torch.bfloat16,
@@ -154,7 +154,7 @@ def _exported(
     return base, export_delta(base, trained, out, mask=mask, command=command)
 
 
-def _final(model: str) -> str:
+def final_model(model: str) -> str:
     """The model of a run's folder; any other name as it is."""
     folder = Path(model)
     if not (folder / "metrics.jsonl").is_file() and not (folder / "final").is_dir():

@@ -1,0 +1,88 @@
+"""All tensors of a pair, one row each, in a file that the same command goes on with."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd.analysis.measure import Row, measured
+from opd.analysis.pair import paired
+from opd.mask.pieces import Progress, quiet
+from opd.tensors import model_folder
+
+ROWS = "tensors.jsonl"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Folders or hub ids: what training started from, what it made, and a second model if any."""
+
+    base: str
+    trained: str
+    other: str | None = None
+
+    def header(self) -> dict[str, Any]:
+        """What a file of rows belongs to: the models, and their files' sizes and times."""
+        models = {"base": self.base, "trained": self.trained, "other": self.other}
+        return {"format": FORMAT} | {
+            side: None if model is None else {"model": model, "files": _stamps(model)}
+            for side, model in models.items()
+        }
+
+
+def _stamps(model: str) -> list[list[Any]]:
+    files = [
+        file
+        for pattern in ("*.safetensors", "pytorch_model*.bin")
+        for file in sorted(model_folder(model).glob(pattern))
+    ]
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def walked(question: Question, out: Path, progress: Progress = quiet) -> list[Row]:
+    """The rows of every tensor, in the order of names; finished ones are taken from ``out``.
+
+    Raises ValueError when a checkpoint cannot be opened, when nothing compares, or when ``out``
+    holds the rows of another pair.
+    """
+    pairs = paired(question.base, question.trained)
+    others = {}
+    if question.other is not None:
+        others = {pair.name: pair for pair in paired(question.base, question.other)}
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / ROWS
+    header = question.header()
+    done = {row["name"]: row for row in _finished(file, header)}
+    total, seen = max(1, sum(pair.numel for pair in pairs)), 0
+    with file.open("a") as rows:
+        if not file.stat().st_size:
+            rows.write(json.dumps(header) + "\n")
+        for pair in pairs:
+            if pair.name not in done:
+                done[pair.name] = measured(pair, others.get(pair.name))
+                rows.write(json.dumps(done[pair.name]) + "\n")
+                rows.flush()
+            seen += pair.numel
+            progress("measuring tensors", seen / total)
+    return [done[pair.name] for pair in pairs]
+
+
+def _finished(file: Path, header: dict[str, Any]) -> Iterator[Row]:
+    """Rows of an earlier, interrupted walk; a line that was cut short is taken off the file."""
+    if not file.is_file():
+        return
+    whole = file.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if len(kept) < len(whole):
+        file.write_bytes(kept)
+    lines = kept.splitlines()
+    if not lines:
+        return
+    if json.loads(lines[0]) != header:
+        raise ValueError(
+            f"{file.parent} holds the analysis of another pair, or its models have changed since: "
+            "give another out=, or remove it"
+        )
+    yield from (json.loads(line) for line in lines[1:])
