@@ -93,6 +93,8 @@ class Null:
         value, weight = value[order], weight[order]
         number = np.concatenate([[0.0], np.cumsum(weight)])
         energy = np.concatenate([[0.0], np.cumsum(weight * value**2)])
+        if not energy[-1]:
+            return [math.nan] * len(shares)
         wanted = [math.ceil(share * counts.sum()) for share in shares]
         return [float(np.interp(k, number, energy) / energy[-1]) for k in wanted]
 

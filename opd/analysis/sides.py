@@ -14,7 +14,7 @@ class Precision(StrEnum):
     """The number format of the comparison.
 
     ``bf16``: both sides are cast to bfloat16 and subtracted in it, as the paper does. ``stored``:
-    as they lie in the files, subtracted in float32.
+    as they lie in the files, subtracted in float32; two bfloat16 sides are ``bf16`` again.
     """
 
     bf16 = "bf16"

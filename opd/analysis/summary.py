@@ -59,7 +59,9 @@ def summary(rows: Sequence[Row]) -> Tree:
     paper, stored = (figures(sound, precision) for precision in ("bf16", "stored"))
     told: Tree = {
         "paper": paper,
-        "null": None, "excess": None, "z": None,
+        "null": None,
+        "excess": None,
+        "z": None,
         "stored": {"observed": stored, "null": stored, "excess": stored, "z": stored},
         "change": {precision: _change(sound, precision) for precision in ("bf16", "stored")},
         "visible_of_true": _visible(sound),

@@ -56,3 +56,39 @@ def shown(value: float | None, unit: str) -> str:
     if unit == "%":
         return f"{100 * value:.4g} %"
     return f"{value:+.1f}" if unit == "z" else f"{value:.4g}"
+
+
+def meaning(found: Mapping[str, Any]) -> list[str]:
+    """What the headline numbers say together, a sentence each, for someone new to them."""
+    told = []
+    sparse = [at(found[p], ("sparsity", "1e-5")) for p in ("paper", "null")]
+    if None not in sparse:
+        told.append(
+            f"In bf16 {shown(sparse[0], '%')} of the weights look unchanged; an update of the same "
+            f"norm without any structure would show {shown(sparse[1], '%')}."
+        )
+    rank = [at(found[p], ("stable_rank", "median")) for p in ("paper", "null")]
+    if None not in rank:
+        lower = rank[0] < 0.8 * rank[1]
+        told.append(
+            f"The update of a typical matrix spreads over {shown(rank[0], '')} directions (stable "
+            f"rank), a random one over {shown(rank[1], '')}: "
+            + ("it is concentrated beyond chance." if lower else "that is no concentration.")
+        )
+    path = ("coverage", "low_magnitude", "10%", "1e-5", "mean")
+    small = [at(found[p], path) for p in ("paper", "null", "z")]
+    if None not in small:
+        beyond = "more than" if small[2] > 3 else "less than" if small[2] < -3 else "in line with"
+        told.append(
+            f"{shown(small[0], '%')} of the changes fall on the smallest tenth of the weights, "
+            f"{beyond} the {shown(small[1], '%')} that rounding alone leads to "
+            f"(z = {shown(small[2], 'z')})."
+        )
+    overlap = [at(found[p], ("overlap", "a_covered_by_b")) for p in ("paper", "null", "z")]
+    if None not in overlap:
+        told.append(
+            f"{shown(overlap[0], '%')} of the first model's changes were made by the second too; "
+            f"chance at equal counts in every binade gives {shown(overlap[1], '%')} "
+            f"(z = {shown(overlap[2], 'z')})."
+        )
+    return told

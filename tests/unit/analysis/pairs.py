@@ -51,7 +51,9 @@ def renamed(tensors: Tensors, to: Callable[[str], str]) -> Tensors:
 def stored(folder: Path, tensors: Tensors, config: dict[str, Any] | None = None) -> str:
     """A checkpoint folder."""
     folder.mkdir(parents=True)
-    save_file({name: w.contiguous() for name, w in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: w.clone().contiguous() for name, w in tensors.items()}, folder / "model.safetensors"
+    )
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
