@@ -71,7 +71,7 @@ def measured(pair: Pair, other: Pair | None = None) -> Row:
         return row | {"status": bad}
     try:
         return row | _numbers(sides) | overlap_row(sides, other)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         return row | {"status": f"no decomposition ({str(error).splitlines()[0]})"}
 
 

@@ -29,6 +29,8 @@ _SETTINGS: dict[Any, Any] = {
     "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -51,10 +53,10 @@ def drawn(
 
 
 def heat_map(rows: Sequence[Row], value: Callable[[Row], float], label: str, path: Path) -> Path:
-    """A number for each module type in each layer; biases and tensors outside layers are not shown."""
+    """A number for each module type in each layer; matrices only, and none outside the layers."""
     cells: dict[tuple[int, str], list[float]] = {}
     for row in rows:
-        if row["layer"] is not None and "." not in row["module"].removeprefix("vision."):
+        if row["layer"] is not None and len(row["shape"]) > 1:
             cells.setdefault((row["layer"], row["module"]), []).append(value(row))
     layers = sorted({layer for layer, _ in cells}) or [0]
     order = {row["module"]: (row["block"], row["module"]) for row in rows}
@@ -175,7 +177,9 @@ def near_zero(rows: Sequence[Row], found: dict[str, Any], path: Path) -> Path:
         axes[1].axhline(1, color=INK, linewidth=0.8, ls=":")
         axes[1].set_xticks(at, RANK_KEYS)
         axes[1].set(xlabel="size of the mask", ylabel="changes, times the mask's density")
-        axes[1].legend()
+        top = axes[1].get_ylim()[1]
+        axes[1].set_ylim(0, 1.3 * top)
+        axes[1].legend(loc="upper left", ncols=3, columnspacing=1.0, handlelength=1.4)
 
     return drawn(path, (8.4, 3.2), 2, draw)
 

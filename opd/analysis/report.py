@@ -141,7 +141,7 @@ def _overlap_picture(rows: Sequence[Row], out: Path) -> list[Shown]:
     for row in rows:
         groups.setdefault(row["module"], []).append(row)
     bars = [overlaps(list(rows), "1e-5"), *(overlaps(g, "1e-5", n) for n, g in groups.items())]
-    known = [bar for bar in bars if bar is not None]
+    known = [bar for bar in bars if bar is not None and bar.a]
     if not known:
         return []
     path = pictures.overlap_bars(known, out / "overlap.png")
