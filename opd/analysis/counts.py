@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from opd.analysis.select import Largest, counted, large_first
-from opd.analysis.sides import Precision, Sides
+from opd.analysis.sides import Cut, Precision, Sides
 from opd.mask.pieces import BINS, binades
 
 THRESHOLDS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
@@ -17,6 +17,9 @@ TOP = (0.001, 0.01, 0.05)
 """Shares of the coordinates whose energy is added up."""
 VISIBLE = 1e-5
 """abs(D) above this is the paper's changed."""
+VISIBLE_KEY = int(large_first(np.float32([VISIBLE]))[0])
+assert float(np.float32(VISIBLE)) < VISIBLE
+"""Keys of ``large_first`` above this one are those of float32 numbers above VISIBLE."""
 RULE = 1e-3
 """abs(D) <= 1e-3 max(|w|, |w'|) is bitwise equality of bfloat16."""
 ULPS = 18
@@ -67,71 +70,98 @@ def on_bf16_grid(base: torch.Tensor) -> bool:
 
 
 def count(sides: Sides) -> Counts:
-    """Two passes over a tensor of finite numbers: one for rms(W0), one for everything else."""
-    energy = sum(float((cut.base.double() ** 2).sum()) for _, cut in sides.flat())
+    """One pass over a tensor of finite numbers; a second where D is finer than bfloat16.
+
+    The upper 16 bits of abs(D) are its whole value in bfloat16, so that a histogram of them holds
+    every threshold and the largest moves; finer values are compared one by one.
+    """
+    energy = sum(_squares(cut.float()) for cut in sides.base_pieces())
     counts = Counts(numel=sides.numel, base_energy=energy)
-    rms = math.sqrt(energy / sides.numel)
-    tops = [Largest(math.ceil(share * sides.numel)) for share in TOP]
+    histogram = np.zeros(1 << 16, np.int64)
     for part, cut in sides.flat():
-        moved = cut.update.abs().numpy()
-        exact = moved.astype(np.float64)
-        counts.energy += float(exact @ exact)
-        counts.largest = max(counts.largest, float(moved.max()))
-        changed, visible = moved > 0, exact > VISIBLE
-        counts.zero += len(moved) - int(changed.sum())
-        for i, threshold in enumerate(THRESHOLDS):
-            counts.below[i] += int((exact < threshold).sum())
-        for i, threshold in enumerate(RELATIVE):
-            counts.relative_below[i] += int((exact < threshold * rms).sum())
-        larger = np.maximum(np.abs(cut.base.numpy()), np.abs(cut.trained.numpy()))
-        counts.rule += int((exact > RULE * larger.astype(np.float64)).sum())
-        bins = binades(cut.base)
-        counts.binades[0] += np.bincount(bins, minlength=BINS)
-        counts.binades[1] += np.bincount(bins[changed], minlength=BINS)
-        counts.binades[2] += np.bincount(bins[visible], minlength=BINS)
-        spaces = _spaces(sides, part)
-        counts.bitwise += int((spaces[1] != 0).sum())
-        counts.ulps += _buckets(spaces[0])
-        bins = counted(large_first(moved))
-        for top in tops:
-            top.add(bins)
-    _add_top_energy(sides, counts, tops)
+        moved = large_first(cut.update.numpy())
+        kind = (moved > 0).astype(np.int32)
+        kind += moved > VISIBLE_KEY
+        cells = np.bincount(kind * np.int32(BINS) + binades(cut.base), minlength=3 * BINS)
+        counts.binades += cells.reshape(3, BINS)
+        histogram += counted(moved)
+        _count_changed(sides, part, cut, counts)
+    counts.binades = counts.binades[::-1].cumsum(axis=0)[::-1]
+    if sides.is_bf16:
+        _from_histogram(counts, histogram)
+    else:
+        _one_by_one(sides, counts, histogram)
     return counts
 
 
-def _add_top_energy(sides: Sides, counts: Counts, tops: list[Largest]) -> None:
+def _squares(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64) ** 2)
+
+
+def _count_changed(sides: Sides, part: slice, cut: Cut, counts: Counts) -> None:
+    """Bits that differ, the relative rule, and spacings moved; nothing else needs a look."""
+    before, after = (t.reshape(-1)[part] for t in (sides.base, sides.trained))
+    before, after = sides.pair(before, after)
+    kind = {2: torch.int16, 4: torch.int32}[before.element_size()]
+    bits = [t.contiguous().view(kind).numpy() for t in (before, after)]
+    at = np.flatnonzero(bits[0] != bits[1])
+    counts.bitwise += len(at)
+    larger = torch.maximum(cut.base.abs(), cut.trained.abs()).numpy()[at]
+    moved = np.abs(cut.update.numpy()[at])
+    counts.rule += int((moved > RULE * larger.astype(np.float64)).sum())
+    lines = []
+    for b in bits:
+        wide = b[at].astype(np.int64)
+        magnitude = wide & ((1 << (8 * b.itemsize - 1)) - 1)
+        lines.append(np.where(wide < 0, -magnitude, magnitude))
+    spaces = np.abs(lines[1] - lines[0])
+    counts.ulps += _buckets(spaces)
+    counts.ulps[0] += len(before) - len(at)
+
+
+def _from_histogram(counts: Counts, histogram: np.ndarray) -> None:
+    """Of a D in bfloat16: bin b holds the value with the upper bits b."""
+    used = np.flatnonzero(histogram)[::-1]
+    number = histogram[used]
+    value = (used.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    squares, passed = number * value**2, number.cumsum()
+    rms = math.sqrt(counts.base_energy / counts.numel)
+    counts.energy, counts.largest = float(squares.sum()), float(value[0])
+    counts.zero = int(number[value == 0].sum())
+    counts.below += [int(number[value < t].sum()) for t in THRESHOLDS]
+    counts.relative_below += [int(number[value < t * rms].sum()) for t in RELATIVE]
+    for i, share in enumerate(TOP):
+        wanted = math.ceil(share * counts.numel)
+        last = int(np.searchsorted(passed, wanted))
+        spare = passed[last] - wanted
+        counts.top[i] = squares[: last + 1].sum() - spare * value[last] ** 2
+
+
+def _one_by_one(sides: Sides, counts: Counts, histogram: np.ndarray) -> None:
+    rms = math.sqrt(counts.base_energy / counts.numel)
+    tops = [Largest(math.ceil(share * sides.numel)) for share in TOP]
+    for top in tops:
+        top.add(histogram)
     for part, cut in sides.flat():
-        moved = cut.update.abs().numpy()
-        keys = large_first(moved)
+        moved = cut.update.abs()
+        counts.energy += _squares(moved)
+        counts.largest = max(counts.largest, float(moved.max()))
+        exact = moved.double().numpy()
+        counts.zero += int((exact == 0).sum())
+        counts.below += [int((exact < t).sum()) for t in THRESHOLDS]
+        counts.relative_below += [int((exact < t * rms).sum()) for t in RELATIVE]
+        keys = large_first(moved.numpy())
         for i, top in enumerate(tops):
-            inside = top.certain(keys, part.start)
-            counts.top[i] += float((moved[inside].astype(np.float64) ** 2).sum())
+            counts.top[i] += _squares(moved[torch.from_numpy(top.certain(keys, part.start))])
     for i, top in enumerate(tops):
         edge = top.boundary().view(np.float32).astype(np.float64)
         counts.top[i] += float((edge**2).sum())
 
 
-def _spaces(sides: Sides, part: slice) -> tuple[np.ndarray, np.ndarray]:
-    """How many numbers of the format each weight moved, and whether any bit changed."""
-    before, after = (t.reshape(-1)[part] for t in (sides.base, sides.trained))
-    before, after = sides.pair(before, after)
-    kind = {2: torch.int16, 4: torch.int32}[before.element_size()]
-    bits = [t.contiguous().view(kind).numpy() for t in (before, after)]
-    lines = []
-    for b in bits:
-        wide = b.astype(np.int64)
-        magnitude = wide & ((1 << (8 * b.itemsize - 1)) - 1)
-        lines.append(np.where(wide < 0, -magnitude, magnitude))
-    return np.abs(lines[1] - lines[0]), bits[0] ^ bits[1]
-
-
 def _buckets(spaces: np.ndarray) -> np.ndarray:
     """Counts by spacings moved: 0, 1, 2, 3-4, 5-8, ...; the last bucket holds the rest."""
-    moved = spaces[spaces > 0]
-    bucket = np.minimum(1 + np.frexp((moved - 1).astype(float))[1], ULPS - 1)
-    counts = np.bincount(bucket, minlength=ULPS)
-    counts[0] = len(spaces) - len(moved)
-    return counts
+    bucket = np.frexp((spaces - 1).clip(0).astype(np.float32))[1] + (spaces > 0)
+    return np.bincount(np.minimum(bucket, ULPS - 1), minlength=ULPS)
 
 
 def visible_and_true(base: torch.Tensor, trained: torch.Tensor) -> dict[str, float]:

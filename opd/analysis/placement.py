@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opd.analysis.counts import VISIBLE
+from opd.analysis.counts import VISIBLE_KEY
 from opd.analysis.select import Largest, counted, large_first, small_first
 from opd.analysis.sides import Sides
 from opd.analysis.spectrum import RANKS, Directions, rank_of
@@ -64,19 +64,21 @@ def placements(sides: Sides, directions: Directions) -> list[Placement]:
 
 
 def _tables(sides: Sides, flags: np.ndarray) -> list[Placement]:
-    tables = np.zeros((len(RANKS), 3 * 4 * BINS), np.int64)
+    kinds, shares = 3 * BINS, len(RANKS)
+    cells = np.zeros(256 * kinds, np.int64)
     for part, cut in sides.flat():
-        moved = cut.update.abs().numpy()
-        kind = (moved > 0).astype(np.int32) + (moved.astype(np.float64) > VISIBLE)
-        cell = kind * (4 * BINS) + binades(cut.base)
-        mine = flags[part]
-        for i in range(len(RANKS)):
-            inside = ((mine >> i) & 1) + 2 * ((mine >> (i + 4)) & 1)
-            tables[i] += np.bincount(cell + inside.astype(np.int32) * BINS, minlength=12 * BINS)
-    return [
-        Placement(share=share, table=table.reshape(3, 4, BINS))
-        for share, table in zip(RANKS, tables, strict=True)
-    ]
+        keys = large_first(cut.update.numpy())
+        cell = flags[part].astype(np.int32) * np.int32(kinds) + binades(cut.base)
+        cell += (keys > 0) * np.int32(BINS)
+        cell += (keys > VISIBLE_KEY) * np.int32(BINS)
+        cells += np.bincount(cell, minlength=len(cells))
+    by_flags = cells.reshape(256, 3, BINS)
+    told = []
+    for i, share in enumerate(RANKS):
+        kind = ((np.arange(256) >> i) & 1) + 2 * ((np.arange(256) >> (i + shares)) & 1)
+        table = np.stack([by_flags[kind == k].sum(axis=0) for k in range(4)], axis=1)
+        told.append(Placement(share=share, table=table))
+    return told
 
 
 class Rebuilt:

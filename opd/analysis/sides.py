@@ -50,6 +50,11 @@ class Sides:
         return rows, columns
 
     @property
+    def is_bf16(self) -> bool:
+        """Whether D holds bfloat16 numbers."""
+        return self.precision == Precision.bf16
+
+    @property
     def mantissa(self) -> int:
         """Bits after the leading one in the coarser of the formats compared."""
         if self.precision == Precision.bf16:
@@ -76,6 +81,11 @@ class Sides:
         for start in range(0, self.numel, PIECE):
             part = slice(start, min(start + PIECE, self.numel))
             yield part, self._cut(before[part], after[part])
+
+    def base_pieces(self) -> Iterator[torch.Tensor]:
+        """W0 alone, flat, in the format of the comparison."""
+        for part in self.base.reshape(-1).split(PIECE):
+            yield self.pair(part, part)[0]
 
     def rows(self) -> Iterator[tuple[slice, Cut]]:
         """Rows of a matrix in order."""
