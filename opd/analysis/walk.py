@@ -1,18 +1,23 @@
 """All tensors of a pair, one row each, in a file that the same command goes on with."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opd.analysis.measure import Row, measured
-from opd.analysis.pair import paired
-from opd.mask.pieces import Progress, quiet
+from opd.analysis.pair import Pair, paired
+from opd.mask.pieces import THREADS, Progress, in_order, quiet
 from opd.tensors import model_folder
 
 ROWS = "tensors.jsonl"
 FORMAT = 1
+LARGE = 8
+"""A tensor with more than this part of the largest one's weights is measured alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,18 +60,39 @@ def walked(question: Question, out: Path, progress: Progress = quiet) -> list[Ro
     file = out / ROWS
     header = question.header()
     done = {row["name"]: row for row in _finished(file, header)}
-    total, seen = max(1, sum(pair.numel for pair in pairs)), 0
+    total = max(1, sum(pair.numel for pair in pairs))
     with file.open("a") as rows:
         if not file.stat().st_size:
             rows.write(json.dumps(header) + "\n")
-        for pair in pairs:
-            if pair.name not in done:
-                done[pair.name] = measured(pair, others.get(pair.name))
-                rows.write(json.dumps(done[pair.name]) + "\n")
-                rows.flush()
+        missing = [pair for pair in pairs if pair.name not in done]
+        seen = total - sum(pair.numel for pair in missing)
+        for pair, row in measured_all(missing, others):
+            done[pair.name] = row
+            rows.write(json.dumps(row) + "\n")
+            rows.flush()
             seen += pair.numel
             progress("measuring tensors", seen / total)
     return [done[pair.name] for pair in pairs]
+
+
+def measured_all(pairs: Sequence[Pair], others: Mapping[str, Pair]) -> Iterator[tuple[Pair, Row]]:
+    """Rows of pairs: of the large ones one by one with all cores, then of the others, which would
+    leave cores idle, THREADS at a time with one core each.
+    """
+    most = max((pair.numel for pair in pairs), default=0)
+    large = [pair for pair in pairs if LARGE * pair.numel > most]
+    small = [pair for pair in pairs if LARGE * pair.numel <= most]
+
+    def work(pair: Pair) -> tuple[Pair, Row]:
+        return pair, measured(pair, others.get(pair.name))
+
+    yield from map(work, large)
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from in_order(pool, work, small)
+    finally:
+        torch.set_num_threads(cores)
 
 
 def _finished(file: Path, header: dict[str, Any]) -> Iterator[Row]:
