@@ -21,7 +21,7 @@ from opd.analysis.null import Null, isotropic_spectrum, noise_edge, solved
 from opd.analysis.overlap import overlap_row
 from opd.analysis.pair import Pair
 from opd.analysis.placement import MASKS, Placement, placements
-from opd.analysis.sides import Precision, Sides
+from opd.analysis.sides import MANTISSA, Precision, Sides
 from opd.analysis.spectrum import RANKS, Spectra, rank_of, shape_of, spectra
 from opd.mask.delta import word
 from opd.mask.names import place
@@ -94,7 +94,8 @@ def _numbers(sides: Sides) -> Row:
 def _view(sides: Sides, s: float | None) -> Row:
     """One precision. ``s``: the standard deviation of the true update where it is known."""
     counts = count(sides)
-    on_grid = sides.precision == Precision.stored or on_bf16_grid(sides.base)
+    is_rounded = sides.mantissa == MANTISSA[torch.bfloat16]
+    on_grid = not is_rounded or on_bf16_grid(sides.base)
     weights = counts.binades[0]
     if s is None:
         null = solved(weights, counts.energy, sides.mantissa, on_grid)

@@ -56,10 +56,9 @@ class Sides:
 
     @property
     def mantissa(self) -> int:
-        """Bits after the leading one in the coarser of the formats compared."""
-        if self.precision == Precision.bf16:
-            return MANTISSA[torch.bfloat16]
-        return min(MANTISSA.get(t.dtype, 23) for t in (self.base, self.trained))
+        """Bits after the leading one in the format that the update was rounded to."""
+        dtype = torch.bfloat16 if self.is_bf16 else self.trained.dtype
+        return MANTISSA.get(dtype, MANTISSA[torch.float32])
 
     def pair(self, base: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Some coordinates of both in the format of the comparison."""

@@ -114,3 +114,12 @@ def test_noise_of_the_cast_is_what_rounding_adds() -> None:
 def test_isotropic_spectrum_is_that_of_a_random_matrix(shape: tuple[int, int]) -> None:
     drawn = np.linalg.svd(np.random.default_rng(0).normal(size=shape), compute_uv=False)
     assert isotropic_spectrum(*shape) == pytest.approx(drawn, rel=0.05, abs=0.5)
+
+
+def test_a_float32_copy_of_an_update_has_a_float32_null(tmp_path: Path) -> None:
+    base = weights(shapes=SHAPES)
+    found = summed(tmp_path, base, stepped(base, 3e-5, dtype=torch.float32))
+    stored_null = found["stored"]["null"]["exact_zero"]
+    assert stored_null == pytest.approx(found["stored"]["observed"]["exact_zero"], abs=1e-3)
+    assert stored_null < 0.01 < 0.5 < found["null"]["exact_zero"]
+    assert abs(found["z"]["exact_zero"]) < 3
