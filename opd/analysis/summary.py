@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opd.analysis.change import change, overlap_levels, spread, visible
 from opd.analysis.measure import (
     CHANGED_KEYS,
     RANK_KEYS,
@@ -63,10 +64,10 @@ def summary(rows: Sequence[Row]) -> Tree:
         "excess": None,
         "z": None,
         "stored": {"observed": stored, "null": stored, "excess": stored, "z": stored},
-        "change": {precision: _change(sound, precision) for precision in ("bf16", "stored")},
-        "visible_of_true": _visible(sound),
-        "s": _spread(sound),
-        "overlap_levels": _overlap_levels(sound),
+        "change": {precision: change(sound, precision) for precision in ("bf16", "stored")},
+        "visible_of_true": visible(sound),
+        "s": spread(sound),
+        "overlap_levels": overlap_levels(sound),
         **{key: _groups(sound, key) for key in ("block", "module", "layer")},
         "tensors": {"measured": len(sound), "left_out": _left_out(rows)},
     }
@@ -235,77 +236,6 @@ def _overlap(rows: Sequence[Row]) -> dict[str, Figure]:
 
 def _share(seen: float, mean: float, sd: float, of: int) -> Figure:
     return Figure(_ratio(seen, of), _ratio(mean, of), _ratio(sd, of))
-
-
-def _overlap_levels(rows: Sequence[Row]) -> Tree | None:
-    """Observed overlap over chance, and z, at three levels of chance."""
-    told: Tree = {}
-    for changed in CHANGED_KEYS:
-        found = overlaps(list(rows), changed)
-        if found is None:
-            return None
-        told[changed] = {
-            "a": found.a,
-            "b": found.b,
-            "both": found.both,
-            **{
-                level: {
-                    "expected": found.expected[level].mean,
-                    "lift": found.lift(level),
-                    "z": found.z(level),
-                }
-                for level in found.expected
-            },
-        }
-    return told
-
-
-def _change(rows: Sequence[Row], precision: str) -> Tree:
-    """Five ways to count change, as shares of all weights, and the histogram of spacings moved."""
-    n = sum(row["numel"] for row in rows)
-    views = [row[precision] for row in rows]
-    return {
-        "bitwise": _ratio(sum(v["bitwise"] for v in views), n),
-        "nonzero": 1 - _ratio(sum(v["zero"] for v in views), n),
-        "relative_rule": _ratio(sum(v["rule"] for v in views), n),
-        "above": {k: 1 - _ratio(sum(v["below"][k] for v in views), n) for k in THRESHOLD_KEYS},
-        "spacings_moved": {
-            _bucket(i): _ratio(sum(v["ulps"][i] for v in views), n)
-            for i in range(len(views[0]["ulps"]) if views else 0)
-        },
-    }
-
-
-def _bucket(index: int) -> str:
-    if index < 3:
-        return str(index)
-    return f"{2 ** (index - 2) + 1}-{2 ** (index - 1)}"
-
-
-def _visible(rows: Sequence[Row]) -> Tree | None:
-    """Energy of the bf16-visible over the true update, and their cosine; None without a true one."""
-    known = [row for row in rows if row["visible"]]
-    if not known:
-        return None
-    ratio = _ratio(
-        sum(row["bf16"]["energy"] for row in known), sum(row["stored"]["energy"] for row in known)
-    )
-    return {
-        "energy_ratio": ratio,
-        "cosine": {
-            k: v.observed
-            for k, v in averages([Figure(r["visible"]["cosine"]) for r in known]).items()
-        },
-    }
-
-
-def _spread(rows: Sequence[Row]) -> Tree:
-    """Standard deviation of the null's update, its median over tensors that moved, and its source."""
-    nulls = [row["bf16"]["null"] for row in rows if row["bf16"]["null"]["s"] > 0]
-    return {
-        "median": statistics.median([null["s"] for null in nulls]) if nulls else math.nan,
-        "from": sorted({null["s_from"] for null in nulls}),
-    }
 
 
 def _groups(rows: Sequence[Row], key: str) -> Tree:
