@@ -58,10 +58,11 @@ def _bucket(index: int) -> str:
 
 def visible(rows: Sequence[Row]) -> Tree | None:
     """Energy of the bf16-visible over the true update, and their cosine; None without a true one."""
-    known = [row for row in rows if row["visible"] and math.isfinite(row["visible"]["cosine"])]
-    if not known:
-        return None
+    known = [row for row in rows if row["visible"]]
     cosines = [row["visible"]["cosine"] for row in known]
+    cosines = [cosine for cosine in cosines if math.isfinite(cosine)]
+    if not cosines:
+        return None
     ratio = _ratio(
         sum(row["bf16"]["energy"] for row in known), sum(row["stored"]["energy"] for row in known)
     )

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import torch
 
-PIECE = 1 << 18
+PIECE = 1 << 17
 """Coordinates looked at together: a few MiB of temporaries."""
 
 
@@ -99,7 +99,7 @@ class Sides:
         before, after = self.base, self.trained
         if columns > rows:
             before, after = before.T, after.T
-        step = max(1, PIECE // min(rows, columns), min(rows, columns) // 4)
+        step = max(1, PIECE // min(rows, columns), min(rows, columns) // 8)
         for start in range(0, max(rows, columns), step):
             yield self._cut(before[start : start + step], after[start : start + step])
 

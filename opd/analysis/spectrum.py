@@ -83,17 +83,23 @@ def spectra(sides: Sides) -> Spectra:
             e = e.to_sparse() if e.count_nonzero() < e.numel() // 20 else e
             rounded_base += e @ x
             rounded += e @ d.add_(e.to_dense().T, alpha=0.5)
-    between = g0 + cross + rounded_base.T
-    g1 = g0 + cross + cross.T + gd + rounded + rounded.T + rounded_base + rounded_base.T
-    largest = rank_of(max(RANKS), p)
-    before, after = _leading(g0, largest), _leading(g1, largest)
-    energy = float(gd.trace())
+    largest, energy = rank_of(max(RANKS), p), float(gd.trace())
+    before = _leading(g0, largest)
     short, long, two = _projections(before, gd, cross)
+    update = _roots(torch.linalg.eigvalsh(gd))
+    # in place, as matrices of the shorter side are what memory goes to: W0^T W1 and W1^T W1
+    cross += rounded_base.T
+    rounded.add_(gd, alpha=0.5).add_(cross)
+    cross += g0
+    g0 += rounded
+    g0 += rounded.T
+    del gd, rounded, rounded_base
+    after = _leading(g0, largest)
     swapped = columns > rows
     return Spectra(
         base=before.values.numpy(),
         trained=after.values.numpy(),
-        update=_roots(torch.linalg.eigvalsh(gd)).numpy(),
+        update=update.numpy(),
         projection={r: _ratio(float(two[rank_of(r, p) - 1]), energy) for r in RANKS},
         left={
             r: _ratio(float((short if swapped else long)[rank_of(r, p) - 1]), energy) for r in RANKS
@@ -101,7 +107,7 @@ def spectra(sides: Sides) -> Spectra:
         right={
             r: _ratio(float((long if swapped else short)[rank_of(r, p) - 1]), energy) for r in RANKS
         },
-        rotation=_rotation(before, after, None if swapped else between),
+        rotation=_rotation(before, after, None if swapped else cross),
         directions=before,
     )
 
