@@ -17,7 +17,7 @@ TOP = (0.001, 0.01, 0.05)
 """Shares of the coordinates whose energy is added up."""
 VISIBLE = 1e-5
 """abs(D) above this is the paper's changed."""
-VISIBLE_KEY = int(large_first(np.float32([VISIBLE]))[0])
+VISIBLE_KEY = int(large_first(np.array([VISIBLE], np.float32))[0])
 assert float(np.float32(VISIBLE)) < VISIBLE
 """Keys of ``large_first`` above this one are those of float32 numbers above VISIBLE."""
 RULE = 1e-3
