@@ -18,8 +18,8 @@ TOP = (0.001, 0.01, 0.05)
 VISIBLE = 1e-5
 """abs(D) above this is the paper's changed."""
 VISIBLE_KEY = int(large_first(np.array([VISIBLE], np.float32))[0])
-assert float(np.float32(VISIBLE)) < VISIBLE
 """Keys of ``large_first`` above this one are those of float32 numbers above VISIBLE."""
+assert float(np.float32(VISIBLE)) < VISIBLE
 RULE = 1e-3
 """abs(D) <= 1e-3 max(|w|, |w'|) is bitwise equality of bfloat16."""
 ULPS = 18
