@@ -50,3 +50,4 @@ bench: setup  ## measurements, each beside its alternative
 	$(BIN)/python benchmarks/teacher_scoring.py
 	$(BIN)/python benchmarks/mask_discovery.py
 	$(BIN)/python benchmarks/weight_sync.py
+	$(BIN)/python benchmarks/analysis.py

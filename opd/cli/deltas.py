@@ -152,7 +152,7 @@ def undo(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 
     told = typed(UndoCommand, rest)
     delta = read_delta(Path(told.delta))
-    write_base(open_checkpoint(_final(told.trained)), delta, Path(told.out))
+    write_base(open_checkpoint(final_model(told.trained)), delta, Path(told.out))
     _tell_rebuilt(delta, Side.base, told.out)
 
 
@@ -163,7 +163,7 @@ def _exported(told: ExportCommand, out: Path, rest: Sequence[str]) -> "tuple[Che
     from opd.mask.mask import read_mask
     from opd.tensors import open_checkpoint
 
-    base, trained = open_checkpoint(told.base), open_checkpoint(_final(told.trained))
+    base, trained = open_checkpoint(told.base), open_checkpoint(final_model(told.trained))
     if told.dtype != CastTo.stored:
         trained = cast(trained, getattr(torch, told.dtype.value))
     mask = None if told.mask is None else read_mask(Path(told.mask))
@@ -171,7 +171,7 @@ def _exported(told: ExportCommand, out: Path, rest: Sequence[str]) -> "tuple[Che
     return base, export_delta(base, trained, out, mask=mask, command=command)
 
 
-def _final(model: str) -> str:
+def final_model(model: str) -> str:
     """The model of a run's folder; any other name as it is."""
     folder = Path(model)
     if not (folder / "metrics.jsonl").is_file() and not (folder / "final").is_dir():

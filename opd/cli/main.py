@@ -1,4 +1,4 @@
-"""The command ``opd``: train, eval, teacher, rollout, mask, prune, report, doctor."""
+"""The command ``opd``: train, eval, teacher, rollout, mask, analyze, prune, report, doctor."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from opd.cli.analyze import add_analyze_command
 from opd.cli.masks import add_mask_commands
 from opd.cli.worker import DONE, FAILED, MISTAKE
 
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, "rollout", _rollout, "generate over HTTP for a run (--help lists its options)"
     )
     add_mask_commands(commands)
+    add_analyze_command(commands)
     prune = commands.add_parser(
         "prune", help="take back part of what training moved, and examine what is left"
     )

@@ -11,10 +11,7 @@ from opd import build
 from opd.cli.compose import Composed, composed
 from opd.cli.worker import SCORES
 from opd.config import DiscoverMaskConfig, FileMaskConfig, MaskRule, RuleConfig, active_mask
-from opd.mask.discover import discover_mask
-from opd.mask.mask import read_mask
 from opd.mask.settings import WATCHED, require_sound
-from opd.tensors import open_checkpoint
 
 RunJob = Callable[[Composed, Path], None]
 FIRST_RUN, WATCHED_RUN = "full", "watched"
@@ -30,6 +27,9 @@ def rule_of(config: DiscoverMaskConfig) -> RuleConfig:
 
 def require_mask_fits(recipe: Composed, folder: Path) -> None:
     """ValueError when the mask of a recipe cannot be found or does not belong to its student."""
+    from opd.mask.mask import read_mask
+    from opd.tensors import open_checkpoint
+
     config = recipe.config
     match active_mask(config):
         case FileMaskConfig(path=str(path)):
@@ -60,6 +60,8 @@ def prepare_mask(recipe: Composed, folder: Path, run: RunJob) -> None:
     rule=delta without mask.trained trains everything first; rules that watch run mask.steps steps.
     Both go on where they were interrupted.
     """
+    from opd.mask.mask import read_mask
+
     target = folder / build.RUN_MASK
     match active_mask(recipe.config):
         case None:
@@ -74,6 +76,8 @@ def prepare_mask(recipe: Composed, folder: Path, run: RunJob) -> None:
 
 def _discover(recipe: Composed, rule: RuleConfig, target: Path, run: RunJob) -> None:
     from opd.cli.mask_tables import discovered
+    from opd.mask.discover import discover_mask
+    from opd.tensors import open_checkpoint
 
     console = Console()
     if rule.rule == MaskRule.delta and rule.trained is None:

@@ -122,7 +122,7 @@ def _discover(parsed: argparse.Namespace, rest: list[str]) -> None:
     out = _free(told.out, told.overwrite)
     rule = RuleConfig(**{f.name: getattr(told, f.name) for f in fields(RuleConfig)})
     command = shlex.join(["opd", "mask", "discover", *rest])
-    with TemporaryDirectory(prefix="opd-mask-") as folder, _progress() as progress:
+    with TemporaryDirectory(prefix="opd-mask-") as folder, progress_bar() as progress:
         if rule.rule in WATCHED and rule.scores is None:
             if told.recipe is None:
                 raise ValueError(
@@ -199,7 +199,7 @@ def _compare(parsed: argparse.Namespace, rest: list[str]) -> None:
     _refuse_options(rest)
     told = typed(CompareCommand, rest)
     a, b = read_mask(Path(parsed.a)), read_mask(Path(parsed.b))
-    with _progress() as progress:
+    with progress_bar() as progress:
         base = None if told.base is None else open_checkpoint(told.base)
         comparison = compare(a, b, base, progress)
     names = (_called(parsed.a, a), _called(parsed.b, b))
@@ -268,7 +268,7 @@ def _refuse(words: Sequence[str], usage: str) -> None:
 
 
 @contextmanager
-def _progress() -> "Iterator[Progress]":
+def progress_bar() -> "Iterator[Progress]":
     """A bar on a terminal, nothing elsewhere."""
     from rich.console import Console
     from rich.progress import Progress as Bars

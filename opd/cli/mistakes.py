@@ -19,7 +19,7 @@ def sentence(error: BaseException) -> str:
     reasons: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        reasons += [line for line in str(cause).splitlines() if line not in reasons]
+        reasons += [line for line in str(cause).splitlines() if not any(line in r for r in reasons)]
         cause = cause.__cause__
     text = "\n".join(reasons)
     if UNKNOWN.search(text):

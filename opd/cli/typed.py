@@ -18,8 +18,8 @@ T = TypeVar("T")
 def typed(kind: type[T], words: Sequence[str]) -> T:
     """The dataclass that ``key=value`` words describe.
 
-    ValueError with one sentence for a word without ``=``, an unknown key, a key given twice, a value of another type or
-    out of bounds, and a required key that is missing.
+    ValueError with one sentence for a word without ``=``, an unknown key, a key given twice, a value
+    of another type or out of bounds, and a required key that is missing.
     """
     import yaml
     from omegaconf import OmegaConf

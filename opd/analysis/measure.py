@@ -1,0 +1,231 @@
+"""Everything that is said about one tensor, as a row of plain numbers that JSON holds."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from opd.analysis.counts import (
+    RELATIVE,
+    THRESHOLDS,
+    TOP,
+    VISIBLE,
+    Counts,
+    bad_numbers,
+    count,
+    on_bf16_grid,
+    visible_and_true,
+)
+from opd.analysis.null import Null, isotropic_spectrum, noise_edge, solved
+from opd.analysis.overlap import overlap_row
+from opd.analysis.pair import Pair
+from opd.analysis.placement import MASKS, Placement, placements
+from opd.analysis.sides import MANTISSA, Precision, Sides
+from opd.analysis.spectrum import RANKS, Spectra, rank_of, shape_of, spectra
+from opd.mask.delta import word
+from opd.mask.names import place
+
+Row = dict[str, Any]
+_DRAWN = 64
+"""Singular values kept of each spectrum, spread evenly over the logarithm of their rank."""
+
+
+def words(values: tuple[float, ...], unit: str = "") -> list[str]:
+    """Thresholds and shares as keys: 1e-05 is "1e-5", with unit "%" 0.01 is "1%"."""
+    if unit == "%":
+        return [f"{100 * value:g}%" for value in values]
+    return [f"{value:.0e}".replace("e-0", "e-") for value in values]
+
+
+THRESHOLD_KEYS, RELATIVE_KEYS = words(THRESHOLDS), words(RELATIVE)
+TOP_KEYS, RANK_KEYS = words(TOP, "%"), words(RANKS, "%")
+CHANGED_KEYS = ("0", words((VISIBLE,))[0])
+
+
+def measured(pair: Pair, other: Pair | None = None) -> Row:
+    """The row of one tensor; ``status`` is "ok" or the reason why there are no numbers.
+
+    ``other`` is the same tensor of a second trained model. A tensor is read once, mapped where the
+    file allows it.
+    """
+    where = place(pair.name)
+    row: Row = {
+        "name": pair.name,
+        "layer": where.layer,
+        "module": where.module,
+        "block": where.block,
+        "shape": list(pair.shape),
+        "numel": pair.numel,
+        "dtypes": [word(side.dtype) for side in (pair.base, pair.trained) if side is not None],
+        "status": pair.reason or "ok",
+    }
+    if pair.reason:
+        return row
+    assert pair.base is not None
+    assert pair.trained is not None
+    base, trained = pair.base.read(), pair.trained.read()
+    sides = Sides(base=base, trained=trained, precision=Precision.bf16)
+    bad = bad_numbers(sides)
+    if bad:
+        return row | {"status": bad}
+    try:
+        return row | _numbers(sides) | overlap_row(sides, other)
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        return row | {"status": f"no decomposition ({str(error).splitlines()[0]})"}
+
+
+def _numbers(sides: Sides) -> Row:
+    known = not on_bf16_grid(sides.trained)
+    found: Row = {}
+    true = visible_and_true(sides.base, sides.trained) if known else None
+    s = None if true is None else math.sqrt(true.pop("true_energy") / sides.numel)
+    found["visible"] = true
+    found["bf16"] = _view(sides, s)
+    both = {sides.base.dtype, sides.trained.dtype}
+    if both == {torch.bfloat16}:
+        found["stored"] = found["bf16"]
+    else:
+        stored = Sides(base=sides.base, trained=sides.trained, precision=Precision.stored)
+        found["stored"] = _view(stored, None)
+    return found
+
+
+def _view(sides: Sides, s: float | None) -> Row:
+    """One precision. ``s``: the standard deviation of the true update where it is known."""
+    counts = count(sides)
+    is_rounded = sides.mantissa == MANTISSA[torch.bfloat16]
+    on_grid = not is_rounded or on_bf16_grid(sides.base)
+    weights = counts.binades[0]
+    if s is None:
+        null = solved(weights, counts.energy, sides.mantissa, on_grid)
+    else:
+        null = Null(s=s, mantissa=sides.mantissa, on_grid=on_grid)
+    told = _counted(counts, null)
+    told["null"] = {"s": null.s, "s_from": "the visible norm" if s is None else "the true update"}
+    if sides.base.dim() == 2 and counts.energy > 0:
+        found = spectra(sides)
+        told["spectrum"] = _spectral(found, sides, null, weights)
+        told["coverage"] = {
+            key: _coverage(placement, null)
+            for key, placement in zip(RANK_KEYS, placements(sides, found.directions), strict=True)
+        }
+    return told
+
+
+def _counted(counts: Counts, null: Null) -> Row:
+    """Coordinates by coordinates. Under "expected" lie pairs of mean and variance."""
+    weights = counts.binades[0]
+    rms = math.sqrt(counts.base_energy / counts.numel)
+    here = np.flatnonzero(weights)
+    return {
+        "base_energy": counts.base_energy,
+        "energy": counts.energy,
+        "largest": counts.largest,
+        "relative_norm": _ratio(math.sqrt(counts.energy), math.sqrt(counts.base_energy)),
+        "zero": counts.zero,
+        "bitwise": counts.bitwise,
+        "rule": counts.rule,
+        "below": _named(THRESHOLD_KEYS, counts.below),
+        "relative_below": _named(RELATIVE_KEYS, counts.relative_below),
+        "top": _named(TOP_KEYS, counts.top),
+        "ulps": counts.ulps.tolist(),
+        "binades": {"bin": here.tolist(), "counts": counts.binades[:, here].tolist()},
+        "expected": {
+            "zero": _sum(weights, 1 - null.changed()),
+            "below": {
+                k: _sum(weights, null.below(t))
+                for k, t in zip(THRESHOLD_KEYS, THRESHOLDS, strict=True)
+            },
+            "relative_below": {
+                k: _sum(weights, null.below(t * rms))
+                for k, t in zip(RELATIVE_KEYS, RELATIVE, strict=True)
+            },
+            "top": _named(TOP_KEYS, counts.energy * np.array(null.concentration(weights, TOP))),
+            "changed_by_binade": null.changed()[here].tolist(),
+        },
+    }
+
+
+def _spectral(found: Spectra, sides: Sides, null: Null, weights: np.ndarray) -> Row:
+    rows, columns = sides.shape
+    smaller = min(rows, columns)
+    drift, drift_of_update = found.drift()
+    unit = isotropic_spectrum(rows, columns)
+    energy = float((found.update**2).sum())
+    ranks = [rank_of(r, smaller) for r in RANKS]
+    at = np.unique(np.geomspace(1, smaller, min(_DRAWN, smaller)).round().astype(int))
+    return shape_of(found.update) | {
+        "smaller": smaller,
+        "projection": _named(RANK_KEYS, found.projection.values()),
+        "left": _named(RANK_KEYS, found.left.values()),
+        "right": _named(RANK_KEYS, found.right.values()),
+        "projection_null": _named(RANK_KEYS, [k * k / (rows * columns) for k in ranks]),
+        "left_null": _named(RANK_KEYS, [k / rows for k in ranks]),
+        "right_null": _named(RANK_KEYS, [k / columns for k in ranks]),
+        "projection_sd": _named(RANK_KEYS, [math.sqrt(2) * k / (rows * columns) for k in ranks]),
+        "rotation": _named(RANK_KEYS, found.rotation.values()),
+        "drift": drift,
+        "drift_of_update": drift_of_update,
+        "isotropic": shape_of(unit),
+        "noise_edge": noise_edge(null, weights, rows, columns),
+        "isotropic_edge": math.sqrt(energy / (rows * columns))
+        * (math.sqrt(rows) + math.sqrt(columns)),
+        "above_noise": int((found.update > noise_edge(null, weights, rows, columns)).sum()),
+        "curve": {
+            "rank": at.tolist(),
+            "base": found.base[at - 1].tolist(),
+            "trained": found.trained[at - 1].tolist(),
+            "update": found.update[at - 1].tolist(),
+        },
+    }
+
+
+def _coverage(placement: Placement, null: Null) -> Row:
+    """For each mask its density, and for each way to have changed: inside, all, and the null's share.
+
+    The null's share is a ratio of sums of independent draws; its variance is that of the ratio to
+    first order.
+    """
+    everything = placement.table.sum(axis=1)
+    chances = (null.changed(), null.above(VISIBLE))
+    told: Row = {}
+    for mask in MASKS:
+        held = placement.held(mask)
+        told[mask] = {"density": _ratio(float(held.sum()), float(everything.sum()))}
+        for key, chance, first in zip(CHANGED_KEYS, chances, (1, 2), strict=True):
+            inside, changed = int(held[first:].sum()), int(everything[first:].sum())
+            mean, variance = ratio_of_draws(held.sum(0), everything.sum(0), chance)
+            told[mask][key] = {
+                "inside": inside,
+                "changed": changed,
+                "coverage": _ratio(inside, changed),
+                "null": mean,
+                "sd": math.sqrt(variance),
+            }
+    return told
+
+
+def ratio_of_draws(
+    held: np.ndarray, everything: np.ndarray, chance: np.ndarray
+) -> tuple[float, float]:
+    """Mean and variance of the share of changed coordinates that lie among ``held``, all [BINS]."""
+    total = float(everything @ chance)
+    if not total:
+        return math.nan, math.nan
+    mean, spread = float(held @ chance) / total, chance * (1 - chance)
+    inside, outside = float(held @ spread), float((everything - held) @ spread)
+    return mean, ((1 - mean) ** 2 * inside + mean**2 * outside) / total**2
+
+
+def _sum(weights: np.ndarray, chance: np.ndarray) -> list[float]:
+    """Mean and variance of a count."""
+    return [float(weights @ chance), float(weights @ (chance * (1 - chance)))]
+
+
+def _named(keys: list[str], values: Any) -> dict[str, float]:
+    return dict(zip(keys, np.asarray(list(values)).tolist(), strict=True))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

@@ -1,0 +1,170 @@
+"""The null model: an isotropic normal update, independent of the weights, cast to a number format.
+
+A weight at a distance of one spacing u from its neighbours, moved by d ~ N(0, s^2), shows at least
+j spacings of change with chance erfc((j - 1/2) u / (sqrt(2) s)) where the base lies on the format's
+grid, u = 2^(floor(log2|w|) - mantissa). A base between grid points (float32 that was never rounded)
+is taken as uniform in its cell: E[clip(|d| / u - (j - 1), 0, 1)]. Neither depends on anything but
+the weight's binade, so a tensor is its counts by binade.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from opd.mask.pieces import BINS
+
+_FINE = 1 / 4
+"""Spacings below this part of s add their variance u^2 / 12 and nothing else (to e^-300)."""
+_GRAIN = 1 / 24
+"""Levels drawn in place of finer spacings, in s."""
+_REACH = 9.0
+"""Standard deviations beyond which nothing is."""
+
+
+def spacings(mantissa: int) -> np.ndarray:
+    """Distance to the next number of a format in each binade bin of ``opd.mask.pieces``, [BINS]."""
+    exponent = np.maximum(np.arange(BINS) - 128, -126)
+    return np.exp2(exponent.astype(float) - mantissa)
+
+
+def _erfc(x: np.ndarray) -> np.ndarray:
+    return torch.special.erfc(torch.from_numpy(np.asarray(x, float))).numpy()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Null:
+    """Chance at standard deviation ``s`` per weight, for every binade [BINS]."""
+
+    s: float
+    mantissa: int
+    on_grid: bool
+
+    def at_least(self, level: np.ndarray | float) -> np.ndarray:
+        """Chance that abs(D) is at least ``level`` spacings, a whole number from 1 on."""
+        if self.s <= 0:
+            return np.zeros(BINS)
+        return _tail(np.asarray(level, float), spacings(self.mantissa), self.s, self.on_grid)
+
+    def changed(self) -> np.ndarray:
+        """Chance that a weight visibly changes."""
+        return self.at_least(1)
+
+    def above(self, threshold: float) -> np.ndarray:
+        """Chance of abs(D) > threshold."""
+        return self.at_least(np.floor(threshold / spacings(self.mantissa)) + 1)
+
+    def below(self, threshold: float) -> np.ndarray:
+        """Chance of abs(D) < threshold."""
+        level = np.ceil(threshold / spacings(self.mantissa))
+        return 1 - self.at_least(np.maximum(level, 1))
+
+    def energy(self) -> np.ndarray:
+        """Mean of D^2."""
+        return _energy(spacings(self.mantissa), self.s, self.on_grid)
+
+    def noise(self) -> np.ndarray:
+        """Mean of (D - d)^2: what the cast adds to, or takes from, the update."""
+        u, s = spacings(self.mantissa), self.s
+        if s <= 0:
+            return np.zeros(BINS)
+        if not self.on_grid:
+            return np.minimum(u**2 / 6, s**2)
+        scale = math.sqrt(2 / math.pi) * s
+        cross = u * _levels(u, s, lambda j: scale * np.exp(-(((j - 0.5) * u / s) ** 2) / 2))
+        exact = _energy(u, s, True) - 2 * cross + s**2
+        return np.where(u < _FINE * s, u**2 / 12, np.maximum(exact, 0.0))
+
+    def concentration(self, counts: np.ndarray, shares: tuple[float, ...]) -> list[float]:
+        """Share of the energy in the ceil(share x n) coordinates that moved most."""
+        if self.s <= 0:
+            return [math.nan] * len(shares)
+        values, weights = [], []
+        for bin in np.flatnonzero(counts):
+            u = max(spacings(self.mantissa)[bin], self.s * _GRAIN)
+            j = np.arange(1, math.ceil(_REACH * self.s / u) + 2)
+            chance = _tail(j.astype(float), np.full(len(j), u), self.s, self.on_grid)
+            values.append(j * u)
+            weights.append(counts[bin] * -np.diff(np.append(chance, 0.0)))
+        value, weight = np.concatenate(values), np.concatenate(weights)
+        order = np.argsort(-value)
+        value, weight = value[order], weight[order]
+        number = np.concatenate([[0.0], np.cumsum(weight)])
+        energy = np.concatenate([[0.0], np.cumsum(weight * value**2)])
+        if not energy[-1]:
+            return [math.nan] * len(shares)
+        wanted = [math.ceil(share * counts.sum()) for share in shares]
+        return [float(np.interp(k, number, energy) / energy[-1]) for k in wanted]
+
+
+def _tail(j: np.ndarray, u: np.ndarray, s: float, on_grid: bool) -> np.ndarray:
+    """Chance of at least j spacings u."""
+    if on_grid:
+        return _erfc((j - 0.5) * u / (math.sqrt(2) * s))
+    return np.clip(_excess((j - 1) * u, s) - _excess(j * u, s), 0, u) / u
+
+
+def _excess(a: np.ndarray, s: float) -> np.ndarray:
+    """E[max(|d| - a, 0)]."""
+    x = a / s
+    density = math.sqrt(2 / math.pi) * np.exp(-(x**2) / 2)
+    return s * density - a * _erfc(x / math.sqrt(2))
+
+
+def _levels(u: np.ndarray, s: float, term: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Sum of term(j) over the levels j = 1, 2, ... [levels, 1] that spacings from _FINE s on need."""
+    j = np.arange(1.0, math.ceil(_REACH / _FINE) + 2)[:, None]
+    return term(j).sum(axis=0)
+
+
+def _energy(u: np.ndarray, s: float, on_grid: bool) -> np.ndarray:
+    """Mean of D^2 = u^2 sum_j (2 j - 1) P(at least j)."""
+    if s <= 0:
+        return np.zeros(len(u))
+    exact = u**2 * _levels(u, s, lambda j: (2 * j - 1) * _tail(j, u, s, on_grid))
+    limit = s**2 + u**2 * (1 / 12 if on_grid else 1 / 6)
+    return np.where(u < _FINE * s, limit, exact)
+
+
+def solved(counts: np.ndarray, energy: float, mantissa: int, on_grid: bool) -> Null:
+    """The null whose visible energy is the observed one: s by bisection, to 1e-9 relative.
+
+    ``counts``: weights by binade [BINS]; ``energy``: the sum of D^2.
+    """
+    if energy <= 0:
+        return Null(s=0.0, mantissa=mantissa, on_grid=on_grid)
+    here = np.flatnonzero(counts)
+    u, n = spacings(mantissa)[here], counts[here]
+    rms = math.sqrt(energy / counts.sum())
+    low, high = math.log(rms / 64), math.log(rms + float(u.max()) * 4)
+    for _ in range(48):
+        middle = (low + high) / 2
+        if float(n @ _energy(u, math.exp(middle), on_grid)) < energy:
+            low = middle
+        else:
+            high = middle
+    return Null(s=math.exp((low + high) / 2), mantissa=mantissa, on_grid=on_grid)
+
+
+def isotropic_spectrum(rows: int, columns: int) -> np.ndarray:
+    """Singular values of a matrix of independent unit normals, largest first [min dim].
+
+    The quantiles of Marchenko and Pastur's law, whose edge is sqrt(rows) + sqrt(columns).
+    """
+    short, long = sorted((rows, columns))
+    low, high = math.sqrt(long) - math.sqrt(short), math.sqrt(long) + math.sqrt(short)
+    angle = np.linspace(0, math.pi, 8001)
+    value = (low + high) / 2 - (high - low) / 2 * np.cos(angle)
+    inside = np.clip((high**2 - value**2) * (value**2 - low**2), 0, None)
+    density = np.sqrt(inside) / np.maximum(value, 1e-12) * np.sin(angle)
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    at = (np.arange(short, 0, -1) - 0.5) / short
+    return np.interp(at, mass / mass[-1], value)
+
+
+def noise_edge(null: Null, counts: np.ndarray, rows: int, columns: int) -> float:
+    """Largest singular value that the cast's noise alone would show, at its mean variance."""
+    variance = float(counts @ null.noise()) / max(1, int(counts.sum()))
+    return math.sqrt(variance) * (math.sqrt(rows) + math.sqrt(columns))

@@ -1,0 +1,156 @@
+"""Two checkpoints tensor by tensor, under names that both share; what cannot be paired says why."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd.mask.delta import word
+from opd.tensors import Stored, model_folder, open_checkpoint
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module\.|_orig_mod\.|^module\.)")
+_PARTS = "language_model|visual|vision_tower|vision_model|multi_modal_projector"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One tensor of the base and of the trained model; with a ``reason`` they do not compare."""
+
+    name: str
+    base: Stored | None
+    trained: Stored | None
+    reason: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the base, or of what is there."""
+        there = self.base or self.trained
+        assert there is not None
+        return there.shape
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return torch.Size(self.shape).numel()
+
+
+def paired(base: str, trained: str) -> list[Pair]:
+    """Every tensor of either checkpoint (folders or hub ids), by canonical name.
+
+    Raises ValueError when a checkpoint cannot be opened or nothing is common to both.
+    """
+    ours, theirs = canonical_tensors(base), canonical_tensors(trained)
+    pairs = [_pair(name, ours.get(name), theirs.get(name)) for name in sorted({*ours, *theirs})]
+    if all(pair.reason for pair in pairs):
+        raise ValueError(
+            f"no tensor of {trained} compares with one of {base} "
+            f"({pairs[0].name}: {pairs[0].reason}): name a base and the same model trained"
+        )
+    return pairs
+
+
+def canonical_tensors(model: str) -> dict[str, Stored]:
+    """A model's tensors by canonical name: tied heads once, fused matrices and experts taken apart."""
+    checkpoint, config = open_checkpoint(model), _config(model_folder(model))
+    found: dict[str, Stored] = {}
+    for name, stored in _parts(checkpoint, config):
+        if name in found:
+            raise ValueError(f"{model} holds {name} twice under different names: export it again")
+        found[name] = stored
+    if config.get("tie_word_embeddings") and EMBEDDING in found:
+        found.pop(HEAD, None)
+    return found
+
+
+def canonical(name: str) -> str:
+    """The name that text-only and vision-language checkpoints, and wrappers, all lead to.
+
+    ``model.language_model.layers.0...``, ``language_model.model.layers.0...`` and ``layers.0...``
+    become ``model.layers.0...``; ``model.visual...`` becomes ``visual...``.
+    """
+    name = _WRAPPERS.sub("", name)
+    name = re.sub(rf"^model\.({_PARTS})\.", r"\1.", name)
+    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+    name = re.sub(r"^language_model\.(model\.)?", "model.", name)
+    return re.sub(r"^(layers\.|embed_tokens\.|norm\.)", r"model.\1", name)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The language model's settings: those under text_config, over the outer ones."""
+    file = folder / "config.json"
+    outer: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return outer | (outer.get("text_config") or {})
+
+
+def _parts(
+    checkpoint: Mapping[str, Stored], config: dict[str, Any]
+) -> Iterator[tuple[str, Stored]]:
+    for name, stored in checkpoint.items():
+        for part, cut in _experts(canonical(name), stored):
+            yield from _unfused(part, cut, config)
+
+
+def _experts(name: str, stored: Stored) -> Iterator[tuple[str, Stored]]:
+    """``experts.down_proj`` [experts, rows, columns] as ``experts.N.down_proj.weight``."""
+    found = re.search(r"\.experts\.(\w+_proj)$", name)
+    if found is None or len(stored.shape) != 3:
+        yield name, stored
+        return
+    stem = name.removesuffix(found[1])
+    for expert in range(stored.shape[0]):
+        yield f"{stem}{expert}.{found[1]}.weight", _cut(stored, expert, stored.shape[1:])
+
+
+def _unfused(name: str, stored: Stored, config: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
+    split = _rows(name, stored.shape, config)
+    if not split:
+        yield name, stored
+        return
+    start = 0
+    for part, rows in split.items():
+        shape = (rows, *stored.shape[1:])
+        yield part, _cut(stored, slice(start, start + rows), shape)
+        start += rows
+
+
+def _rows(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> dict[str, int]:
+    """The parts of a fused parameter and their rows; empty when it is none, or does not fit."""
+    if not shape:
+        return {}
+    rows: dict[str, int] = {}
+    if ".qkv_proj." in name and config.get("num_attention_heads"):
+        heads = int(config["num_attention_heads"])
+        width = int(config.get("head_dim") or config.get("hidden_size", 0) // heads)
+        groups = int(config.get("num_key_value_heads") or heads)
+        sizes = {"q_proj": heads * width, "k_proj": groups * width, "v_proj": groups * width}
+        rows = {name.replace("qkv_proj", part): size for part, size in sizes.items()}
+    elif re.search(r"^visual\..*\.qkv\.", name) and shape[0] % 3 == 0:
+        rows = {name.replace("qkv", part): shape[0] // 3 for part in ("q", "k", "v")}
+    elif ".gate_up_proj." in name:
+        sizes = [config.get(k) for k in ("moe_intermediate_size", "intermediate_size")]
+        half = next((int(size) for size in sizes if size and 2 * size == shape[0]), 0)
+        rows = {name.replace("gate_up_proj", part): half for part in ("gate_proj", "up_proj")}
+    return rows if sum(rows.values()) == shape[0] else {}
+
+
+def _cut(stored: Stored, part: int | slice, shape: tuple[int, ...]) -> Stored:
+    read: Callable[[], torch.Tensor] = stored.read
+    return Stored(shape=tuple(shape), dtype=stored.dtype, read=lambda: read()[part])
+
+
+def _pair(name: str, base: Stored | None, trained: Stored | None) -> Pair:
+    reason = ""
+    if base is None or trained is None:
+        reason = f"only in the {'trained model' if base is None else 'base'}"
+    elif base.shape != trained.shape:
+        reason = f"shape {list(base.shape)} in the base, {list(trained.shape)} in the trained model"
+    elif not (base.dtype.is_floating_point and trained.dtype.is_floating_point):
+        reason = f"no floating-point numbers ({word(base.dtype)}, {word(trained.dtype)})"
+    elif not base.numel:
+        reason = "empty"
+    return Pair(name=name, base=base, trained=trained, reason=reason)

@@ -1,0 +1,107 @@
+"""The two sides of one tensor and their difference, a piece at a time, in a number format."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+PIECE = 1 << 17
+"""Coordinates looked at together: a few MiB of temporaries."""
+
+
+class Precision(StrEnum):
+    """The number format of the comparison.
+
+    ``bf16``: both sides are cast to bfloat16 and subtracted in it, as the paper does. ``stored``:
+    as they lie in the files, subtracted in float32; two bfloat16 sides are ``bf16`` again.
+    """
+
+    bf16 = "bf16"
+    stored = "stored"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """W0, W1 and D = W1 - W0 of some coordinates, float32."""
+
+    base: torch.Tensor
+    trained: torch.Tensor
+    update: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sides:
+    """A tensor before and after, as stored; files stay mapped, so a piece costs a piece."""
+
+    base: torch.Tensor
+    trained: torch.Tensor
+    precision: Precision
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.base.numel()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of a matrix."""
+        rows, columns = self.base.shape
+        return rows, columns
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether D holds bfloat16 numbers."""
+        return self.precision == Precision.bf16
+
+    @property
+    def mantissa(self) -> int:
+        """Bits after the leading one in the format that the update was rounded to."""
+        dtype = torch.bfloat16 if self.is_bf16 else self.trained.dtype
+        return MANTISSA.get(dtype, MANTISSA[torch.float32])
+
+    def pair(self, base: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some coordinates of both in the format of the comparison."""
+        if self.precision == Precision.bf16:
+            return base.bfloat16(), trained.bfloat16()
+        if base.dtype == trained.dtype and base.dtype in MANTISSA:
+            return base, trained
+        return base.float(), trained.float()
+
+    def _cut(self, base: torch.Tensor, trained: torch.Tensor) -> Cut:
+        before, after = self.pair(base, trained)
+        if self.precision == Precision.bf16:
+            return Cut(before.float(), after.float(), (after - before).float())
+        return Cut(before.float(), after.float(), after.float() - before.float())
+
+    def flat(self) -> Iterator[tuple[slice, Cut]]:
+        """Flat coordinates in order."""
+        before, after = self.base.reshape(-1), self.trained.reshape(-1)
+        for start in range(0, self.numel, PIECE):
+            part = slice(start, min(start + PIECE, self.numel))
+            yield part, self._cut(before[part], after[part])
+
+    def base_pieces(self) -> Iterator[torch.Tensor]:
+        """W0 alone, flat, in the format of the comparison."""
+        for part in self.base.reshape(-1).split(PIECE):
+            yield self.pair(part, part)[0]
+
+    def rows(self) -> Iterator[tuple[slice, Cut]]:
+        """Rows of a matrix in order."""
+        step = max(1, PIECE // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            part = slice(start, min(start + step, self.shape[0]))
+            yield part, self._cut(self.base[part], self.trained[part])
+
+    def tall(self) -> Iterator[Cut]:
+        """The matrix, turned so that its longer side is cut: pieces [some, shorter side]."""
+        rows, columns = self.shape
+        before, after = self.base, self.trained
+        if columns > rows:
+            before, after = before.T, after.T
+        step = max(1, PIECE // min(rows, columns), min(rows, columns) // 8)
+        for start in range(0, max(rows, columns), step):
+            yield self._cut(before[start : start + step], after[start : start + step])
+
+
+MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}

@@ -1,0 +1,37 @@
+"""Rows of tensors as parquet and csv: one column a number, its path joined by slashes."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd.analysis.measure import Row
+
+PARQUET, CSV = "tensors.parquet", "tensors.csv"
+
+
+def write_tables(rows: Sequence[Row], out: Path) -> None:
+    """``tensors.parquet`` and ``tensors.csv``; lists are JSON text in both."""
+    import pyarrow
+    from pyarrow import parquet
+
+    flat = [dict(_flat(row, "")) for row in rows]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    table = {column: [row.get(column) for row in flat] for column in columns}
+    parquet.write_table(pyarrow.table(table), out / PARQUET)
+    with (out / CSV).open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def _flat(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    match node:
+        case dict():
+            for key, value in node.items():
+                yield from _flat(value, f"{path}/{key}" if path else str(key))
+        case list():
+            yield path, json.dumps(node)
+        case _:
+            yield path, node

@@ -1,0 +1,114 @@
+"""All tensors of a pair, one row each, in a file that the same command goes on with."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd.analysis.measure import Row, measured
+from opd.analysis.pair import Pair, paired
+from opd.mask.pieces import THREADS, Progress, in_order, quiet
+from opd.tensors import model_folder
+
+ROWS = "tensors.jsonl"
+FORMAT = 1
+LARGE = 8
+"""A tensor with more than this part of the largest one's weights is measured alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Folders or hub ids: what training started from, what it made, and a second model if any."""
+
+    base: str
+    trained: str
+    other: str | None = None
+
+    def header(self) -> dict[str, Any]:
+        """What a file of rows belongs to: the models, and their files' sizes and times."""
+        models = {"base": self.base, "trained": self.trained, "other": self.other}
+        return {"format": FORMAT} | {
+            side: None if model is None else {"model": model, "files": _stamps(model)}
+            for side, model in models.items()
+        }
+
+
+def _stamps(model: str) -> list[list[Any]]:
+    files = [
+        file
+        for pattern in ("*.safetensors", "pytorch_model*.bin")
+        for file in sorted(model_folder(model).glob(pattern))
+    ]
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def walked(question: Question, out: Path, progress: Progress = quiet) -> list[Row]:
+    """The rows of every tensor, in the order of names; finished ones are taken from ``out``.
+
+    Raises ValueError when a checkpoint cannot be opened, when nothing compares, or when ``out``
+    holds the rows of another pair.
+    """
+    pairs = paired(question.base, question.trained)
+    others = {}
+    if question.other is not None:
+        others = {pair.name: pair for pair in paired(question.base, question.other)}
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / ROWS
+    header = question.header()
+    done = {row["name"]: row for row in _finished(file, header)}
+    total = max(1, sum(pair.numel for pair in pairs))
+    with file.open("a") as rows:
+        if not file.stat().st_size:
+            rows.write(json.dumps(header) + "\n")
+        missing = [pair for pair in pairs if pair.name not in done]
+        seen = total - sum(pair.numel for pair in missing)
+        for pair, row in measured_all(missing, others):
+            done[pair.name] = row
+            rows.write(json.dumps(row) + "\n")
+            rows.flush()
+            seen += pair.numel
+            progress("measuring tensors", seen / total)
+    return [done[pair.name] for pair in pairs]
+
+
+def measured_all(pairs: Sequence[Pair], others: Mapping[str, Pair]) -> Iterator[tuple[Pair, Row]]:
+    """Rows of pairs: of the large ones one by one with all cores, then of the others, which would
+    leave cores idle, THREADS at a time with one core each.
+    """
+    most = max((pair.numel for pair in pairs), default=0)
+    large = [pair for pair in pairs if LARGE * pair.numel > most]
+    small = [pair for pair in pairs if LARGE * pair.numel <= most]
+
+    def work(pair: Pair) -> tuple[Pair, Row]:
+        return pair, measured(pair, others.get(pair.name))
+
+    yield from map(work, large)
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from in_order(pool, work, small)
+    finally:
+        torch.set_num_threads(cores)
+
+
+def _finished(file: Path, header: dict[str, Any]) -> Iterator[Row]:
+    """Rows of an earlier, interrupted walk; a line that was cut short is taken off the file."""
+    if not file.is_file():
+        return
+    whole = file.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if len(kept) < len(whole):
+        file.write_bytes(kept)
+    lines = kept.splitlines()
+    if not lines:
+        return
+    if json.loads(lines[0]) != header:
+        raise ValueError(
+            f"{file.parent} holds the analysis of another pair, or its models have changed since: "
+            "give another out=, or remove it"
+        )
+    yield from (json.loads(line) for line in lines[1:])

@@ -1,0 +1,94 @@
+"""The headline numbers in words, and numbers as people read them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """A figure of the summary: its name, where it lies, and how it is written."""
+
+    name: str
+    path: tuple[str, ...]
+    unit: str
+
+
+HEADLINES = (
+    Headline("relative norm |D| / |W0|", ("relative_norm",), "%"),
+    Headline("exactly unchanged", ("exact_zero",), "%"),
+    Headline("sparsity, abs(D) < 1e-5", ("sparsity", "1e-5"), "%"),
+    Headline("energy in the top 1 % of the weights", ("coordinate_energy", "1%"), "%"),
+    Headline("energy in 16 directions, mean", ("top_energy", "16", "mean"), "%"),
+    Headline("stable rank, median", ("stable_rank", "median"), ""),
+    Headline("effective rank, median", ("effective_rank", "median"), ""),
+    Headline("principal projection at 10 %, mean", ("principal_projection", "10%", "mean"), "%"),
+    Headline("drift of singular values, mean", ("spectral_drift", "mean"), "%"),
+    Headline(
+        "changes in the principal 10 %, mean", ("coverage", "principal", "10%", "1e-5", "mean"), "%"
+    ),
+    Headline(
+        "changes in the smallest 10 %, mean",
+        ("coverage", "low_magnitude", "10%", "1e-5", "mean"),
+        "%",
+    ),
+    Headline("share of energy in FFN", ("energy_share", "ffn"), "%"),
+    Headline("share of energy in attention", ("energy_share", "attention"), "%"),
+    Headline("A's changes that B made too", ("overlap", "a_covered_by_b"), "%"),
+    Headline("B's changes that A made too", ("overlap", "b_covered_by_a"), "%"),
+)
+
+
+def at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """The number at a path, None where there is none."""
+    node: Any = tree
+    for key in path:
+        if not isinstance(node, Mapping) or key not in node:
+            return None
+        node = node[key]
+    return node
+
+
+def shown(value: float | None, unit: str) -> str:
+    """``82.6 %``, ``+3.1`` for a z, four digits otherwise; a dash for what is unknown."""
+    if value is None:
+        return "-"
+    if unit == "%":
+        return f"{100 * value:.4g} %"
+    return f"{value:+.1f}" if unit == "z" else f"{value:.4g}"
+
+
+def meaning(found: Mapping[str, Any]) -> list[str]:
+    """What the headline numbers say together, a sentence each, for someone new to them."""
+    told = []
+    sparse = [at(found[p], ("sparsity", "1e-5")) for p in ("paper", "null")]
+    if None not in sparse:
+        told.append(
+            f"In bf16 {shown(sparse[0], '%')} of the weights look unchanged; an update of the same "
+            f"norm without any structure would show {shown(sparse[1], '%')}."
+        )
+    rank = [at(found[p], ("stable_rank", "median")) for p in ("paper", "null")]
+    if None not in rank:
+        lower = rank[0] < 0.8 * rank[1]
+        told.append(
+            f"The update of a typical matrix spreads over {shown(rank[0], '')} directions (stable "
+            f"rank), a random one over {shown(rank[1], '')}: "
+            + ("it is concentrated beyond chance." if lower else "that is no concentration.")
+        )
+    path = ("coverage", "low_magnitude", "10%", "1e-5", "mean")
+    small = [at(found[p], path) for p in ("paper", "null", "z")]
+    if None not in small:
+        beyond = "more than" if small[2] > 3 else "less than" if small[2] < -3 else "in line with"
+        told.append(
+            f"{shown(small[0], '%')} of the changes fall on the smallest tenth of the weights, "
+            f"{beyond} the {shown(small[1], '%')} that rounding alone leads to "
+            f"(z = {shown(small[2], 'z')})."
+        )
+    overlap = [at(found[p], ("overlap", "a_covered_by_b")) for p in ("paper", "null", "z")]
+    if None not in overlap:
+        told.append(
+            f"{shown(overlap[0], '%')} of the first model's changes were made by the second too; "
+            f"chance at equal counts in every binade gives {shown(overlap[1], '%')} "
+            f"(z = {shown(overlap[2], 'z')})."
+        )
+    return told

@@ -1,0 +1,88 @@
+"""``opd analyze``: what training changed in the weights, and is it more than rounding?"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from opd.cli.deltas import final_model
+from opd.cli.masks import progress_bar
+from opd.cli.typed import explained, typed
+
+
+@dataclass(kw_only=True, slots=True)
+class AnalyzeCommand:
+    """What `opd analyze` is told."""
+
+    base: str = MISSING
+    """Folder or hub id of the model that training started from."""
+    trained: str = MISSING
+    """Folder or hub id of the trained model, or the folder of a run (its final/ is meant)."""
+    out: str = MISSING
+    """Folder for tables, pictures and the report; the same command goes on with what is there."""
+    other: str | None = None
+    """A second model trained from the same base: how the two updates overlap."""
+
+
+def add_analyze_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register ``opd analyze``."""
+    parser = commands.add_parser(
+        "analyze",
+        help="what training changed in the weights, beside what rounding alone would show",
+        description="Compare two checkpoints: sparsity, spectra, placement, each beside its null model.",
+        epilog=f"Keys:\n{explained(AnalyzeCommand)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.usage = "opd analyze base=MODEL trained=MODEL out=DIR [other=MODEL]"
+    parser.set_defaults(run=_analyze)
+
+
+def _analyze(parsed: argparse.Namespace, rest: list[str]) -> None:
+    wrong = [word for word in rest if word.startswith("-")]
+    if wrong:
+        raise ValueError(f"unknown option {wrong[0]}: see opd analyze --help")
+    told = typed(AnalyzeCommand, rest)
+    out = Path(told.out)
+    if out.is_file():
+        raise ValueError(f"out={out} is a file: name a folder")
+
+    from opd.analysis.report import write_report
+    from opd.analysis.summary import summary
+    from opd.analysis.tables import write_tables
+    from opd.analysis.walk import Question, walked
+
+    question = Question(
+        base=final_model(told.base),
+        trained=final_model(told.trained),
+        other=None if told.other is None else final_model(told.other),
+    )
+    with progress_bar() as progress:
+        rows = walked(question, out, progress)
+    found = summary(rows)
+    (out / "summary.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_tables(rows, out)
+    page = write_report(question, rows, found, out)
+    _tell(found, page)
+
+
+def _tell(found: dict[str, Any], page: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from opd.analysis.words import HEADLINES, at, shown
+
+    table = Table("bf16, as in the paper", box=None)
+    for column in ("observed", "null", "excess", "z"):
+        table.add_column(column, justify="right")
+    for headline in HEADLINES:
+        parts = [at(found[part], headline.path) for part in ("paper", "null", "excess", "z")]
+        if parts[0] is not None:
+            cells = [shown(value, headline.unit) for value in parts[:3]]
+            table.add_row(headline.name, *cells, shown(parts[3], "z"))
+    Console().print(table)
+    for name, reason in found["tensors"]["left_out"].items():
+        print(f"opd: left out {name}: {reason}")
+    print(f"report: {page}")

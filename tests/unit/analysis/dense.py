@@ -1,0 +1,90 @@
+"""The paper's metrics written out plainly in float64, a whole matrix at a time."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+SHARES = {"1%": 0.01, "5%": 0.05, "10%": 0.1, "20%": 0.2}
+
+
+def difference(base: torch.Tensor, trained: torch.Tensor, stored: bool = False) -> np.ndarray:
+    """Both cast to bfloat16 and subtracted in it, or in float32 as stored."""
+    if stored:
+        return (trained.float() - base.float()).double().numpy()
+    return (trained.bfloat16() - base.bfloat16()).double().numpy()
+
+
+def coordinates(base: torch.Tensor, trained: torch.Tensor, stored: bool = False) -> dict[str, Any]:
+    """Norms, sparsity, energy of the largest moves."""
+    d = difference(base, trained, stored)
+    w = (base.float() if stored else base.bfloat16()).double().numpy()
+    a = np.abs(d).ravel()
+    rms = math.sqrt(np.mean(w**2))
+    largest = np.sort(a)[::-1]
+    return {
+        "relative_norm": np.linalg.norm(d) / np.linalg.norm(w),
+        "zero": np.mean(a == 0),
+        "below": {k: np.mean(a < float(k)) for k in ("1e-8", "1e-7", "1e-6", "1e-5", "1e-4")},
+        "relative_below": {k: np.mean(a < float(k) * rms) for k in ("1e-4", "1e-3", "1e-2")},
+        "top": {
+            k: (largest[: math.ceil(f * a.size)] ** 2).sum()
+            for k, f in {"0.1%": 0.001, "1%": 0.01, "5%": 0.05}.items()
+        },
+    }
+
+
+def spectral(base: torch.Tensor, trained: torch.Tensor, stored: bool = False) -> dict[str, Any]:
+    """Full decompositions of W0, W1 and D."""
+    d = difference(base, trained, stored)
+    w0, w1 = ((t.float() if stored else t.bfloat16()).double().numpy() for t in (base, trained))
+    u0, s0, v0 = np.linalg.svd(w0, full_matrices=False)
+    u1, s1, _ = np.linalg.svd(w1, full_matrices=False)
+    s = np.linalg.svd(d, compute_uv=False)
+    p, total = s[s > 0] / s.sum(), (d**2).sum()
+    told: dict[str, Any] = {f"energy_{k}": (s[:k] ** 2).sum() / total for k in (1, 8, 16)}
+    told["stable_rank"] = total / s[0] ** 2
+    told["effective_rank"] = math.exp(-(p * np.log(p)).sum())
+    told |= {f"numerical_rank_{t}": (s > float(t) * s[0]).sum() for t in ("1e-6", "1e-5", "1e-4")}
+    told["drift"] = np.linalg.norm(s1 - s0) / np.linalg.norm(s0)
+    told["drift_of_update"] = np.linalg.norm(s1 - s0) / math.sqrt(total)
+    for kind in ("projection", "left", "right", "rotation"):
+        told[kind] = {}
+    for key, share in SHARES.items():
+        k = max(1, math.floor(share * min(w0.shape)))
+        u, v = u0[:, :k], v0[:k].T
+        told["projection"][key] = ((u.T @ d @ v) ** 2).sum() / total
+        told["left"][key] = ((u.T @ d) ** 2).sum() / total
+        told["right"][key] = ((d @ v) ** 2).sum() / total
+        cosines = np.linalg.svd(u.T @ u1[:, :k], compute_uv=False)
+        told["rotation"][key] = np.sqrt(np.clip(1 - cosines**2, 0, 1)).mean()
+    return told
+
+
+def coverage(base: torch.Tensor, trained: torch.Tensor, stored: bool = False) -> dict[str, Any]:
+    """Share of changed coordinates in each mask, by mask, share and threshold."""
+    d = np.abs(difference(base, trained, stored)).ravel()
+    w0 = (base.float() if stored else base.bfloat16()).double().numpy()
+    u, s, v = np.linalg.svd(w0, full_matrices=False)
+    told: dict[str, Any] = {}
+    for key, share in SHARES.items():
+        k, n = max(1, math.floor(share * min(w0.shape))), math.ceil(share * w0.size)
+        rebuilt = np.abs((u[:, :k] * s[:k]) @ v[:k]).ravel()
+        principal, low = np.zeros(w0.size, bool), np.zeros(w0.size, bool)
+        principal[np.argsort(-rebuilt, kind="stable")[:n]] = True
+        low[np.argsort(np.abs(w0).ravel(), kind="stable")[:n]] = True
+        masks = {
+            "principal": principal,
+            "low_magnitude": low,
+            "principal_not_low": principal & ~low,
+            "nonprincipal_or_low": ~principal | low,
+        }
+        told[key] = {
+            name: {
+                c: (mask & (d > float(c))).sum() / max(1, (d > float(c)).sum())
+                for c in ("0", "1e-5")
+            }
+            for name, mask in masks.items()
+        }
+    return told
