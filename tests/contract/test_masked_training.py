@@ -14,6 +14,7 @@ from mask_ranks import EMPTY, FULL, mask_of, tiny
 
 from opd.train.weights import named_weights
 
+pytestmark = pytest.mark.timeout(1800)  # the fixture trains every case
 SCRIPT = str(Path(__file__).parent / "mask_ranks.py")
 LONG = [
     f"compact/{zero}/fp32/{optimizer}/1.0/200"

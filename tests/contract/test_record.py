@@ -12,6 +12,7 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 from mask_ranks import base, mask_of, tiny
 
+pytestmark = pytest.mark.timeout(1800)  # the fixture trains every case
 SCRIPT = str(Path(__file__).parent / "record_ranks.py")
 ALONE = "early_delta/torch/fp32/adamw/1.0/6"
 MASKED_ALONE = "compact/torch/fp32/adamw/1.0/6"

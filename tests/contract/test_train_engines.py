@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.timeout(1800)  # the fixture trains every case
 SCRIPT = str(Path(__file__).parent / "train_ranks.py")
 REFERENCE = {"adamw": "torch/fp32/adamw/10000", "sgd": "torch/fp32/sgd/10000"}
 EXACT = [

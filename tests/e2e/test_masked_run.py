@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from opd.mask.mask import read_mask
 from opd.tensors import open_checkpoint
 
+pytestmark = pytest.mark.timeout(1500)  # the fixture is two runs
 MASKED = [
     *SMALL,
     "run.dir=run",
