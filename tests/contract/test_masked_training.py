@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).parent))
-from mask_ranks import EMPTY, FULL, mask_of, tiny
+from mask_ranks import EMPTY, FULL, VOCAB, learner_of, mask_of, tiny
+from train_ranks import scores
 
 from opd.train.weights import named_weights
+from opd.world import World
 
 pytestmark = pytest.mark.timeout(1800)  # the fixture trains every case
 SCRIPT = str(Path(__file__).parent / "mask_ranks.py")
@@ -130,6 +132,19 @@ def test_the_gradient_norm_counts_kept_coordinates_only(trained: Path, case: str
     compact = [r["optim/grad_norm"] for r in reports(trained, f"compact/{case}")]
     reference = [r["optim/grad_norm"] for r in reports(trained, f"restore/{case}")]
     assert compact == pytest.approx(reference, rel=1e-6)
+
+
+def test_a_checkpoint_of_another_mask_is_refused(tmp_path: Path) -> None:
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    learner = learner_of("compact/torch/fp32/adamw/1.0/2", world)
+    learner.step(scores(0, VOCAB))
+    learner.save(str(tmp_path))
+    same = learner_of("compact/torch/fp32/adamw/1.0/2", world)
+    same.load(str(tmp_path))
+    assert same.version == 1
+    everything = learner_of("early_delta/torch/fp32/adamw/1.0/2", world)
+    with pytest.raises(ValueError, match="was trained with another mask"):
+        everything.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("case", WATCHED)
