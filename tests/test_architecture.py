@@ -52,3 +52,9 @@ def test_the_configuration_page_is_up_to_date() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_no_two_test_modules_share_a_name() -> None:
+    """pytest imports them by their file's name, and stops at the second one."""
+    names = sorted(path.name for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    assert names == sorted(set(names))
