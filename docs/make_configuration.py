@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from opd/config.py: every setting, its default, bounds and sentence."""
+"""Write docs/configuration.md from opd/config/: every setting, its default, bounds and sentence."""
 
 import sys
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def table(lines: Iterator[str]) -> str:
 def page() -> str:
     """The whole document."""
     parts = [
-        "# Configuration\n\nMade by `make docs` from `opd/config.py`; do not edit. A setting is typed as "
+        "# Configuration\n\nMade by `make docs` from `opd/config/`; do not edit. A setting is typed as "
         "`key=value` behind `opd train RECIPE`, or written into a recipe. A group (`loss=jsd`) is "
         "chosen by its name. `opd train RECIPE --cfg` prints what they come to.\n",
         "## Run\n\n" + table(rows(config.Config, "")),

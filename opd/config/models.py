@@ -1,0 +1,85 @@
+"""The model that learns, the one that scores, and adapters."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+from opd.config.knobs import knob
+
+
+class DType(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass(kw_only=True, slots=True)
+class StudentConfig:
+    """The model that writes and learns."""
+
+    model: str = MISSING
+    """Folder or hub id of a causal language model."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model; off unless you ask for it."""
+    attention: str = "sdpa"
+    """Attention implementation of transformers: sdpa, eager, flash_attention_2."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    """The model that scores."""
+
+    model: str | None = None
+    """Folder or hub id of the teacher."""
+    dtype: DType = DType.auto
+    """Number format of the teacher's weights; auto is the checkpoint's own."""
+    max_length: int | None = knob(None, least=2)
+    """Longest prompt plus completion the teacher takes; by default what its config says."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ServerTeacherConfig(TeacherConfig):
+    """A vLLM teacher behind HTTP: started with the run, or found at teacher.url."""
+
+    url: str | None = None
+    """Address of a running `opd teacher`; without it the run starts one from teacher.model."""
+    timeout: float = knob(300.0, above=0)
+    """Seconds before one request is given up and tried again."""
+    retries: int = knob(4, least=0)
+    """How often a failed request is tried again, with exponential back-off."""
+    gpu_memory_fraction: float = knob(0.45, above=0, most=1)
+    """Share of each GPU's memory that a server started with the run may use."""
+    tensor_parallel: int = knob(1, least=1)
+    """GPUs over which a server started with the run splits the teacher."""
+    devices: str | None = None
+    """CUDA_VISIBLE_DEVICES of a server started with the run; by default the run's own."""
+    backend: str = "vllm"
+    """Engine of a server started with the run: vllm, or torch where there is no vLLM."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalTeacherConfig(TeacherConfig):
+    """A Hugging Face teacher inside each training process."""
+
+    batch_tokens: int = knob(8192, least=1)
+    """Padded tokens in one forward pass of the teacher."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdapterConfig:
+    """What is trained: everything."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig(AdapterConfig):
+    """Low-rank adapters (peft)."""
+
+    rank: int = knob(16, least=1)
+    """Rank of the update."""
+    alpha: float = knob(32.0, above=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = knob(0.0, least=0, below=1)
+    """Dropout before the adapter; above 0 the learner's log-probs leave the engine's."""
+    targets: str = "all-linear"
+    """Module names, comma separated, or all-linear."""
