@@ -84,7 +84,7 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
         spec=HeadSpec(vocab_size=vocab),
         temperature=1.0,
         chunk_bytes=64 * MIB,
-        teacher_head=lambda: head,
+        teacher_head=lambda name: head,
     ).to(world.device)
     optim = AdamWConfig(lr=1e-5) if args.optim == "adamw" else SGDConfig(lr=1e-3)
     optimizer = build_optimizer(student, optim)

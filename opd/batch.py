@@ -1,12 +1,46 @@
 """Scored -> Batch: padded tensors, and the one shift by one."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 
-from opd.types import FloatArray, Scored
+from opd.types import FloatArray, Normalisation, Scored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reckoning:
+    """Which tokens count, and how much.
+
+    The first ``first_share`` of each completion is kept, rounded up, at least a token. ``normalise``
+    with ``max_tokens`` says what a step's sum is divided by.
+    """
+
+    normalise: Normalisation = Normalisation.token
+    first_share: float = 1.0
+    max_tokens: int = 1
+
+    def kept(self, scored: Scored) -> int:
+        """How many of the first tokens of a completion count."""
+        return max(1, math.ceil(self.first_share * len(scored.rollout.token_ids)))
+
+    def denominator(self, scored: Sequence[Scored]) -> float:
+        """What these sequences add to the number that a step's sum is divided by."""
+        match self.normalise:
+            case Normalisation.token:
+                return float(sum(map(self.kept, scored)))
+            case Normalisation.sequence:
+                return float(len(scored))
+            case Normalisation.constant:
+                return float(len(scored) * self.max_tokens)
+
+    def weights(self, scored: Scored) -> FloatArray:
+        """The factor of each kept token's loss."""
+        kept = self.kept(scored)
+        each = 1.0 / kept if self.normalise == Normalisation.sequence else 1.0
+        return np.full(kept, each, np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +50,11 @@ class Batch:
     ``positions_N`` are flat indices into [B * T] of the hidden state that predicts ``target_N``: the
     shift by one lives there and nowhere else. Absent teacher fields were not asked for.
     Unused places of a support carry id -1 and log-prob -inf.
+
+    ``weight_N`` multiplies each token's loss, None is 1; ``sequence_N`` is the row of its completion;
+    ``engine_logp_N`` is NaN where no engine wrote the token; ``advantage_N`` is its completion's, from
+    a reward. ``sequence_gap_N`` is the mean over its completion of learner less engine log-prob,
+    filled by the student for losses that want it. One ``teacher`` scored the whole batch.
     """
 
     input_ids_BT: torch.Tensor
@@ -23,6 +62,9 @@ class Batch:
     positions_N: torch.Tensor
     target_N: torch.Tensor
     engine_logp_N: torch.Tensor
+    weight_N: torch.Tensor | None = None
+    sequence_N: torch.Tensor | None = None
+    teacher: str | None = None
     teacher_logp_N: torch.Tensor | None = None
     support_ids_NK: torch.Tensor | None = None
     support_logp_NK: torch.Tensor | None = None
@@ -30,6 +72,8 @@ class Batch:
     teacher_logp_NV: torch.Tensor | None = None
     teacher_hidden_ND: torch.Tensor | None = None
     future_N: torch.Tensor | None = None
+    advantage_N: torch.Tensor | None = None
+    sequence_gap_N: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -38,82 +82,118 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Target tokens start..stop; what belongs to whole sequences stays as it is."""
-        cut = {
-            f.name: value[start:stop]
-            for f in fields(self)
-            if not f.name.endswith("_BT") and (value := getattr(self, f.name)) is not None
-        }
+        cut = {n: v[start:stop] for n, v in self._tensors() if not n.endswith("_BT")}
         return replace(self, **cut)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
-        moved = {
-            f.name: value.to(device)
-            for f in fields(self)
-            if (value := getattr(self, f.name)) is not None
-        }
-        return replace(self, **moved)
+        return replace(self, **{name: value.to(device) for name, value in self._tensors()})
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, torch.Tensor):
+                yield f.name, value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
-    """``total`` (scalar, with gradient) and metrics: ``sums`` over tokens, never means; ``maxima``."""
+    """``total`` (scalar, with gradient) and metrics: ``sums`` over tokens, never means; ``maxima``.
+
+    A name in ``counts`` too is about so many of the tokens only, and is reported per one of them.
+    """
 
     total: torch.Tensor
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)
+    counts: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def collate(scored: Sequence[Scored], *, pad_id: int, discount: float = 0.0) -> Batch:
+EVERY_TOKEN = Reckoning()
+
+
+def collate(
+    scored: Sequence[Scored],
+    *,
+    pad_id: int,
+    discount: float = 0.0,
+    reckoning: Reckoning = EVERY_TOKEN,
+) -> Batch:
     """Right-pad sequences to the longest and line up what engine and teacher said.
 
     ``discount`` > 0 fills ``future_N`` with sum over k >= 1 of discount^k (teacher - engine) log-prob of
     the tokens that follow, the part of a discounted reverse-KL return that lies ahead of each token.
+    Tokens that ``reckoning`` does not keep are read by the model and are no targets.
     """
     assert scored, "a micro-batch has at least one sequence"
+    assert len({s.rollout.prompt.teacher for s in scored}) == 1, "a batch has one teacher"
     lengths = [len(s.rollout.sequence) for s in scored]
+    keeps = [reckoning.kept(s) for s in scored]
     width = max(lengths)
     ids_BT = np.full((len(scored), width), pad_id, np.int64)
     mask_BT = np.zeros((len(scored), width), np.int64)
     positions = []
-    for row, (item, length) in enumerate(zip(scored, lengths, strict=True)):
+    for row, (item, length, keep) in enumerate(zip(scored, lengths, keeps, strict=True)):
         ids_BT[row, :length] = item.rollout.sequence
         mask_BT[row, :length] = 1
         first = (
             len(item.rollout.prompt.token_ids) - 1
         )  # this hidden state predicts the first target
-        positions.append(row * width + np.arange(first, length - 1))
+        positions.append(row * width + first + np.arange(keep))
     supports = [s.support for s in scored]
+    rows = np.repeat(np.arange(len(scored)), keeps)
+    advantages = [s.advantage for s in scored]
+
+    def joined(parts: Sequence[np.ndarray | None]) -> torch.Tensor | None:
+        return _joined_if_all(
+            [None if p is None else p[:keep] for p, keep in zip(parts, keeps, strict=True)]
+        )
+
     return Batch(
         input_ids_BT=torch.from_numpy(ids_BT),
         attention_mask_BT=torch.from_numpy(mask_BT),
         positions_N=torch.from_numpy(np.concatenate(positions)),
-        target_N=_joined([s.rollout.token_ids.astype(np.int64) for s in scored]),
-        engine_logp_N=_joined([s.rollout.logps for s in scored]),
-        teacher_logp_N=_joined_if_all([s.logps for s in scored]),
-        support_ids_NK=_joined_if_all(
-            [None if s is None else s.ids.astype(np.int64) for s in supports]
+        target_N=_joined([ids_BT.reshape(-1)[p + 1] for p in positions]),
+        engine_logp_N=_joined(
+            [s.rollout.logps[:keep] for s, keep in zip(scored, keeps, strict=True)]
         ),
-        support_logp_NK=_joined_if_all([None if s is None else s.logps for s in supports]),
-        support_tail_N=_joined_if_all([None if s is None else s.tail_logp for s in supports]),
-        teacher_logp_NV=_joined_if_all([s.full_logps for s in scored]),
-        teacher_hidden_ND=_joined_if_all([s.hidden for s in scored]),
-        future_N=_joined([_future(s, discount) for s in scored]) if discount else None,
+        weight_N=_joined([reckoning.weights(s) for s in scored]),
+        sequence_N=torch.from_numpy(rows),
+        teacher=scored[0].rollout.prompt.teacher,
+        teacher_logp_N=joined([s.logps for s in scored]),
+        support_ids_NK=joined([None if s is None else s.ids.astype(np.int64) for s in supports]),
+        support_logp_NK=joined([None if s is None else s.logps for s in supports]),
+        support_tail_N=joined([None if s is None else s.tail_logp for s in supports]),
+        teacher_logp_NV=joined([s.full_logps for s in scored]),
+        teacher_hidden_ND=joined([s.hidden for s in scored]),
+        future_N=joined([_future(s, discount) for s in scored]) if discount else None,
+        advantage_N=joined(
+            [
+                None if a is None else np.full(keep, a, np.float32)
+                for a, keep in zip(advantages, keeps, strict=True)
+            ]
+        ),
     )
 
 
 def micro_batches(scored: Sequence[Scored], *, tokens: int) -> list[list[Scored]]:
     """Cut a rank's share into groups of at most ``tokens`` padded tokens, longest sequences first.
 
-    A sequence longer than ``tokens`` gets a group of its own.
+    A group has one teacher. A sequence longer than ``tokens`` gets a group of its own.
     """
-    groups: list[list[Scored]] = []
+    by_teacher: dict[str | None, list[Scored]] = {}
     for item in sorted(scored, key=lambda s: -len(s.rollout.sequence)):
-        width = len(groups[-1][0].rollout.sequence) if groups else 0
-        if groups and (len(groups[-1]) + 1) * width <= tokens:
+        by_teacher.setdefault(item.rollout.prompt.teacher, []).append(item)
+    groups: list[list[Scored]] = []
+    for items in by_teacher.values():
+        width, room = len(items[0].rollout.sequence), 0
+        for item in items:
+            if room < width:
+                width = len(item.rollout.sequence)
+                room = max(tokens, width)
+                groups.append([])
             groups[-1].append(item)
-        else:
-            groups.append([item])
+            room -= width
     return groups
 
 

@@ -50,8 +50,11 @@ class Teacher(Protocol):
         """What the teacher is; cheap, and asked before anything expensive."""
         ...
 
-    def head(self) -> FloatArray:
-        """The output head [V, D] that turns ``Scored.hidden`` into logits."""
+    def head(self, name: str | None = None) -> FloatArray:
+        """The output head [V, D] that turns ``Scored.hidden`` into logits.
+
+        ``name`` says whose, where prompts name one of several.
+        """
         ...
 
 

@@ -45,19 +45,41 @@ class Importance(StrEnum):
     mask = "mask"
 
 
+class Normalisation(StrEnum):
+    """What the sum of a step's token losses is divided by.
+
+    token: all kept tokens; sequence: each completion by its own kept tokens, then by completions;
+    constant: completions times the longest allowed (Dr. GRPO, arXiv 2503.20783).
+    """
+
+    token = "token"
+    sequence = "sequence"
+    constant = "constant"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One question, tokenised. No loss reads ``answer``."""
+    """One question, tokenised. No loss reads ``answer``.
+
+    ``teacher`` names who scores it, where there are several. ``teacher_ids`` is the prompt as the
+    teacher sees it (another template, a reference solution), by default ``token_ids``.
+    ``completion_ids`` is what the data set answers, end token included.
+    """
 
     uid: str
     token_ids: IntArray
     answer: str | None = None
     text: str = ""
+    teacher: str | None = None
+    teacher_ids: IntArray | None = None
+    completion_ids: IntArray | None = None
 
     def __post_init__(self) -> None:
         assert self.token_ids.dtype == np.int32
         assert self.token_ids.ndim == 1
         assert len(self.token_ids) > 0, f"prompt {self.uid} is empty"
+        for ids in (self.teacher_ids, self.completion_ids):
+            assert ids is None or (ids.dtype == np.int32 and ids.ndim == 1 and len(ids) > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +101,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """What the student wrote.
+    """What the student wrote, or what a data set holds in its place.
 
     ``token_ids`` [T] holds the completion, end token included; ``logps`` [T] are the engine's own
-    log-probs of it; ``version`` counts the optimizer steps taken by the weights that wrote it;
+    log-probs of it, NaN when it was read from a data set; ``version`` counts the optimizer steps taken
+    by the weights that wrote it;
     ``support_ids`` [T, K] are the engine's likeliest ids when ``Sampling.support_k`` asked for them.
     """
 
@@ -106,6 +129,17 @@ class Rollout:
     def sequence(self) -> IntArray:
         """Prompt and completion, [P + T] int32."""
         return np.concatenate([self.prompt.token_ids, self.token_ids])
+
+    @property
+    def teacher_prompt(self) -> IntArray:
+        """The prompt as the teacher sees it, [P'] int32."""
+        seen = self.prompt.teacher_ids
+        return self.prompt.token_ids if seen is None else seen
+
+    @property
+    def teacher_sequence(self) -> IntArray:
+        """The teacher's prompt and the completion, [P' + T] int32."""
+        return np.concatenate([self.teacher_prompt, self.token_ids])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +166,8 @@ class Scored:
     ``logps`` [T]: the teacher's log-probs of the sampled tokens. Of the rest, what was wanted:
     ``support``; ``full_logps`` [T, V]; or ``hidden`` [T, D], the teacher's final hidden states, from
     which its head (``Teacher.head``) gives the full distribution without moving it.
+    ``reward`` is what a verifier gave the whole completion; ``advantage`` is the reward against the
+    other completions of the same prompt.
     """
 
     rollout: Rollout
@@ -139,6 +175,8 @@ class Scored:
     support: SupportLogps | None = None
     full_logps: FloatArray | None = None
     hidden: FloatArray | None = None
+    reward: float | None = None
+    advantage: float | None = None
 
     def __post_init__(self) -> None:
         length = len(self.rollout.token_ids)

@@ -52,7 +52,7 @@ class Everybody:
     def info(self) -> TeacherInfo:
         raise AssertionError("the loop does not ask")
 
-    def head(self) -> Any:
+    def head(self, name: str | None = None) -> Any:
         raise AssertionError("the loop does not ask")
 
     def step(self, scored: Sequence[Scored]) -> StepReport:

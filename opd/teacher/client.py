@@ -81,7 +81,7 @@ class ServerTeacher:
         """See ``Teacher``; asked once, when this client was made."""
         return self._info
 
-    def head(self) -> FloatArray:
+    def head(self, name: str | None = None) -> FloatArray:
         """Rows [vocab_size, D] of the ids that both sides have, the model's logit scale included.
 
         Fetched once, in pieces.

@@ -47,7 +47,7 @@ class LocalTeacher:
         """See ``Teacher``."""
         return self.backend.info
 
-    def head(self) -> FloatArray:
+    def head(self, name: str | None = None) -> FloatArray:
         """Rows [vocab_size, D] of the ids both sides have, the logit scale included."""
         spec = replace(self.backend.spec, vocab_size=self.vocab_size)
         return folded_head(self.backend.head_VD, spec).numpy()

@@ -53,6 +53,7 @@ def chunked_loss(
     total = torch.zeros((), device=hidden_ND.device)
     sums: dict[str, torch.Tensor] = {}
     maxima: dict[str, torch.Tensor] = {}
+    counts: dict[str, torch.Tensor] = {}
     grad_hidden = torch.zeros_like(hidden_ND, dtype=torch.float32) if needs_hidden else None
     grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
@@ -70,13 +71,14 @@ def chunked_loss(
                 del logp_CV, part
                 _add_products(grad_CV, hidden_ND, weight_VD, rows, grad_hidden, grad_weight)
             total += out.total
-            for name, value in out.sums.items():
-                sums[name] = sums[name] + value if name in sums else value
+            for added, values in ((sums, out.sums), (counts, out.counts)):
+                for name, value in values.items():
+                    added[name] = added[name] + value if name in added else value
             for name, value in out.maxima.items():
                 maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
     if needs:
         total = with_gradients(total, (hidden_ND, grad_hidden), (weight_VD, grad_weight))
-    return LossOutput(total=total, sums=sums, maxima=maxima)
+    return LossOutput(total=total, sums=sums, maxima=maxima, counts=counts)
 
 
 @torch.no_grad()
@@ -144,11 +146,15 @@ def _value_and_gradient(
         leaf_CV = logp_CV.detach().requires_grad_(needs)
         out = loss(leaf_CV, part)
         grad_CV = torch.autograd.grad(out.total, leaf_CV)[0] if needs else None
-    sums, maxima = mismatch_metrics(_at_target(logp_CV, part.target_N), part)
-    sums["student/entropy"] = -logp_CV.exp().mul_(logp_CV).sum()
-    sums |= {name: value.detach() for name, value in out.sums.items()}
-    maxima |= {name: value.detach() for name, value in out.maxima.items()}
-    return LossOutput(total=out.total.detach(), sums=sums, maxima=maxima), grad_CV
+    gaps = mismatch_metrics(_at_target(logp_CV, part.target_N), part)
+    entropy = {"student/entropy": -logp_CV.exp().mul_(logp_CV).sum()}
+    said = LossOutput(
+        total=out.total.detach(),
+        sums=gaps.sums | entropy | {name: value.detach() for name, value in out.sums.items()},
+        maxima=gaps.maxima | {name: value.detach() for name, value in out.maxima.items()},
+        counts=gaps.counts | out.counts,
+    )
+    return said, grad_CV
 
 
 def _add_products(

@@ -159,8 +159,8 @@ class DeepSpeedEngine:
         self._linked = False
 
     def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
-        total, sums, maxima = self._engine(batch.to(self._world.device), loss)
-        return LossOutput(total=total, sums=sums, maxima=maxima)
+        total, sums, maxima, counts = self._engine(batch.to(self._world.device), loss)
+        return LossOutput(total=total, sums=sums, maxima=maxima, counts=counts)
 
     def backward(self, total: torch.Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -325,8 +325,8 @@ class TorchEngine:
             torch.autocast(self._device.type, torch.bfloat16) if self._autocast else nullcontext()
         )
         with compute:
-            total, sums, maxima = self._student(batch.to(self._device), loss)
-        return LossOutput(total=total, sums=sums, maxima=maxima)
+            total, sums, maxima, counts = self._student(batch.to(self._device), loss)
+        return LossOutput(total=total, sums=sums, maxima=maxima, counts=counts)
 
     def backward(self, total: torch.Tensor, *, last: bool) -> None:
         total.backward()

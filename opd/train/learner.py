@@ -1,14 +1,15 @@
 """The student in training: one optimizer step from what the teacher said, and its weights.
 
-Losses are sums over tokens; they are divided here, once, by the token count of all ranks.
+Losses are sums over tokens; they are divided here, once, by a count over all ranks.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from opd.batch import Batch, LossOutput, collate, micro_batches
+from opd.batch import EVERY_TOKEN, Batch, LossOutput, Reckoning, collate, micro_batches
 from opd.config import OptimConfig, Watched
 from opd.interfaces import Loss, Progress
 from opd.tensors import Stored
@@ -31,6 +32,8 @@ class StudentLearner:
         confinement: what of it may learn.
         micro_tokens: padded tokens of one forward and backward pass; results do not depend on it.
         discount: fills ``Batch.future_N`` when above 0.
+        reckoning: which tokens count, and what a step's sum is divided by.
+        teachers: the names that prompts may give; each gets metrics of its own.
         recorder: looks at the weights before and after each optimizer step.
     """
 
@@ -48,6 +51,8 @@ class StudentLearner:
         discount: float,
         world: World,
         progress: Progress,
+        reckoning: Reckoning = EVERY_TOKEN,
+        teachers: Sequence[str] = (),
         recorder: Recorder | None = None,
     ) -> None:
         self._engine = engine
@@ -59,6 +64,8 @@ class StudentLearner:
         self._micro_tokens = micro_tokens
         self._pad_id = pad_id
         self._discount = discount
+        self._reckoning = reckoning
+        self._teachers = teachers
         self._world = world
         self._progress = progress
         self._recorder = recorder or Unrecorded()
@@ -67,35 +74,37 @@ class StudentLearner:
     def step(self, scored: Sequence[Scored]) -> StepReport:
         """One optimizer step on this rank's ``scored``; metrics are per token over all ranks."""
         self._model.train()
-        tokens = self._global_tokens(scored)
-        totals = Totals()
-        batches = self._batches(scored, discount=self._discount)
+        counted = self._counted(scored, self._reckoning)
+        totals = Totals(self._teachers)
+        batches = self._batches(scored, self._reckoning, discount=self._discount)
         with self._progress.track("learn", len(batches)) as advance:
             for number, batch in enumerate(batches, start=1):
                 out = self._engine.forward(batch, self._loss)
-                self._engine.backward(out.total / tokens, last=number == len(batches))
-                totals.add(out)
+                self._engine.backward(
+                    out.total / counted["denominator"], last=number == len(batches)
+                )
+                totals.add(out, batch)
                 advance(1)
         lr = lr_at(self.version, self._steps, self._optim)
         self._recorder.before_step(self.version)
         norm = self._engine.step(lr)
         self._confinement.settle(self._engine)
         self.version += 1
-        metrics = totals.per_token(tokens, self._world)
-        metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": tokens}
+        metrics = totals.per_token(self._world, **counted)
+        metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": counted["tokens"]}
         metrics |= self._confinement.metrics()
         metrics |= self._recorder.after_step(self.version, lr=lr, norm=norm)
         return StepReport(version=self.version, metrics=metrics)
 
     def measure(self, scored: Sequence[Scored], loss: Loss) -> dict[str, float]:
         """The loss's metrics per token over all ranks; nothing moves."""
-        tokens = self._global_tokens(scored)
+        counted = self._counted(scored, EVERY_TOKEN)
         totals = Totals()
         self._model.eval()
         with torch.no_grad():
-            for batch in self._batches(scored):
-                totals.add(self._engine.forward(batch, loss))
-        return totals.per_token(tokens, self._world)
+            for batch in self._batches(scored, EVERY_TOKEN):
+                totals.add(self._engine.forward(batch, loss), batch)
+        return totals.per_token(self._world, **counted)
 
     def logps(self, rollouts: Sequence[Rollout]) -> list[FloatArray]:
         """The learner's log-probs [T] of each rollout's tokens."""
@@ -104,7 +113,8 @@ class StudentLearner:
         found: list[FloatArray | None] = [None] * len(scored)
         self._model.eval()
         with torch.no_grad():
-            for group, batch in zip(self._groups(scored), self._batches(scored), strict=False):
+            batches = self._batches(scored, EVERY_TOKEN)
+            for group, batch in zip(self._groups(scored), batches, strict=False):
                 logp_N = self._engine.forward(batch, None).total.float().cpu().numpy()
                 ends = np.cumsum([len(s.rollout.token_ids) for s in group])[:-1]
                 for item, part in zip(group, np.split(logp_N, ends), strict=True):
@@ -146,40 +156,64 @@ class StudentLearner:
         self.version = state["version"]
         torch.set_rng_state(state["torch_rng"])
 
-    def _global_tokens(self, scored: Sequence[Scored]) -> float:
-        own = sum(len(s.rollout.token_ids) for s in scored)
-        return self._world.sum({"tokens": float(own)})["tokens"]
+    def _counted(self, scored: Sequence[Scored], reckoning: Reckoning) -> dict[str, float]:
+        """The tokens of all ranks that are learned from, and what the loss is divided by."""
+        own = float(sum(map(reckoning.kept, scored)))
+        return self._world.sum({"tokens": own, "denominator": reckoning.denominator(scored)})
 
     def _groups(self, scored: Sequence[Scored]) -> list[list[Scored]]:
         return micro_batches(scored, tokens=self._micro_tokens)
 
-    def _batches(self, scored: Sequence[Scored], *, discount: float = 0.0) -> list[Batch]:
+    def _batches(
+        self, scored: Sequence[Scored], reckoning: Reckoning, *, discount: float = 0.0
+    ) -> list[Batch]:
         """As many micro-batches as the busiest rank has: collectives must match, so ghosts fill up."""
-        batches = [self._collated(group, discount) for group in self._groups(scored)]
+        batches = [self._collated(group, reckoning, discount) for group in self._groups(scored)]
         most = int(self._world.max({"batches": float(len(batches))})["batches"])
-        ghost = self._collated(list(scored[:1]), discount).rows(0, 0)
+        ghost = self._collated(list(scored[:1]), reckoning, discount).rows(0, 0)
         return batches + [ghost] * (most - len(batches))
 
-    def _collated(self, scored: Sequence[Scored], discount: float) -> Batch:
-        return collate(scored, pad_id=self._pad_id, discount=discount)
+    def _collated(self, scored: Sequence[Scored], reckoning: Reckoning, discount: float) -> Batch:
+        return collate(scored, pad_id=self._pad_id, discount=discount, reckoning=reckoning)
 
 
 class Totals:
-    """Sums and maxima of losses over micro-batches; ranks are joined at the end."""
+    """Sums and maxima of losses over micro-batches; ranks are joined at the end.
 
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
+    Of each of ``teachers`` the sums are kept apart too, as ``teacher/<name>/<metric>``.
+    """
+
+    def __init__(self, teachers: Sequence[str] = ()) -> None:
+        self._teachers = teachers
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._counts: defaultdict[str, float] = defaultdict(float)
         self._maxima: dict[str, float] = {}
 
-    def add(self, out: LossOutput) -> None:
+    def add(self, out: LossOutput, batch: Batch) -> None:
         """One micro-batch more."""
-        sums = {**out.sums, "loss/total": out.total.detach()}
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        sums = {name: float(value) for name, value in out.sums.items()}
+        for name, value in {**sums, "loss/total": float(out.total)}.items():
+            self._sums[name] += value
+        for name, value in out.counts.items():
+            self._counts[name] += float(value)
         for name, value in out.maxima.items():
             self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(value))
+        for teacher in self._teachers:
+            is_theirs = batch.teacher == teacher
+            for name, value in sums.items():
+                if name.startswith(("loss/", "teacher/")):
+                    theirs = f"teacher/{teacher}/{name.rpartition('/')[2]}"
+                    self._sums[theirs] += value if is_theirs else 0.0
+                    self._counts[theirs] += batch.tokens if is_theirs else 0
 
-    def per_token(self, tokens: float, world: World) -> dict[str, float]:
-        """Means over the tokens of all ranks, and maxima."""
-        sums = {name: value / tokens for name, value in world.sum(self._sums).items()}
-        return sums | world.max(self._maxima)
+    def per_token(self, world: World, *, tokens: float, denominator: float) -> dict[str, float]:
+        """Means over the tokens of all ranks, and maxima; what nothing was counted of is left out."""
+        counts = world.sum(self._counts)
+        sums = world.sum(self._sums)
+        total = sums.pop("loss/total")
+        means = {
+            name: value / counts.get(name, tokens)
+            for name, value in sums.items()
+            if counts.get(name, tokens)
+        }
+        return {"loss/total": total / denominator, **means, **world.max(self._maxima)}

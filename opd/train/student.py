@@ -4,6 +4,7 @@ The head is applied inside, so that ZeRO-3's gathers and hooks on weights see it
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ class Student(nn.Module):
         spec: its head; ids beyond ``spec.vocab_size`` get no probability.
         temperature: the engine's, so that log-probs are of the same distribution.
         chunk_bytes: largest float32 [C, V] tensor that exists at once.
-        teacher_head: gives the teacher's head [V, D] once a batch carries ``teacher_hidden_ND``.
+        teacher_head: gives the head [V, D] of ``Batch.teacher`` once a batch carries its
+            ``teacher_hidden_ND``.
+        sequence_gaps: fill ``Batch.sequence_gap_N``, at the price of the head once more.
     """
 
     def __init__(
@@ -33,7 +36,8 @@ class Student(nn.Module):
         spec: HeadSpec,
         temperature: float,
         chunk_bytes: int,
-        teacher_head: Callable[[], torch.Tensor],
+        teacher_head: Callable[[str | None], torch.Tensor],
+        sequence_gaps: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -41,11 +45,12 @@ class Student(nn.Module):
         self.temperature = temperature
         self.chunk = chunk_rows(spec.vocab_size, chunk_bytes)
         self._teacher_head = teacher_head
+        self._sequence_gaps = sequence_gaps
 
     def forward(
         self, batch: Batch, loss: Loss | None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(total, sums, maxima) of ``loss``; without one, the log-probs [N] of the targets alone."""
+    ) -> tuple[torch.Tensor, *tuple[dict[str, torch.Tensor], ...]]:
+        """(total, sums, maxima, counts) of ``loss``; without one, the targets' log-probs [N] as total."""
         causal = causal_lm(self.model)
         hidden_BTD = causal.model(
             input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
@@ -53,17 +58,23 @@ class Student(nn.Module):
         hidden_ND = hidden_BTD.flatten(0, 1)[batch.positions_N]
         weight_VD = causal.get_output_embeddings().weight
         if loss is None:
-            logp_N = chunked_logps(
-                hidden_ND,
-                weight_VD,
-                batch.target_N,
-                self.spec,
-                temperature=self.temperature,
-                chunk=self.chunk,
-            )
-            return logp_N, {}, {}
+            return self._logps(hidden_ND, weight_VD, batch), {}, {}, {}
+        if self._sequence_gaps:
+            batch = with_sequence_gaps(batch, self._logps(hidden_ND, weight_VD, batch))
         out = self._loss(hidden_ND, weight_VD, batch, loss)
-        return out.total, out.sums, out.maxima
+        return out.total, out.sums, out.maxima, out.counts
+
+    def _logps(
+        self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        return chunked_logps(
+            hidden_ND,
+            weight_VD,
+            batch.target_N,
+            self.spec,
+            temperature=self.temperature,
+            chunk=self.chunk,
+        )
 
     def _loss(
         self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, batch: Batch, loss: Loss
@@ -75,11 +86,23 @@ class Student(nn.Module):
             loss,
             self.spec,
             temperature=self.temperature,
-            teacher_head_VD=None if batch.teacher_hidden_ND is None else self._teacher_head(),
+            teacher_head_VD=None
+            if batch.teacher_hidden_ND is None
+            else self._teacher_head(batch.teacher),
             # its scale is in the matrix already, and capped heads send log-probs instead
             teacher_spec=HeadSpec(vocab_size=self.spec.vocab_size),
             chunk=self.chunk,
         )
+
+
+def with_sequence_gaps(batch: Batch, logp_N: torch.Tensor) -> Batch:
+    """Each token told the mean over its completion of learner less engine log-prob."""
+    assert batch.sequence_N is not None, "collate says which completion a token belongs to"
+    rows = batch.input_ids_BT.shape[0]
+    gap_N = logp_N - batch.engine_logp_N
+    sums_B = gap_N.new_zeros(rows).index_add_(0, batch.sequence_N, gap_N)
+    counts_B = gap_N.new_zeros(rows).index_add_(0, batch.sequence_N, torch.ones_like(gap_N))
+    return replace(batch, sequence_gap_N=(sums_B / counts_B)[batch.sequence_N])
 
 
 def causal_lm(model: Any) -> Any:

@@ -106,7 +106,7 @@ def learner_of(case: str, world: World, write: Write | None = None) -> StudentLe
         spec=HeadSpec(vocab_size=VOCAB),
         temperature=1.0,
         chunk_bytes=7 * 4 * VOCAB,
-        teacher_head=lambda: torch.empty(0),
+        teacher_head=lambda name: torch.empty(0),
     )
     moves_nothing = training in (Watched.fisher, Watched.first_gradient)
     optimizer = (

@@ -68,7 +68,7 @@ def learner_of(case: str, world: World) -> tuple[StudentLearner, int]:
         spec=HeadSpec(vocab_size=vocab),
         temperature=1.0,
         chunk_bytes=7 * 4 * vocab,
-        teacher_head=lambda: torch.empty(0),
+        teacher_head=lambda name: torch.empty(0),
     )
     optimizer = build_optimizer(student, optim)
     everything = Unconfined(student)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from opd.batch import Batch, collate, micro_batches
-from opd.types import FinishReason, Prompt, Rollout, Scored, SupportLogps
+from opd.batch import Batch, Reckoning, collate, micro_batches
+from opd.types import FinishReason, Normalisation, Prompt, Rollout, Scored, SupportLogps
 
 
 def scored(
@@ -15,10 +15,11 @@ def scored(
     completion: list[int],
     logps: list[float] | None = None,
     engine: list[float] | None = None,
+    teacher: str | None = None,
     **said: object,
 ) -> Scored:
     rollout = Rollout(
-        prompt=Prompt(uid="p", token_ids=np.array(prompt, np.int32)),
+        prompt=Prompt(uid="p", token_ids=np.array(prompt, np.int32), teacher=teacher),
         token_ids=np.array(completion, np.int32),
         logps=np.array(engine or [-1.0] * len(completion), np.float32),
         finish_reason=FinishReason.stop,
@@ -83,6 +84,9 @@ def test_absent_teacher_fields_stay_absent() -> None:
     batch = collate([scored([1], [2, 3])], pad_id=0)
     absent = {f.name for f in fields(Batch) if getattr(batch, f.name) is None}
     assert absent == {
+        "teacher",
+        "advantage_N",
+        "sequence_gap_N",
         "teacher_logp_N",
         "support_ids_NK",
         "support_logp_NK",
@@ -126,3 +130,41 @@ def test_micro_batches_hold_everything_once_and_no_more_tokens_than_allowed() ->
     assert [len(s.rollout.sequence) for g in groups for s in g] == sorted(lengths, reverse=True)
     assert any(len(g) > 1 for g in groups)
     assert micro_batches([], tokens=20) == []
+
+
+def test_a_batch_keeps_the_first_share_of_each_completion() -> None:
+    half = Reckoning(first_share=0.5)
+    batch = collate([scored([1, 2], [11, 12, 13]), scored([3], [14])], pad_id=0, reckoning=half)
+    assert batch.target_N.tolist() == [11, 12, 14]
+    assert batch.positions_N.tolist() == [1, 2, 5]
+    assert batch.sequence_N is not None
+    assert batch.sequence_N.tolist() == [0, 0, 1]
+    assert half.denominator([scored([1, 2], [11, 12, 13]), scored([3], [14])]) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("normalise", "weights", "denominator"),
+    [
+        (Normalisation.token, [1.0, 1.0, 1.0, 1.0], 4.0),
+        (Normalisation.sequence, [1 / 3, 1 / 3, 1 / 3, 1.0], 2.0),
+        (Normalisation.constant, [1.0, 1.0, 1.0, 1.0], 20.0),
+    ],
+)
+def test_normalisations_weigh_tokens_and_divide_once(
+    normalise: Normalisation, weights: list[float], denominator: float
+) -> None:
+    reckoning = Reckoning(normalise=normalise, max_tokens=10)
+    said = [scored([1, 2], [11, 12, 13]), scored([3], [14])]
+    batch = collate(said, pad_id=0, reckoning=reckoning)
+    assert batch.weight_N is not None
+    torch.testing.assert_close(batch.weight_N, torch.tensor(weights))
+    assert reckoning.denominator(said) == denominator
+
+
+def test_groups_have_one_teacher_and_fit() -> None:
+    said = [scored([1] * n, [2], teacher=t) for n, t in [(3, "a"), (5, "b"), (2, "a"), (5, "a")]]
+    groups = micro_batches(said, tokens=9)
+    tags = [[s.rollout.prompt.teacher for s in g] for g in groups]
+    assert sorted(tags) == [["a"], ["a", "a"], ["b"]]
+    for group in groups:
+        assert len(group) * max(len(s.rollout.sequence) for s in group) <= 9

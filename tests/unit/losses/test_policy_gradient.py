@@ -110,10 +110,11 @@ def test_mismatch_counts_gap_and_ratio_between_learner_and_engine() -> None:
         target_N=torch.zeros(2, dtype=torch.int64),
         engine_logp_N=torch.tensor([-1.0, -2.0]),
     )
-    sums, maxima = mismatch_metrics(torch.tensor([-1.5, -1.0]), batch)
+    out = mismatch_metrics(torch.tensor([-1.5, -1.0]), batch)
+    sums, maxima = out.sums, out.maxima
     assert float(sums["engine/logp_gap"]) == pytest.approx(1.5)
     assert float(sums["engine/ratio"]) == pytest.approx(math.exp(-0.5) + math.exp(1.0))
     assert float(maxima["engine/logp_gap_max"]) == pytest.approx(1.0)
     assert float(maxima["engine/ratio_max"]) == pytest.approx(math.exp(1.0))
-    _, empty = mismatch_metrics(torch.zeros(0), batch.rows(0, 0))
+    empty = mismatch_metrics(torch.zeros(0), batch.rows(0, 0)).maxima
     assert empty == {"engine/logp_gap_max": 0.0, "engine/ratio_max": 0.0}
