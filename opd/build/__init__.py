@@ -1,0 +1,59 @@
+"""Config -> objects: the only place that chooses a class."""
+
+from opd.build.hosts import build_host
+from opd.build.learners import RUN_MASK, build_learner, read_run_mask
+from opd.build.losses import build_loss, sampling_of, wanted_of
+from opd.build.numbers import compute_dtype, torch_dtype
+from opd.build.teachers import TEACHER_URL, build_teacher, teacher_info, teacher_options
+from opd.build.text import Prompts, Text, build_prompts, build_stream, build_text
+from opd.build.watchers import (
+    DEFAULT_GAP,
+    VERIFY_PROMPTS,
+    build_console,
+    build_evaluator,
+    build_sync_check,
+    build_trackers,
+    build_weight_file,
+)
+from opd.build.writers import (
+    ROLLOUT_URLS,
+    build_engine,
+    engine_dtype,
+    in_process,
+    require_rollout_servers,
+    rollout_options,
+)
+
+__all__ = [
+    "DEFAULT_GAP",
+    "ROLLOUT_URLS",
+    "RUN_MASK",
+    "TEACHER_URL",
+    "VERIFY_PROMPTS",
+    "Prompts",
+    "Text",
+    "build_console",
+    "build_engine",
+    "build_evaluator",
+    "build_host",
+    "build_learner",
+    "build_loss",
+    "build_prompts",
+    "build_stream",
+    "build_sync_check",
+    "build_teacher",
+    "build_text",
+    "build_trackers",
+    "build_weight_file",
+    "compute_dtype",
+    "engine_dtype",
+    "in_process",
+    "read_run_mask",
+    "require_rollout_servers",
+    "rollout_options",
+    "sampling_of",
+    "teacher_info",
+    "teacher_options",
+    "torch_dtype",
+    "wanted_of",
+]
