@@ -192,7 +192,10 @@ class Wanted:
     ``top_k`` > 0: the teacher's k likeliest ids; ``rollout_support``: the log-probs of each rollout's
     ``support_ids``; both together: their union. ``full``: the whole distribution, as ``full_logps`` or
     as ``hidden``, whichever is the smaller per token. ``temperature`` divides the teacher's logits.
+    Without ``sampled`` nothing at all is asked.
     """
+
+    sampled: bool = True
 
     top_k: int = 0
     rollout_support: bool = False

@@ -4,6 +4,7 @@ from opd.build.hosts import build_host
 from opd.build.learners import RUN_MASK, build_learner, read_run_mask
 from opd.build.losses import build_loss, sampling_of, wanted_of
 from opd.build.numbers import compute_dtype, torch_dtype
+from opd.build.scorers import Live, Scorers, build_reward, build_scorers
 from opd.build.teachers import TEACHER_URL, build_teacher, teacher_info, teacher_options
 from opd.build.text import Prompts, Text, build_prompts, build_stream, build_text
 from opd.build.watchers import (
@@ -18,6 +19,8 @@ from opd.build.watchers import (
 from opd.build.writers import (
     ROLLOUT_URLS,
     build_engine,
+    build_hand_over,
+    build_writer,
     engine_dtype,
     in_process,
     require_rollout_servers,
@@ -30,21 +33,27 @@ __all__ = [
     "RUN_MASK",
     "TEACHER_URL",
     "VERIFY_PROMPTS",
+    "Live",
     "Prompts",
+    "Scorers",
     "Text",
     "build_console",
     "build_engine",
     "build_evaluator",
+    "build_hand_over",
     "build_host",
     "build_learner",
     "build_loss",
     "build_prompts",
+    "build_reward",
+    "build_scorers",
     "build_stream",
     "build_sync_check",
     "build_teacher",
     "build_text",
     "build_trackers",
     "build_weight_file",
+    "build_writer",
     "compute_dtype",
     "engine_dtype",
     "in_process",

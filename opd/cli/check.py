@@ -17,12 +17,15 @@ from opd.config import (
     FileMaskConfig,
     LocalTeacherConfig,
     LoraConfig,
+    MeasuredRewardConfig,
     RolloutConfig,
+    SelfTeacherConfig,
     ServerRolloutConfig,
     ServerTeacherConfig,
     TrainingEngine,
     VllmRolloutConfig,
     active_mask,
+    has_teacher,
     problems,
 )
 
@@ -65,7 +68,10 @@ def check(composed: Composed, folder: Path) -> Checked:
             f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
             f"launch.processes={config.launch.processes}: give every process one, or 0"
         )
-    _teacher_fits(config, text, prompts)
+    if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
+        _teacher_fits(config, text, prompts)
+    if isinstance(config.reward, MeasuredRewardConfig):
+        build.build_reward(config)
     require_mask_fits(composed, folder)
     build.require_rollout_servers(config, text, prompts.max_length)
     return Checked(start=start, text=text, prompts=prompts)
@@ -143,9 +149,9 @@ def _teacher_fits(config: Config, text: build.Text, prompts: build.Prompts) -> N
 
     student = vocabulary_of(text.tokenizer, text.vocab_size)
     info = build.teacher_info(config.teacher, student)
-    if prompts.max_length > info.max_length:
+    if prompts.teacher_max_length > info.max_length:
         raise ValueError(
-            f"prompt plus completion can reach {prompts.max_length} tokens, the teacher "
+            f"prompt plus completion can reach {prompts.teacher_max_length} tokens, the teacher "
             f"{info.model} takes at most {info.max_length}: lower rollout.max_tokens or drop long "
             "prompts"
         )
@@ -160,7 +166,9 @@ def plan_table(composed: Composed, checked: Checked, folder: Path) -> Table:
     rows = {
         "student": config.student.model,
         "teacher": _teacher_words(config),
-        "loss": composed.choices["loss"],
+        "method": f"{config.method}: loss {composed.choices['loss']}, "
+        f"reward {composed.choices['reward']}",
+        "writes": _writer_words(config),
         "optimizer": f"{composed.choices['optim']}, lr {config.optim.lr:g}, ZeRO {config.zero}, "
         f"{config.train.precision.value}, adapter {composed.choices['adapter']}",
         "learns": _mask_words(config),
@@ -198,6 +206,16 @@ def _teacher_words(config: Config) -> str:
             return f"the server at {url}"
         case ServerTeacherConfig(model=model, backend=backend):
             return f"{model}, served by {backend}, started with the run"
-        case LocalTeacherConfig(model=model):
+        case SelfTeacherConfig(weights=weights):
+            return f"the student itself, {weights}"
+        case LocalTeacherConfig(model=model) if model:
             return f"{model}, inside each training process"
     return "none"
+
+
+def _writer_words(config: Config) -> str:
+    share = config.rollout.on_policy
+    if share == 1:
+        return "the student"
+    read = f"{config.data.train}, column {config.data.completion_field}"
+    return read if share == 0 else f"the student {share:.0%}, {read} the rest"

@@ -80,7 +80,10 @@ def run_processes(
 @contextmanager
 def started_teacher(config: Config, logs: Path) -> "Iterator[RunningService | None]":
     """The teacher server of a run; None where it is not to be started."""
-    if not isinstance(config.teacher, ServerTeacherConfig) or config.teacher.url is not None:
+    if (
+        not (isinstance(config.teacher, ServerTeacherConfig) and config.teacher.model)
+        or config.teacher.url
+    ):
         yield None
         return
     from opd.teacher.launch import running_teacher

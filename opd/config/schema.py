@@ -1,6 +1,7 @@
 """The whole configuration of one run, and the choices of each group."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
@@ -22,19 +23,32 @@ from opd.config.models import (
     AdapterConfig,
     LocalTeacherConfig,
     LoraConfig,
+    NoTeacherConfig,
+    SelfTeacherConfig,
     ServerTeacherConfig,
     StudentConfig,
     TeacherConfig,
 )
+from opd.config.rewards import FunctionRewardConfig, GraderRewardConfig, RewardConfig
 from opd.config.training import AdamWConfig, LaunchConfig, OptimConfig, SGDConfig, TrainingConfig
 from opd.config.writing import (
     DataConfig,
+    DatasetRolloutConfig,
     RolloutConfig,
     ServerRolloutConfig,
     TransformersRolloutConfig,
     VllmRolloutConfig,
 )
 from opd.types import DivergenceKind
+
+
+class Method(StrEnum):
+    opd = "opd"
+    opd_pg = "opd_pg"
+    self_distill = "self_distill"
+    offline = "offline"
+    sft = "sft"
+    grpo = "grpo"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,11 +58,14 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = knob(0, least=0)
     """Fixes the prompt order and every sample drawn."""
+    method: Method = Method.opd
+    """Name of a choice of writer, scorer and loss; each of these can still be set by itself."""
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = MISSING
     rollout: RolloutConfig = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = MISSING
+    reward: RewardConfig = MISSING
     optim: OptimConfig = MISSING
     train: TrainingConfig = field(default_factory=TrainingConfig)
     zero: int = knob(1, least=0, most=3)
@@ -66,11 +83,17 @@ class Config:
 
 
 GROUPS: dict[str, dict[str, Any]] = {
-    "teacher": {"server": ServerTeacherConfig, "local": LocalTeacherConfig},
+    "teacher": {
+        "server": ServerTeacherConfig,
+        "local": LocalTeacherConfig,
+        "self": SelfTeacherConfig,
+        "none": NoTeacherConfig,
+    },
     "rollout": {
         "vllm": VllmRolloutConfig,
         "server": ServerRolloutConfig,
         "transformers": TransformersRolloutConfig,
+        "dataset": DatasetRolloutConfig,
     },
     "loss": {
         **{kind.value: DivergenceLossConfig(kind=kind) for kind in DivergenceKind},
@@ -81,6 +104,11 @@ GROUPS: dict[str, dict[str, Any]] = {
             kind=DivergenceKind.reverse_kl, support=Support.teacher_top_k
         ),
         "policy_gradient": PolicyGradientLossConfig,
+    },
+    "reward": {
+        "none": RewardConfig,
+        "grader": GraderRewardConfig,
+        "function": FunctionRewardConfig,
     },
     "optim": {"adamw": AdamWConfig, "sgd": SGDConfig},
     "adapter": {"none": AdapterConfig, "lora": LoraConfig},
