@@ -14,7 +14,14 @@ from opd.config.keeping import (
     WeightRecordConfig,
 )
 from opd.config.knobs import broken_bounds, knob
-from opd.config.losses import DivergenceLossConfig, LossConfig, PolicyGradientLossConfig, Support
+from opd.config.losses import (
+    DivergenceLossConfig,
+    GrpoLossConfig,
+    LossConfig,
+    NllLossConfig,
+    PolicyGradientLossConfig,
+    Support,
+)
 from opd.config.masks import (
     DiscoverMaskConfig,
     FileMaskConfig,
@@ -44,8 +51,11 @@ from opd.config.rules import (
     a_recorded_run_has_masters,
     a_teacher_is_named,
     a_watched_run_has_dense_states,
+    a_weighting_has_what_it_weighs_by,
     active_mask,
+    advantages_need_a_group,
     betas_are_two,
+    engines_are_corrected_for_once,
     every_process_gets_a_prompt,
     momentum_is_needed_for_nesterov,
     problems,
@@ -87,6 +97,7 @@ __all__ = [
     "EvalConfig",
     "FileMaskConfig",
     "GraderKind",
+    "GrpoLossConfig",
     "LaunchConfig",
     "LearningRateSchedule",
     "LocalTeacherConfig",
@@ -97,6 +108,7 @@ __all__ = [
     "MaskRule",
     "MaskStructure",
     "MaskTraining",
+    "NllLossConfig",
     "OptimConfig",
     "Others",
     "PolicyGradientLossConfig",
@@ -130,9 +142,12 @@ __all__ = [
     "a_recorded_run_has_masters",
     "a_teacher_is_named",
     "a_watched_run_has_dense_states",
+    "a_weighting_has_what_it_weighs_by",
     "active_mask",
+    "advantages_need_a_group",
     "betas_are_two",
     "broken_bounds",
+    "engines_are_corrected_for_once",
     "every_process_gets_a_prompt",
     "knob",
     "momentum_is_needed_for_nesterov",

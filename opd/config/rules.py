@@ -2,10 +2,12 @@
 
 from opd.config.keeping import WeightRecordConfig
 from opd.config.knobs import broken_bounds
+from opd.config.losses import GrpoLossConfig, NllLossConfig, PolicyGradientLossConfig
 from opd.config.masks import DiscoverMaskConfig, FileMaskConfig
 from opd.config.models import LocalTeacherConfig, LoraConfig, ServerTeacherConfig
 from opd.config.schema import Config
 from opd.config.training import AdamWConfig, Precision, SGDConfig, TrainingEngine, Watched
+from opd.types import Correction, Surrogate, Weighting
 
 
 def problems(config: Config) -> list[str]:
@@ -146,7 +148,53 @@ def a_recorded_run_has_masters(config: Config) -> str | None:
     return None
 
 
+def a_weighting_has_what_it_weighs_by(config: Config) -> str | None:
+    """A loss that never sees the teacher cannot weigh by the teacher."""
+    found = config.loss.weighting
+    match config.loss:
+        case NllLossConfig() | GrpoLossConfig(kl=0.0):
+            refused, sees = (Weighting.teacher_entropy, Weighting.gap), "asks no teacher"
+        case PolicyGradientLossConfig() | GrpoLossConfig():
+            refused, sees = (Weighting.teacher_entropy,), "asks the teacher for sampled tokens only"
+        case _:
+            return None
+    if found in refused:
+        return (
+            f"loss.weighting={found} does not go with a loss that {sees}: use a divergence, or "
+            f"loss.weighting={' or '.join(w for w in Weighting if w not in refused)}"
+        )
+    return None
+
+
+def engines_are_corrected_for_once(config: Config) -> str | None:
+    """PPO's ratio is an importance weight already."""
+    corrected = config.loss.correction != Correction.none
+    match config.loss:
+        case (
+            PolicyGradientLossConfig(surrogate=Surrogate.clip)
+            | GrpoLossConfig(surrogate=Surrogate.clip)
+        ) if corrected:
+            return (
+                f"loss.correction={config.loss.correction} corrects a second time for the engine that "
+                "loss.surrogate=clip divides by: use loss.surrogate=plain with a correction"
+            )
+    return None
+
+
+def advantages_need_a_group(config: Config) -> str | None:
+    """A completion is better or worse than others of its prompt."""
+    if config.loss.reward_weight and config.rollout.n < 2:
+        return (
+            f"loss.reward_weight={config.loss.reward_weight} compares the completions of a prompt, found "
+            f"rollout.n={config.rollout.n}: use 2 or more"
+        )
+    return None
+
+
 RULES = (
+    a_weighting_has_what_it_weighs_by,
+    advantages_need_a_group,
+    engines_are_corrected_for_once,
     a_recorded_run_has_masters,
     a_mask_file_is_named,
     a_mask_is_of_the_weights_themselves,
