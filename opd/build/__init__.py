@@ -2,7 +2,7 @@
 
 from opd.build.hosts import build_host
 from opd.build.learners import RUN_MASK, build_learner, read_run_mask
-from opd.build.losses import build_loss, sampling_of, wanted_of
+from opd.build.losses import build_loss, reckoning_of, sampling_of, wanted_of, wants_sequence_gaps
 from opd.build.numbers import compute_dtype, torch_dtype
 from opd.build.scorers import Live, Scorers, build_reward, build_scorers
 from opd.build.teachers import TEACHER_URL, build_teacher, teacher_info, teacher_options
@@ -58,6 +58,7 @@ __all__ = [
     "engine_dtype",
     "in_process",
     "read_run_mask",
+    "reckoning_of",
     "require_rollout_servers",
     "rollout_options",
     "sampling_of",
@@ -65,4 +66,5 @@ __all__ = [
     "teacher_options",
     "torch_dtype",
     "wanted_of",
+    "wants_sequence_gaps",
 ]

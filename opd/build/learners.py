@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opd.build.losses import build_loss
+from opd.build.losses import build_loss, reckoning_of, wants_sequence_gaps
 from opd.build.scorers import Scorers
 from opd.build.text import Text
 from opd.config import (
@@ -97,6 +97,7 @@ def build_learner(
         temperature=config.rollout.temperature,
         chunk_bytes=config.train.chunk_mib << 20,
         teacher_head=teacher_head if scorers.moving else cache(teacher_head),
+        sequence_gaps=wants_sequence_gaps(config.loss),
     ).to(world.device)
     optimizer = (
         SquaredGradients(student.parameters())
@@ -117,6 +118,7 @@ def build_learner(
         discount=discount,
         world=world,
         progress=progress,
+        reckoning=reckoning_of(config),
         recorder=_recorder(config, causal_lm(model), engine, world, write),
     )
     return learner, model

@@ -2,7 +2,13 @@
 
 from opd.config.keeping import WeightRecordConfig
 from opd.config.knobs import broken_bounds
-from opd.config.losses import DivergenceLossConfig, PolicyGradientLossConfig, Support
+from opd.config.losses import (
+    DivergenceLossConfig,
+    GrpoLossConfig,
+    NllLossConfig,
+    PolicyGradientLossConfig,
+    Support,
+)
 from opd.config.masks import DiscoverMaskConfig, FileMaskConfig
 from opd.config.models import (
     LocalTeacherConfig,
@@ -16,6 +22,7 @@ from opd.config.rewards import MeasuredRewardConfig
 from opd.config.schema import Config
 from opd.config.training import AdamWConfig, Precision, SGDConfig, TrainingEngine, Watched
 from opd.config.writing import DatasetRolloutConfig
+from opd.types import Correction, Surrogate, Weighting
 
 
 def problems(config: Config) -> list[str]:
@@ -47,7 +54,10 @@ def a_teacher_is_named(config: Config) -> str | None:
 
 def asks_a_teacher(config: Config) -> bool:
     """Whether the loss cannot do without a teacher's log-probs."""
-    return isinstance(config.loss, DivergenceLossConfig | PolicyGradientLossConfig)
+    match config.loss:
+        case NllLossConfig() | GrpoLossConfig(kl=0.0):
+            return False
+    return True
 
 
 def has_teacher(config: Config) -> bool:
@@ -77,7 +87,7 @@ def what_is_read_can_be_learned_from(config: Config) -> str | None:
     if config.rollout.on_policy == 1:
         return None
     found = f"rollout.on_policy={config.rollout.on_policy:g}"
-    if isinstance(config.loss, PolicyGradientLossConfig):
+    if isinstance(config.loss, PolicyGradientLossConfig | GrpoLossConfig):
         return (
             f"{found} and a policy gradient, which is about tokens that the student drew: use "
             "rollout.on_policy=1, or a divergence"
@@ -85,6 +95,7 @@ def what_is_read_can_be_learned_from(config: Config) -> str | None:
     if isinstance(config.loss, DivergenceLossConfig) and config.loss.support in (
         Support.student_top_k,
         Support.union,
+        Support.intersection,
     ):
         return (
             f"{found} and loss.support={config.loss.support}, whose ids the engine names as it "
@@ -247,12 +258,62 @@ def a_recorded_run_has_masters(config: Config) -> str | None:
     return None
 
 
+def a_weighting_has_what_it_weighs_by(config: Config) -> str | None:
+    """A loss that never sees the teacher cannot weigh by the teacher."""
+    found = config.loss.weighting
+    match config.loss:
+        case NllLossConfig() | GrpoLossConfig(kl=0.0):
+            refused, sees = (Weighting.teacher_entropy, Weighting.gap), "asks no teacher"
+        case PolicyGradientLossConfig() | GrpoLossConfig():
+            refused, sees = (Weighting.teacher_entropy,), "asks the teacher for sampled tokens only"
+        case _:
+            return None
+    if found in refused:
+        return (
+            f"loss.weighting={found} does not go with a loss that {sees}: use a divergence, or "
+            f"loss.weighting={' or '.join(w for w in Weighting if w not in refused)}"
+        )
+    return None
+
+
+def engines_are_corrected_for_once(config: Config) -> str | None:
+    """PPO's ratio is an importance weight already."""
+    corrected = config.loss.correction != Correction.none
+    match config.loss:
+        case (
+            PolicyGradientLossConfig(surrogate=Surrogate.clip)
+            | GrpoLossConfig(surrogate=Surrogate.clip)
+        ) if corrected:
+            return (
+                f"loss.correction={config.loss.correction} corrects a second time for the engine that "
+                "loss.surrogate=clip divides by: use loss.surrogate=plain with a correction"
+            )
+    return None
+
+
+def advantages_need_a_reward(config: Config) -> str | None:
+    """Somebody must say which completion was better."""
+    if isinstance(config.reward, MeasuredRewardConfig):
+        return None
+    if isinstance(config.loss, GrpoLossConfig):
+        return "loss=grpo learns from rewards alone: use reward=grader or reward=function"
+    if config.loss.reward_weight:
+        return (
+            f"loss.reward_weight={config.loss.reward_weight:g} needs a reward: use reward=grader or "
+            "reward=function"
+        )
+    return None
+
+
 RULES = (
     a_data_set_that_writes_has_completions,
     what_is_read_can_be_learned_from,
     a_data_set_answers_no_questions,
     rewards_are_compared_in_groups,
     adapters_switched_off_are_whole,
+    a_weighting_has_what_it_weighs_by,
+    advantages_need_a_reward,
+    engines_are_corrected_for_once,
     a_recorded_run_has_masters,
     a_mask_file_is_named,
     a_mask_is_of_the_weights_themselves,

@@ -17,7 +17,14 @@ from opd.config.keeping import (
     WeightRecordConfig,
 )
 from opd.config.knobs import knob
-from opd.config.losses import DivergenceLossConfig, LossConfig, PolicyGradientLossConfig, Support
+from opd.config.losses import (
+    DivergenceLossConfig,
+    GrpoLossConfig,
+    LossConfig,
+    NllLossConfig,
+    PolicyGradientLossConfig,
+    Support,
+)
 from opd.config.masks import DiscoverMaskConfig, FileMaskConfig, MaskConfig, StudyMaskConfig
 from opd.config.models import (
     AdapterConfig,
@@ -104,6 +111,8 @@ GROUPS: dict[str, dict[str, Any]] = {
             kind=DivergenceKind.reverse_kl, support=Support.teacher_top_k
         ),
         "policy_gradient": PolicyGradientLossConfig,
+        "grpo": GrpoLossConfig,
+        "nll": NllLossConfig,
     },
     "reward": {
         "none": RewardConfig,
