@@ -4,7 +4,8 @@ from opd.build.hosts import build_host
 from opd.build.learners import RUN_MASK, build_learner, read_run_mask
 from opd.build.losses import build_loss, sampling_of, wanted_of
 from opd.build.numbers import compute_dtype, torch_dtype
-from opd.build.teachers import TEACHER_URL, build_teacher, teacher_info, teacher_options
+from opd.build.pools import TEACHER_URLS, pool_models, urls_of
+from opd.build.teachers import TEACHER_URL, build_teacher, teacher_infos, teacher_options
 from opd.build.text import Prompts, Text, build_prompts, build_stream, build_text
 from opd.build.watchers import (
     DEFAULT_GAP,
@@ -29,6 +30,7 @@ __all__ = [
     "ROLLOUT_URLS",
     "RUN_MASK",
     "TEACHER_URL",
+    "TEACHER_URLS",
     "VERIFY_PROMPTS",
     "Prompts",
     "Text",
@@ -48,12 +50,14 @@ __all__ = [
     "compute_dtype",
     "engine_dtype",
     "in_process",
+    "pool_models",
     "read_run_mask",
     "require_rollout_servers",
     "rollout_options",
     "sampling_of",
-    "teacher_info",
+    "teacher_infos",
     "teacher_options",
     "torch_dtype",
+    "urls_of",
     "wanted_of",
 ]

@@ -15,6 +15,7 @@ from opd.config import (
     MaskConfig,
     MaskTraining,
     PolicyGradientLossConfig,
+    PoolTeacherConfig,
     Precision,
     TrainingEngine,
     Watched,
@@ -103,6 +104,9 @@ def build_learner(
         else build_optimizer(student, config.optim)
     )
     discount = config.loss.discount if isinstance(config.loss, PolicyGradientLossConfig) else 0.0
+    teachers = (
+        sorted(config.teacher.members) if isinstance(config.teacher, PoolTeacherConfig) else []
+    )
     engine = _training_engine(config, student, optimizer, confinement, world)
     learner = StudentLearner(
         engine,
@@ -114,6 +118,7 @@ def build_learner(
         micro_tokens=config.train.micro_tokens,
         pad_id=text.pad_id,
         discount=discount,
+        teachers=teachers,
         world=world,
         progress=progress,
         recorder=_recorder(config, causal_lm(model), engine, world, write),

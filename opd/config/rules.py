@@ -3,7 +3,13 @@
 from opd.config.keeping import WeightRecordConfig
 from opd.config.knobs import broken_bounds
 from opd.config.masks import DiscoverMaskConfig, FileMaskConfig
-from opd.config.models import LocalTeacherConfig, LoraConfig, ServerTeacherConfig
+from opd.config.models import (
+    LocalTeacherConfig,
+    LoraConfig,
+    PoolTeacherConfig,
+    ServedTeacherConfig,
+    ServerTeacherConfig,
+)
 from opd.config.schema import Config
 from opd.config.training import AdamWConfig, Precision, SGDConfig, TrainingEngine, Watched
 
@@ -25,6 +31,16 @@ def a_teacher_is_named(config: Config) -> str | None:
             return "teacher=server needs teacher.model (a server is started) or teacher.url (one is used)"
         case LocalTeacherConfig(model=None):
             return "teacher=local needs teacher.model=<folder or hub id>"
+        case PoolTeacherConfig(members=members) if not members:
+            return (
+                "teacher=pool needs at least one member: teacher.members: {NAME: model or url} in the recipe, "
+                "or +teacher.members.NAME=MODEL"
+            )
+        case PoolTeacherConfig(model=str(model)):
+            return (
+                f"teacher=pool reads teacher.members, found teacher.model={model}: make it a member, "
+                "or use teacher=server"
+            )
     return None
 
 
@@ -76,7 +92,7 @@ def betas_are_two(config: Config) -> str | None:
 
 def server_backend_is_known(config: Config) -> str | None:
     """Two engines can serve a teacher."""
-    if isinstance(config.teacher, ServerTeacherConfig) and config.teacher.backend not in (
+    if isinstance(config.teacher, ServedTeacherConfig) and config.teacher.backend not in (
         "vllm",
         "torch",
     ):

@@ -22,6 +22,7 @@ from opd.config.models import (
     AdapterConfig,
     LocalTeacherConfig,
     LoraConfig,
+    PoolTeacherConfig,
     ServerTeacherConfig,
     StudentConfig,
     TeacherConfig,
@@ -66,7 +67,11 @@ class Config:
 
 
 GROUPS: dict[str, dict[str, Any]] = {
-    "teacher": {"server": ServerTeacherConfig, "local": LocalTeacherConfig},
+    "teacher": {
+        "server": ServerTeacherConfig,
+        "local": LocalTeacherConfig,
+        "pool": PoolTeacherConfig,
+    },
     "rollout": {
         "vllm": VllmRolloutConfig,
         "server": ServerRolloutConfig,
