@@ -225,7 +225,6 @@ class Wanted:
     rollout_support: bool = False
     full: bool = False
     temperature: float = 1.0
-    sampled: bool = True
 
     def __post_init__(self) -> None:
         assert self.sampled or not (self.top_k or self.rollout_support or self.full)

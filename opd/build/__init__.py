@@ -4,8 +4,15 @@ from opd.build.hosts import build_host
 from opd.build.learners import RUN_MASK, build_learner, read_run_mask
 from opd.build.losses import build_loss, reckoning_of, sampling_of, wanted_of, wants_sequence_gaps
 from opd.build.numbers import compute_dtype, torch_dtype
+from opd.build.pools import TEACHER_URLS, pool_models, pool_teachers, urls_of
 from opd.build.scorers import Live, Scorers, build_reward, build_scorers
-from opd.build.teachers import TEACHER_URL, build_teacher, teacher_info, teacher_options
+from opd.build.teachers import (
+    TEACHER_URL,
+    build_teacher,
+    server_client,
+    teacher_infos,
+    teacher_options,
+)
 from opd.build.text import Prompts, Text, build_prompts, build_stream, build_text
 from opd.build.watchers import (
     DEFAULT_GAP,
@@ -32,6 +39,7 @@ __all__ = [
     "ROLLOUT_URLS",
     "RUN_MASK",
     "TEACHER_URL",
+    "TEACHER_URLS",
     "VERIFY_PROMPTS",
     "Live",
     "Prompts",
@@ -57,14 +65,18 @@ __all__ = [
     "compute_dtype",
     "engine_dtype",
     "in_process",
+    "pool_models",
+    "pool_teachers",
     "read_run_mask",
     "reckoning_of",
     "require_rollout_servers",
     "rollout_options",
     "sampling_of",
-    "teacher_info",
+    "server_client",
+    "teacher_infos",
     "teacher_options",
     "torch_dtype",
+    "urls_of",
     "wanted_of",
     "wants_sequence_gaps",
 ]

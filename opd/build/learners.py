@@ -16,6 +16,7 @@ from opd.config import (
     MaskConfig,
     MaskTraining,
     PolicyGradientLossConfig,
+    PoolTeacherConfig,
     Precision,
     TrainingEngine,
     Watched,
@@ -105,6 +106,9 @@ def build_learner(
         else build_optimizer(student, config.optim)
     )
     discount = config.loss.discount if isinstance(config.loss, PolicyGradientLossConfig) else 0.0
+    teachers = (
+        sorted(config.teacher.members) if isinstance(config.teacher, PoolTeacherConfig) else []
+    )
     engine = _training_engine(config, student, optimizer, confinement, world)
     learner = StudentLearner(
         engine,
@@ -116,6 +120,7 @@ def build_learner(
         micro_tokens=config.train.micro_tokens,
         pad_id=text.pad_id,
         discount=discount,
+        teachers=teachers,
         world=world,
         progress=progress,
         reckoning=reckoning_of(config),

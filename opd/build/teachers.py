@@ -2,20 +2,21 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from opd.config import (
     LocalTeacherConfig,
+    PoolTeacherConfig,
+    ServedTeacherConfig,
     ServerTeacherConfig,
     TeacherConfig,
 )
-from opd.interfaces import (
-    Progress,
-    Teacher,
-)
+from opd.interfaces import Progress, Teacher
 from opd.types import TeacherInfo, Wanted
 
 if TYPE_CHECKING:
+    from opd.teacher.client import ServerTeacher
     from opd.teacher.options import TeacherServerOptions
     from opd.teacher.vocabulary import Vocabulary
     from opd.world import World
@@ -35,26 +36,38 @@ def build_teacher(
     """One teacher behind as many clients as there are things to ask; ValueError if it does not fit."""
     match config:
         case ServerTeacherConfig():
-            from opd.teacher.client import ServerTeacher
-            from opd.teacher.options import TOKEN_VARIABLE
-
             url = config.url or os.environ.get(TEACHER_URL)
             assert url is not None, "the launcher starts a teacher where no url is given"
-            return [
-                ServerTeacher(
-                    url,
-                    wanted=want,
-                    student=student,
-                    token=os.environ.get(TOKEN_VARIABLE),
-                    timeout=config.timeout,
-                    retries=config.retries,
-                    progress=progress,
-                )
-                for want in wanted
-            ]
+            return [server_client(config, url, student, want, progress) for want in wanted]
+        case PoolTeacherConfig():
+            from opd.build.pools import pool_teachers
+
+            return pool_teachers(config, student, wanted, progress)
         case LocalTeacherConfig():
             return _local_teachers(config, student, wanted, world, progress)
     raise AssertionError(f"no teacher for {type(config).__name__}")
+
+
+def server_client(
+    config: ServedTeacherConfig,
+    url: str,
+    student: "Vocabulary",
+    wanted: Wanted,
+    progress: Progress | None = None,
+) -> "ServerTeacher":
+    """A client of one server, with the run's token and patience."""
+    from opd.teacher.client import ServerTeacher
+    from opd.teacher.options import TOKEN_VARIABLE
+
+    return ServerTeacher(
+        url,
+        wanted=wanted,
+        student=student,
+        token=os.environ.get(TOKEN_VARIABLE),
+        timeout=config.timeout,
+        retries=config.retries,
+        progress=progress,
+    )
 
 
 def _local_teachers(
@@ -87,13 +100,12 @@ def _local_teachers(
     ]
 
 
-def teacher_options(config: ServerTeacherConfig) -> "TeacherServerOptions":
-    """How to start the server that a run brings along."""
+def teacher_options(config: ServedTeacherConfig, model: str) -> "TeacherServerOptions":
+    """How to start a server of ``model`` that a run brings along."""
     from opd.teacher.options import BackendName, TeacherServerOptions
 
-    assert config.model is not None
     return TeacherServerOptions(
-        model=config.model,
+        model=model,
         backend=BackendName(config.backend),
         dtype=config.dtype,
         max_length=config.max_length,
@@ -102,34 +114,60 @@ def teacher_options(config: ServerTeacherConfig) -> "TeacherServerOptions":
     )
 
 
-def teacher_info(config: TeacherConfig, student: "Vocabulary") -> TeacherInfo:
-    """What the teacher is, before it is loaded.
+def teacher_infos(config: TeacherConfig, student: "Vocabulary") -> list[TeacherInfo]:
+    """What each teacher is, before it is loaded; they stand in the order of ``teacher.members``.
 
-    Raises ValueError when it cannot be reached or read, or when its vocabulary does not fit.
+    Raises ValueError when one cannot be reached or read, or when its vocabulary does not fit.
     """
+    match config:
+        case PoolTeacherConfig(members=members):
+            return [
+                info
+                for name, member in members.items()
+                for info in _member_infos(config, f"teacher.members.{name}", member, student)
+            ]
+        case ServerTeacherConfig(url=str(url)):
+            return [_served_info(config, "teacher.url", url, student)]
+    assert config.model is not None
+    return [_read_info(config, "teacher.model", config.model, student)]
+
+
+def _member_infos(
+    config: PoolTeacherConfig, setting: str, member: str, student: "Vocabulary"
+) -> list[TeacherInfo]:
+    from opd.build.pools import urls_of
+
+    urls = urls_of(member)
+    if urls:
+        return [_served_info(config, setting, url, student) for url in urls]
+    return [_read_info(config, setting, member, student)]
+
+
+def _served_info(
+    config: ServedTeacherConfig, setting: str, url: str, student: "Vocabulary"
+) -> TeacherInfo:
+    brief = replace(config, timeout=10, retries=1)
+    try:
+        return server_client(brief, url, student, Wanted()).info()
+    except ConnectionError as error:
+        raise ValueError(
+            f"{setting}={url} cannot be reached ({error}): start one with "
+            "`opd teacher --model MODEL`, or give a model"
+        ) from None
+
+
+def _read_info(
+    config: TeacherConfig, setting: str, model: str, student: "Vocabulary"
+) -> TeacherInfo:
     from opd.teacher.checkpoint import longest, read_info
-    from opd.teacher.client import ServerTeacher
-    from opd.teacher.options import TOKEN_VARIABLE
     from opd.teacher.vocabulary import require_fit
 
-    if isinstance(config, ServerTeacherConfig) and config.url is not None:
-        token = os.environ.get(TOKEN_VARIABLE)
-        try:
-            return ServerTeacher(
-                config.url, wanted=Wanted(), student=student, token=token, timeout=10, retries=1
-            ).info()
-        except ConnectionError as error:
-            raise ValueError(
-                f"teacher.url={config.url} cannot be reached ({error}): start one with "
-                "`opd teacher --model MODEL`, or give teacher.model"
-            ) from None
-    assert config.model is not None
     try:
-        info = read_info(config.model, max_length=config.max_length or longest(config.model))
+        info = read_info(model, max_length=config.max_length or longest(model))
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"teacher.model={config.model} cannot be read as a model folder or hub id ({first})"
+            f"{setting}={model} cannot be read as a model folder or hub id ({first})"
         ) from None
     require_fit(info, student)
     return info

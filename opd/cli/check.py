@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from opd.config import (
     LocalTeacherConfig,
     LoraConfig,
     MeasuredRewardConfig,
+    PoolTeacherConfig,
     RolloutConfig,
     SelfTeacherConfig,
     ServerRolloutConfig,
@@ -28,6 +30,7 @@ from opd.config import (
     has_teacher,
     problems,
 )
+from opd.types import Prompt
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -79,9 +82,12 @@ def check(composed: Composed, folder: Path) -> Checked:
 
 def hub_names(config: Config) -> list[str]:
     """Settings that name something on a hub: owner/name, and no such path here."""
+    teacher = config.teacher
+    members = teacher.members if isinstance(teacher, PoolTeacherConfig) else {}
     named = {
         "student.model": config.student.model,
-        "teacher.model": config.teacher.model,
+        "teacher.model": teacher.model,
+        **{f"teacher.members.{name}": member for name, member in members.items()},
         "data.train": config.data.train,
         "data.eval": config.data.eval,
         "eval.kl_data": config.eval.kl_data,
@@ -114,11 +120,7 @@ def _missing_packages(config: Config) -> list[str]:
                 isinstance(config.rollout, VllmRolloutConfig)
                 and not (isinstance(config.rollout, ServerRolloutConfig) and config.rollout.urls)
             )
-            or (
-                isinstance(config.teacher, ServerTeacherConfig)
-                and config.teacher.url is None
-                and config.teacher.backend == "vllm"
-            ),
+            or _starts_vllm_teachers(config),
             "install it (README), or use rollout=transformers with teacher=local",
         ),
         "deepspeed": (
@@ -131,6 +133,15 @@ def _missing_packages(config: Config) -> list[str]:
         for name, (needed, remedy) in wanted.items()
         if needed and importlib.util.find_spec(name) is None
     ]
+
+
+def _starts_vllm_teachers(config: Config) -> bool:
+    match config.teacher:
+        case ServerTeacherConfig(url=None, backend="vllm"):
+            return True
+        case PoolTeacherConfig(members=members, backend="vllm"):
+            return bool(build.pool_models(members))
+    return False
 
 
 def _launch_file_is_sound(config: Config) -> None:
@@ -148,13 +159,26 @@ def _teacher_fits(config: Config, text: build.Text, prompts: build.Prompts) -> N
     from opd.teacher.vocabulary import vocabulary_of
 
     student = vocabulary_of(text.tokenizer, text.vocab_size)
-    info = build.teacher_info(config.teacher, student)
-    if prompts.teacher_max_length > info.max_length:
-        raise ValueError(
-            f"prompt plus completion can reach {prompts.teacher_max_length} tokens, the teacher "
-            f"{info.model} takes at most {info.max_length}: lower rollout.max_tokens or drop long "
-            "prompts"
-        )
+    read = [*prompts.train, *prompts.eval, *prompts.divergence]
+    if isinstance(config.teacher, PoolTeacherConfig):
+        _members_are_named(config.teacher, read)
+    longest = prompts.teacher_max_length
+    for info in build.teacher_infos(config.teacher, student):
+        if longest > info.max_length:
+            raise ValueError(
+                f"prompt plus completion can reach {longest} tokens, the teacher {info.model} takes "
+                f"at most {info.max_length}: lower rollout.max_tokens or drop long prompts"
+            )
+
+
+def _members_are_named(pool: PoolTeacherConfig, prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if prompt.teacher not in pool.members:
+            found = "no teacher" if prompt.teacher is None else f"teacher {prompt.teacher!r}"
+            raise ValueError(
+                f"prompt {prompt.uid} names {found}, teacher.members has "
+                f"{', '.join(sorted(pool.members))}: give every prompt the name of a member"
+            )
 
 
 def plan_table(composed: Composed, checked: Checked, folder: Path) -> Table:
@@ -208,6 +232,8 @@ def _teacher_words(config: Config) -> str:
             return f"{model}, served by {backend}, started with the run"
         case SelfTeacherConfig(weights=weights):
             return f"the student itself, {weights}"
+        case PoolTeacherConfig(members=members):
+            return ", ".join(f"{name}: {member}" for name, member in members.items())
         case LocalTeacherConfig(model=model) if model:
             return f"{model}, inside each training process"
     return "none"

@@ -10,15 +10,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from opd import build
 from opd.cli.compose import Composed
+from opd.cli.teachers import started_teachers
 from opd.cli.worker import DONE, MISTAKE, MISTAKE_MARK, TEACHER_ACCURACY
-from opd.config import Config, ServerRolloutConfig, ServerTeacherConfig
-
-if TYPE_CHECKING:
-    from opd.service.launch import RunningService
+from opd.config import Config, ServerRolloutConfig
 
 POLL_S = 0.2
 GRACE_S = 10.0
@@ -68,14 +65,10 @@ def run_processes(
     logs.mkdir(parents=True, exist_ok=True)
     environment = {} if accuracy is None else {TEACHER_ACCURACY: repr(accuracy)}
     with (
-        started_teacher(config, logs) as teacher,
+        started_teachers(config, logs) as teachers,
         _rollout_servers(config, max_length, logs) as servers,
     ):
-        environment |= servers
-        if teacher is not None:
-            from opd.teacher.options import TOKEN_VARIABLE
-
-            environment |= {build.TEACHER_URL: teacher.url, TOKEN_VARIABLE: teacher.token}
+        environment |= servers | teachers.environment
         quoted = str(folder).replace("'", r"\'")  # a folder's name may hold = and commas
         arguments = [str(recipe.recipe), *recipe.overrides, f"run.dir='{quoted}'"]
         workers = [
@@ -87,25 +80,6 @@ def run_processes(
             _watch(workers, logs)
         finally:
             _end(workers)
-
-
-@contextmanager
-def started_teacher(config: Config, logs: Path) -> "Iterator[RunningService | None]":
-    """The teacher server of a run; None where it is not to be started."""
-    if (
-        not (isinstance(config.teacher, ServerTeacherConfig) and config.teacher.model)
-        or config.teacher.url
-    ):
-        yield None
-        return
-    from opd.teacher.launch import running_teacher
-
-    with running_teacher(
-        build.teacher_options(config.teacher),
-        log_path=logs / "teacher.log",
-        devices=config.teacher.devices,
-    ) as teacher:
-        yield teacher
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from opd import build
 from opd.cli.compose import Composed, composed
-from opd.cli.launch import started_teacher
 from opd.cli.masking import RunJob
+from opd.cli.teachers import started_teachers
 from opd.config import MaskRule, StudyArm, StudyMaskConfig
 from opd.tracking.arms import Arms, arms_table, measures_of, write_arms
 from opd.tracking.runs import Run, read_run
@@ -131,13 +131,8 @@ def _title(recipe: Composed) -> str:
 
 @contextmanager
 def _shared_teacher(recipe: Composed, logs: Path) -> Iterator[list[str]]:
-    """One server for all runs; yields what tells them where it is."""
+    """The same servers for all runs; yields what tells them where they are."""
     logs.mkdir(parents=True, exist_ok=True)
-    with started_teacher(recipe.config, logs) as teacher:
-        if teacher is None:
-            yield []
-            return
-        from opd.teacher.options import TOKEN_VARIABLE
-
-        os.environ[TOKEN_VARIABLE] = teacher.token
-        yield [f"teacher.url={teacher.url}"]
+    with started_teachers(recipe.config, logs) as teachers:
+        os.environ |= teachers.environment
+        yield teachers.settings

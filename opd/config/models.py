@@ -1,6 +1,6 @@
 """The model that learns, the one that scores, and adapters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from omegaconf import MISSING
@@ -39,11 +39,9 @@ class TeacherConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class ServerTeacherConfig(TeacherConfig):
-    """A vLLM teacher behind HTTP: started with the run, or found at teacher.url."""
+class ServedTeacherConfig(TeacherConfig):
+    """Teachers behind HTTP."""
 
-    url: str | None = None
-    """Address of a running `opd teacher`; without it the run starts one from teacher.model."""
     timeout: float = knob(300.0, above=0)
     """Seconds before one request is given up and tried again."""
     retries: int = knob(4, least=0)
@@ -56,6 +54,24 @@ class ServerTeacherConfig(TeacherConfig):
     """CUDA_VISIBLE_DEVICES of a server started with the run; by default the run's own."""
     backend: str = "vllm"
     """Engine of a server started with the run: vllm, or torch where there is no vLLM."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ServerTeacherConfig(ServedTeacherConfig):
+    """A vLLM teacher behind HTTP: started with the run, or found at teacher.url."""
+
+    url: str | None = None
+    """Address of a running `opd teacher`; without it the run starts one from teacher.model."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PoolTeacherConfig(ServedTeacherConfig):
+    """Several teachers behind HTTP; each prompt names the one that scores it."""
+
+    members: dict[str, str] = field(default_factory=dict)
+    """Name in the prompts: model folder or hub id, or addresses of running servers, comma separated."""
+    replicas: int = knob(1, least=1)
+    """Servers started with the run for each model; one that dies is stood in for by the others."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,8 +14,10 @@ from opd.config.models import (
     LocalTeacherConfig,
     LoraConfig,
     NoTeacherConfig,
+    PoolTeacherConfig,
     SelfTeacher,
     SelfTeacherConfig,
+    ServedTeacherConfig,
     ServerTeacherConfig,
 )
 from opd.config.rewards import MeasuredRewardConfig
@@ -49,6 +51,16 @@ def a_teacher_is_named(config: Config) -> str | None:
             return "teacher=server needs teacher.model (a server is started) or teacher.url (one is used)"
         case LocalTeacherConfig(model=None):
             return "teacher=local needs teacher.model=<folder or hub id>"
+        case PoolTeacherConfig(members=members) if not members:
+            return (
+                "teacher=pool needs a member: teacher.members: {NAME: model or url} in the recipe, "
+                "or +teacher.members.NAME=MODEL"
+            )
+        case PoolTeacherConfig(model=str(model)):
+            return (
+                f"teacher=pool reads teacher.members, found teacher.model={model}: make it a member, "
+                "or use teacher=server"
+            )
     return None
 
 
@@ -69,6 +81,8 @@ def has_teacher(config: Config) -> bool:
             return True
         case ServerTeacherConfig(url=url, model=model):
             return (url or model) is not None
+        case PoolTeacherConfig(members=members):
+            return bool(members)
     return config.teacher.model is not None
 
 
@@ -188,7 +202,7 @@ def betas_are_two(config: Config) -> str | None:
 
 def server_backend_is_known(config: Config) -> str | None:
     """Two engines can serve a teacher."""
-    if isinstance(config.teacher, ServerTeacherConfig) and config.teacher.backend not in (
+    if isinstance(config.teacher, ServedTeacherConfig) and config.teacher.backend not in (
         "vllm",
         "torch",
     ):

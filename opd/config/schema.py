@@ -31,6 +31,7 @@ from opd.config.models import (
     LocalTeacherConfig,
     LoraConfig,
     NoTeacherConfig,
+    PoolTeacherConfig,
     SelfTeacherConfig,
     ServerTeacherConfig,
     StudentConfig,
@@ -95,6 +96,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "local": LocalTeacherConfig,
         "self": SelfTeacherConfig,
         "none": NoTeacherConfig,
+        "pool": PoolTeacherConfig,
     },
     "rollout": {
         "vllm": VllmRolloutConfig,

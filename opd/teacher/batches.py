@@ -12,13 +12,14 @@ def by_tokens(
 ) -> list[list[Rollout]]:
     """Neighbours in groups of at most ``tokens`` tokens and ``targets`` completion tokens.
 
-    A rollout that is longer than that gets a group of its own. Order is kept.
+    Tokens are those that the teacher reads, its own prompt included. A rollout that is longer than
+    that gets a group of its own. Order is kept.
     """
     groups: list[list[Rollout]] = []
     room = room_targets = 0
     limit = tokens if targets is None else targets
     for rollout in rollouts:
-        length, asked = len(rollout.sequence), len(rollout.token_ids)
+        length, asked = len(rollout.teacher_sequence), len(rollout.token_ids)
         if groups and length <= room and asked <= room_targets:
             groups[-1].append(rollout)
         else:

@@ -1,5 +1,6 @@
 """A teacher behind HTTP: splits, sends a few requests at once, retries, says what failed."""
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -61,13 +62,13 @@ class ServerTeacher:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """See ``Teacher``."""
-        groups = self._groups(rollouts)
+        groups = self.groups(rollouts)
         scored: list[Scored] = []
         with (
             ThreadPoolExecutor(self.connections) as pool,
             bar(self.progress, rollouts) as advance,
         ):
-            waiting = [pool.submit(self._score_group, group) for group in groups]
+            waiting = [pool.submit(self.score_group, group) for group in groups]
             try:
                 for future in waiting:
                     part = future.result()
@@ -97,10 +98,15 @@ class ServerTeacher:
             self._head = np.concatenate([load(piece)["head"] for piece in pieces])
         return self._head
 
-    def _groups(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    def groups(self, rollouts: Sequence[Rollout], *, servers: int = 1) -> list[list[Rollout]]:
+        """Neighbours that make one request each; at least one for each of ``servers``, if possible.
+
+        ``ValueError`` when a sequence is longer than the teacher takes.
+        """
         if not rollouts:
             return []
-        longest = max(len(rollout.sequence) for rollout in rollouts)
+        lengths = [len(rollout.teacher_sequence) for rollout in rollouts]
+        longest = max(lengths)
         if longest > self._info.max_length:
             raise ValueError(
                 f"a rollout has {longest} tokens with its prompt, teacher {self._info.model} takes "
@@ -108,7 +114,17 @@ class ServerTeacher:
                 "with a larger max_length"
             )
         per_target = bytes_per_target(self._request(rollouts[:1]), self._info.hidden_size)
-        return by_tokens(rollouts, self.batch_tokens, targets=self.answer_bytes // per_target)
+        tokens = min(self.batch_tokens, math.ceil(sum(lengths) / servers))
+        return by_tokens(rollouts, tokens, targets=self.answer_bytes // per_target)
+
+    def score_group(
+        self, rollouts: Sequence[Rollout], *, retries: int | None = None
+    ) -> list[Scored]:
+        """One request, tried again ``retries`` times (default: as often as this client does)."""
+        body = request_bytes(self._request(rollouts))
+        told = {"Content-Type": MEDIA_TYPE}
+        answer = self._service.send("POST", "/score", body, told, retries=retries)
+        return scored_of(rollouts, read_answer(answer.content))
 
     def _request(self, rollouts: Sequence[Rollout]):
         want = form_of(
@@ -118,8 +134,3 @@ class ServerTeacher:
             vocab_size=self.vocab_size,
         )
         return request_of(rollouts, self.wanted, want=want, vocab_size=self.vocab_size)
-
-    def _score_group(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        body = request_bytes(self._request(rollouts))
-        answer = self._service.send("POST", "/score", body, {"Content-Type": MEDIA_TYPE})
-        return scored_of(rollouts, read_answer(answer.content))

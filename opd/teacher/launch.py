@@ -15,9 +15,10 @@ def running_teacher(
     *,
     log_path: Path,
     devices: str | None = None,
+    token: str | None = None,
     wait_s: float = 1800.0,
 ) -> Iterator[RunningService]:
-    """A server on a free port with a fresh random token, ended when the context ends.
+    """A server on a free port with ``token`` (a random one unless given), ended with the context.
 
     ``devices`` becomes its CUDA_VISIBLE_DEVICES. It writes to ``log_path`` and ends by itself if
     this process dies. ``RuntimeError`` with the end of that log when it is not up in ``wait_s``.
@@ -26,6 +27,7 @@ def running_teacher(
         "teacher server",
         ["-m", "opd.teacher.server", *arguments_of(options)],
         variable=TOKEN_VARIABLE,
+        token=token,
         log_path=log_path,
         environment={} if devices is None else {"CUDA_VISIBLE_DEVICES": devices},
         wait_s=wait_s,

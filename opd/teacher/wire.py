@@ -69,12 +69,15 @@ class ScoreAnswer:
 def request_of(
     rollouts: Sequence[Rollout], wanted: Wanted, *, want: Want, vocab_size: int
 ) -> ScoreRequest:
-    """Rollouts into one request; support ids that only the student's matrix has are left out."""
-    sequences = [rollout.sequence for rollout in rollouts]
+    """Rollouts into one request, each behind the prompt that its teacher sees.
+
+    Support ids that only the student's matrix has are left out.
+    """
+    sequences = [rollout.teacher_sequence for rollout in rollouts]
     return ScoreRequest(
         token_ids=np.concatenate(sequences),
         lengths=np.array([len(s) for s in sequences], np.int32),
-        starts=np.array([len(r.prompt.token_ids) for r in rollouts], np.int32),
+        starts=np.array([len(r.teacher_prompt) for r in rollouts], np.int32),
         named_ids=_named_ids(rollouts, vocab_size) if wanted.rollout_support else None,
         top_k=wanted.top_k,
         want=want,
