@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,12 @@ def costs_table(runs: Rows) -> str:
     return "\n".join(lines)
 
 
+def cpu_ratios(runs: Rows) -> str:
+    """TRL over opd, both with transformers writing."""
+    pairs = zip(of_side(runs, THEIRS), of_side(runs, OURS), strict=True)
+    return ", ".join(f"{trl['cpu_seconds'] / opd['cpu_seconds']:.2f}" for trl, opd in pairs)
+
+
 def draw(runs: Rows, path: Path) -> None:
     """Accuracy and reverse KL over steps, a thin line a run and a thick one for the median."""
     import matplotlib
@@ -146,20 +153,26 @@ def page(
     assert isinstance(optim, AdamWConfig)
     betas = " and ".join(f"{beta:g}" for beta in optim.betas)
     seeds = len({run["seed"] for run in runs})
+    setting = f"""
+        The quickstart's student, teacher and prompts, float32. {config.train.prompts_per_step} prompts a
+        step, one completion each, at temperature {config.rollout.temperature:g} and of at most
+        {config.rollout.max_tokens} tokens; AdamW, lr {optim.lr:g}, betas {betas}, no decay, clipping at
+        {optim.clip:g}, {optim.warmup_steps} steps of warm-up and linear decay to {optim.min_lr_ratio:g}
+        of the peak. TRL is handed the rate of every step and asserts it. No activation checkpointing on
+        either side (TRL's default is on). TRL generates with transformers.
+        """
+    machine = f"""
+        {time.strftime("%Y-%m-%d")}, {os.cpu_count()} CPU cores, no GPU, other work beside it. TRL
+        {versions["trl"]}, `DistillationTrainer`, with transformers {versions["transformers"]} and torch
+        {versions["torch"]} in an environment of its own. OMP_NUM_THREADS={threads} for every process.
+        """
     return f"""# Beside TRL
 
-{time.strftime("%Y-%m-%d")}, {os.cpu_count()} CPU cores, no GPU, other work beside it. TRL {versions["trl"]},
-`DistillationTrainer`, with transformers {versions["transformers"]} and torch {versions["torch"]} in an
-environment of its own; {threads} thread{"s" if threads > 1 else ""} on both sides.
+{_filled(machine)}
 
     {command}
 
-The quickstart's student, teacher and prompts, float32. {config.train.prompts_per_step} prompts a step,
-one completion each of at most {config.rollout.max_tokens} tokens at temperature
-{config.rollout.temperature:g}. AdamW, lr {optim.lr:g}, betas {betas}, no decay, clipping at {optim.clip:g},
-{optim.warmup_steps} steps of warm-up and linear decay to {optim.min_lr_ratio:g} of the peak; TRL is
-handed the rate of every step and asserts it. No activation checkpointing on either side (TRL's default
-is on). TRL generates with transformers.
+{_filled(setting)}
 
 ## Step 0, on the same completions
 
@@ -196,7 +209,14 @@ opd minus TRL, paired by seed, mean ± 95 % t-interval:
 
 {_COSTS}
 {costs_table(runs)}
+
+CPU seconds of TRL over those of opd, seed by seed: {cpu_ratios(runs)}.
 """
+
+
+def _filled(text: str) -> str:
+    """One paragraph in lines of equal length, whatever numbers are in it."""
+    return textwrap.fill(" ".join(text.split()), 100, break_on_hyphens=False)
 
 
 _DEFINITIONS = f"""\
@@ -215,8 +235,9 @@ definitions agree:
 """
 _COSTS = """\
 Wall clock from a step's prompts to its updated weights; CPU seconds of all processes a step, keeping
-students included, are what other work on the machine disturbs least. The sides by turns, seed by
-seed. The models have 0.4 and 1.2 million parameters, so memory is mostly libraries, and with vLLM its
-key-value cache too (512 MiB by default). "all processes" counts shared pages once; for opd it
-includes the launcher, which waits beside the training process.
+students included, are what other work on the machine disturbs least: where the seeds of one side lie
+far apart in wall clock, that work made the difference. The sides by turns, seed by seed. The models
+have 0.4 and 1.2 million parameters, so memory is mostly libraries, and with vLLM its key-value cache
+too (512 MiB by default). "all processes" counts shared pages once; for opd it includes the launcher,
+which waits beside the training process.
 """
