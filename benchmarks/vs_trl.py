@@ -1,0 +1,449 @@
+"""opd beside TRL's DistillationTrainer: the same models, prompts, learning rates and steps.
+
+    python -m venv trl_env
+    trl_env/bin/pip install torch==2.13.0        # on a machine without a GPU: the CPU build
+    trl_env/bin/pip install trl==1.16.0 'transformers>=5.16.1,<5.20'
+    python benchmarks/vs_trl.py --trl-python trl_env/bin/python
+
+1. Step 0: both sides' training loss, and its gradient, on one set of completions that were written
+   beforehand, for JSD beta 0, 0.5 and 1. Stops with an error when a loss differs by more than 1e-3.
+2. Learning curves: reverse KL on the student's own samples, one process a side, the sides by turns.
+   Both see the same prompts in the same steps at the same learning rates; each draws its own samples.
+   The students of all sides are then examined by one routine: greedy accuracy on the held-out
+   prompts and exact reverse KL on samples of them.
+3. Seconds a step (from its prompts to the updated weights, saving left out) and peak memory.
+
+TRL runs under --trl-python (see trl_side.py), in an environment of its own. Finished runs in --runs
+are taken as they are, so a measurement that was cut goes on. The page, the picture and one JSON line
+a measurement go to docs/log/vs_trl.*.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+from vs_trl_page import BETAS, MOST, SIDES, THEIRS, VLLM, draw, losses_table, page
+
+from opd import build
+from opd.cli.compose import composed, find_recipe
+from opd.cli.worker import divergence_measure
+from opd.config import AdamWConfig, Config
+from opd.teacher.vocabulary import vocabulary_of
+from opd.tracking.console import SilentProgress
+from opd.train.checkpoint import checkpoints
+from opd.train.optimizers import lr_at
+from opd.types import Prompt, Rollout, Wanted
+from opd.world import join_world
+
+LOG = Path(__file__).parent.parent / "docs" / "log"
+MIB = 1 << 20
+KL_PROMPTS = 256
+WARM = 5  # first steps of a run, left out of its CPU time
+COMMON = (
+    "teacher=local",
+    "launch.engine=torch",
+    "launch.processes=1",
+    "eval.teacher_accuracy=false",
+    "sync.verify_every=0",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the command line said."""
+
+    trl_python: str
+    steps: int
+    seeds: list[int]
+    sides: list[str]
+    save_every: int
+    threads: int
+    runs: Path
+
+
+def config_of(overrides: Iterable[str]) -> Config:
+    """The quickstart in one process of plain torch, transformers writing, changed by ``overrides``."""
+    return composed(find_recipe("quickstart"), [*COMMON, "rollout=transformers", *overrides]).config
+
+
+class Bench:
+    """Our side's parts in this process: prompts, teacher, the learner under examination."""
+
+    def __init__(self, overrides: Sequence[str]) -> None:
+        self.config = config_of(overrides)
+        self.world = join_world()
+        self.text = build.build_text(self.config.student.model, trust_remote_code=False)
+        self.prompts = build.build_prompts(self.config, self.text)
+        vocabulary = vocabulary_of(self.text.tokenizer, self.text.vocab_size)
+        wanted = [Wanted(full=True, temperature=self.config.rollout.temperature)]
+        progress = SilentProgress()
+        (self.teacher,) = build.build_teacher(
+            self.config.teacher, vocabulary, wanted, self.world, progress
+        )
+        self.learner, self.model = build.build_learner(
+            self.config, None, self.teacher, self.text, self.world, progress, lambda step, row: None
+        )
+        self.engine, sync = build.build_engine(
+            self.config,
+            self.config.student.model,
+            self.text,
+            self.prompts.max_length,
+            self.world,
+            progress,
+        )
+        self.hand_over: Callable[[], Any] = lambda: sync.push(self.learner.weights(), 0)
+
+    def order(self, steps: int) -> list[Prompt]:
+        """The training prompts of all steps, in the order in which a run takes them."""
+        stream = build.build_stream(self.config, self.prompts, rank=0, size=1)
+        return [prompt for step in range(steps) for prompt in stream.take(step)]
+
+    def examined(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Accuracy and reverse KL of a student with these weights."""
+        absent, surplus = self.model.load_state_dict(weights, strict=False)
+        assert not surplus, surplus
+        assert set(absent) <= {"lm_head.weight"}, absent  # tied to the embedding
+        self.hand_over()
+        evaluator = build.build_evaluator(
+            self.config,
+            self.prompts,
+            self.text,
+            self.engine,
+            self.world,
+            measure=divergence_measure(self.learner, self.teacher),
+        )
+        assert evaluator is not None
+        found = evaluator.evaluate(1).metrics
+        task = f"eval/{self.config.eval.task}"
+        return {name: found[f"{task}/{name}"] for name in ("accuracy", "reverse_kl")}
+
+
+def trl_task(config: Config, folder: Path, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What both tasks of trl_side.py need to know."""
+    optim = config.optim
+    assert isinstance(optim, AdamWConfig)
+    assert optim.weight_decay == 0.0, "TRL would decay vectors too"
+    steps = config.train.steps
+    return {
+        "folder": str(folder),
+        "out": str(folder / "out.jsonl"),
+        "student": config.student.model,
+        "teacher": config.teacher.model,
+        "prompts": [prompt.text for prompt in prompts],
+        "prompts_per_step": config.train.prompts_per_step,
+        "temperature": config.rollout.temperature,
+        "max_tokens": config.rollout.max_tokens,
+        "seed": config.seed,
+        "optim": {
+            "lr": optim.lr,
+            "betas": list(optim.betas),
+            "eps": optim.eps,
+            "weight_decay": optim.weight_decay,
+            "clip": optim.clip,
+            "lrs": [lr_at(step, steps, optim) for step in range(steps)],
+        },
+    }
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def watched(
+    command: Sequence[str],
+    log: Path,
+    *,
+    threads: int,
+    steps: Path | None = None,
+) -> dict[str, float]:
+    """Run a command to its end and look at all its processes four times a second.
+
+    largest_mib: peak resident size of the largest process. together_mib: the largest sum of
+    proportional set sizes (shared pages counted once). cpu_seconds: of all processes, per line that
+    the file ``steps`` gained after its first WARM lines, a line being a step. Exits with the end of
+    ``log`` when the command fails.
+    """
+    fixed = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    largest, together = 0.0, 0.0
+    reached: dict[int, float] = {}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, env=os.environ | fixed, stdout=file, stderr=subprocess.STDOUT
+        )
+        ended = threading.Event()
+        threading.Thread(target=lambda: (process.wait(), ended.set()), daemon=True).start()
+        while not ended.wait(0.25):
+            seen = [s for p in _tree(process.pid) if (s := _looked_at(p)) is not None]
+            largest = max([largest, *(s.peak for s in seen)])
+            together = max(together, sum(s.share for s in seen))
+            if steps is not None and steps.exists():
+                done = steps.read_text().count("\n")
+                reached.setdefault(done, sum(s.cpu for s in seen))
+    if process.returncode:
+        sys.exit(f"{log} ends with:\n" + log.read_text(errors="replace")[-3000:])
+    figures = {"largest_mib": largest / MIB, "together_mib": together / MIB}
+    warm = {done: cpu for done, cpu in reached.items() if done > WARM}
+    if len(warm) > 1:
+        first, last = min(warm), max(warm)
+        figures["cpu_seconds"] = (warm[last] - warm[first]) / (last - first)
+    return figures
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A process at one moment: peak resident bytes, proportional share in bytes, CPU seconds so far."""
+
+    peak: float
+    share: float
+    cpu: float
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        own = psutil.Process(pid)
+        return [own, *own.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _looked_at(process: psutil.Process) -> Look | None:
+    """None of a process that has just ended."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = next(x for x in status.splitlines() if x.startswith("VmHWM"))
+        times = process.cpu_times()
+        return Look(
+            peak=float(peak.split()[1]) * 1024,
+            share=float(process.memory_full_info().pss),
+            cpu=times.user + times.system,
+        )
+    except (psutil.Error, OSError, StopIteration):
+        return None
+
+
+# Step 0
+
+
+def our_gradients(beta: float, rollouts: list[Rollout]) -> dict[str, Any]:
+    """The loss per token and the gradient of the first training step on these rollouts."""
+    bench = Bench(["loss=jsd", f"loss.beta={beta}"])
+    gradients: dict[str, torch.Tensor] = {}
+    for name, parameter in bench.model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda p, name=name: gradients.update({name: p.grad.clone()})
+        )
+    report = bench.learner.step(bench.teacher.score(rollouts))
+    return {
+        "loss": report.metrics["loss/total"],
+        "tokens": report.metrics["tokens/trained"],
+        "gradients": gradients,
+    }
+
+
+def step_zero(settings: Settings) -> list[dict[str, Any]]:
+    """One row a beta: both losses and how far the gradients are apart."""
+    folder = settings.runs / "step_zero"
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench([])
+    prompts = bench.order(1)
+    rollouts = bench.engine.generate(prompts, build.sampling_of(bench.config))
+    task = trl_task(bench.config, folder, prompts) | {
+        "task": "losses",
+        "betas": list(BETAS),
+        "prompt_ids": [r.prompt.token_ids.tolist() for r in rollouts],
+        "completion_ids": [r.token_ids.tolist() for r in rollouts],
+    }
+    Path(task["out"]).unlink(missing_ok=True)
+    (folder / "task.json").write_text(json.dumps(task))
+    side = str(Path(__file__).with_name("trl_side.py"))
+    command = [settings.trl_python, side, str(folder / "task.json")]
+    watched(command, folder / "log.txt", threads=settings.threads)
+    versions, *theirs = lines_of(Path(task["out"]))
+    rows = []
+    for row in theirs:
+        ours = our_gradients(row["beta"], rollouts)
+        assert ours["tokens"] == row["tokens"]
+        their_gradients = load_file(folder / f"gradient_{row['beta']}.safetensors")
+        assert ours["gradients"].keys() == their_gradients.keys()
+        norm = _norm(their_gradients.values())
+        gap = _norm(ours["gradients"][name] - g for name, g in their_gradients.items())
+        rows.append(
+            {
+                "beta": row["beta"],
+                "tokens": row["tokens"],
+                "opd": ours["loss"],
+                "trl": row["loss"],
+                "trl_gkd": row["gkd_loss"],
+                "grad_norm": norm,
+                "grad_gap": gap / norm,
+                "versions": versions,
+            }
+        )
+    return rows
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return float(sum(t.double().square().sum() for t in tensors)) ** 0.5
+
+
+# Learning curves
+
+
+def run_ours(settings: Settings, rollout: str, seed: int, folder: Path) -> dict[str, Any]:
+    """``opd train``; its steps, its memory, and where its students are."""
+    command = [sys.executable, "-m", "opd.cli.main", "train", "quickstart", *COMMON]
+    command += [f"rollout={rollout}", f"seed={seed}", f"train.steps={settings.steps}"]
+    command += [f"launch.threads={settings.threads}", "data.eval=null"]
+    command += [f"save.every={settings.save_every}", "save.keep=1000", f"run.dir='{folder}/run'"]
+    steps = folder / "run" / "metrics.jsonl"
+    figures = watched(command, folder / "log.txt", threads=settings.threads, steps=steps)
+    rows = lines_of(steps)[1:]
+    return figures | {
+        "seconds": [round(row["time/step"], 4) for row in rows],
+        "length": [row["rollout/length"] for row in rows],
+    }
+
+
+def our_students(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """Weights by step."""
+    students = {}
+    for found in checkpoints(folder / "run"):
+        state = torch.load(found / "torch.pt", weights_only=True)["student"]
+        weights = {name.removeprefix("model."): weight for name, weight in state.items()}
+        students[int(found.name.removeprefix("step_"))] = weights
+    return students
+
+
+def run_trl(settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
+    """TRL's trainer; its steps and its memory."""
+    bench = Bench([f"seed={seed}", f"train.steps={settings.steps}"])
+    prompts = bench.order(settings.steps)
+    for prompt in prompts:
+        assert bench.text.tokenizer(prompt.text)["input_ids"] == prompt.token_ids.tolist()
+    task = trl_task(bench.config, folder, prompts) | {
+        "task": "train",
+        "beta": 1.0,
+        "steps": settings.steps,
+        "save_every": settings.save_every,
+    }
+    Path(task["out"]).unlink(missing_ok=True)
+    (folder / "task.json").write_text(json.dumps(task))
+    side = str(Path(__file__).with_name("trl_side.py"))
+    command = [settings.trl_python, side, str(folder / "task.json")]
+    figures = watched(
+        command, folder / "log.txt", threads=settings.threads, steps=Path(task["out"])
+    )
+    _, *rows = lines_of(Path(task["out"]))
+    assert len(rows) == settings.steps
+    return figures | {
+        "seconds": [round(row["seconds"], 4) for row in rows],
+        "length": [row["length"] for row in rows],
+    }
+
+
+def trl_students(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """Weights by step."""
+    return {
+        int(found.name.removeprefix("step_")): load_file(found / "model.safetensors")
+        for found in sorted(folder.glob("step_*"))
+    }
+
+
+def curves(settings: Settings) -> list[dict[str, Any]]:
+    """One row a run: the seconds of its steps, its memory, and its students' examinations."""
+    folders = {
+        (side, seed): settings.runs / f"{side.replace(', ', '_').replace(' ', '_')}_{seed}"
+        for seed in settings.seeds
+        for side in settings.sides
+    }
+    for (side, seed), folder in folders.items():
+        done = folder / "run.json"
+        if done.exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        if side == THEIRS:
+            figures = run_trl(settings, seed, folder)
+        else:
+            figures = run_ours(settings, "vllm" if side == VLLM else "transformers", seed, folder)
+        done.write_text(json.dumps({"side": side, "seed": seed} | figures))
+        median = statistics.median(figures["seconds"])
+        print(f"{side}, seed {seed}: median {median:.3f} s a step", flush=True)
+    torch.set_num_threads(settings.threads)
+    bench = Bench([f"eval.kl_prompts={KL_PROMPTS}"])
+    base = bench.examined(load_file(f"{bench.config.student.model}/model.safetensors"))
+    rows = []
+    for (side, seed), folder in folders.items():
+        row = json.loads((folder / "run.json").read_text())
+        if "examined" not in row:
+            students = (trl_students if side == THEIRS else our_students)(folder)
+            examined = [
+                {"step": step} | bench.examined(weights)
+                for step, weights in students.items()
+                if step <= 10 or step % 10 == 0
+            ]
+            row["examined"] = [{"step": 0, **base}, *examined]
+            (folder / "run.json").write_text(json.dumps(row))
+            print(f"{side}, seed {seed}: {row['examined'][-1]}", flush=True)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trl-python", required=True, help="interpreter that has TRL; see above")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: 60)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default: 0 to 4"
+    )
+    parser.add_argument("--without-vllm", action="store_true", help="no third side: opd with vLLM")
+    parser.add_argument("--save-every", type=int, default=2, help="steps between kept students")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/vs_trl"), help="where runs go")
+    parser.add_argument("--only-step-0", action="store_true", help="compare losses, write nothing")
+    told = parser.parse_args()
+    settings = Settings(
+        trl_python=told.trl_python,
+        steps=told.steps,
+        seeds=told.seeds,
+        sides=[side for side in SIDES if not (side == VLLM and told.without_vllm)],
+        save_every=told.save_every,
+        threads=told.threads,
+        runs=told.runs.resolve(),
+    )
+    losses = step_zero(settings)
+    print(losses_table(losses), flush=True)
+    for row in losses:
+        gap = abs(row["opd"] - row["trl"])
+        assert gap <= MOST, f"beta {row['beta']}: the losses differ by {gap:.1e}, {MOST:g} allowed"
+    if told.only_step_0:
+        return
+    runs = curves(settings)
+    command = (
+        f"python benchmarks/vs_trl.py --trl-python TRL_ENV/bin/python --steps {settings.steps} "
+        f"--seeds {' '.join(map(str, settings.seeds))} --threads {settings.threads}"
+    )
+    LOG.mkdir(exist_ok=True)
+    draw(runs, LOG / "vs_trl.png")
+    (LOG / "vs_trl.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*losses, *runs]))
+    config = config_of([f"train.steps={settings.steps}"])
+    text = page(config, losses, runs, command=command, threads=settings.threads, asked=KL_PROMPTS)
+    (LOG / "vs_trl.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
