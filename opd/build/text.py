@@ -136,7 +136,7 @@ def _read(config: Config, text: Text, source: str, room: int, *, held_out: bool)
         max_prompt_tokens=room,
         teacher_field=data.teacher_field,
         completions=None if held_out else _completions(config, text),
-        teacher_view=_teacher_view(data, text),
+        teacher_view=_teacher_view(data, text, held_out=held_out),
     )
 
 
@@ -154,13 +154,14 @@ def _completions(config: Config, text: Text) -> "Completions | None":
     )
 
 
-def _teacher_view(data: DataConfig, text: Text) -> "TeacherView | None":
+def _teacher_view(data: DataConfig, text: Text, *, held_out: bool) -> "TeacherView | None":
     from opd.data.prompts import TeacherView
 
-    if not (data.teacher_template or data.teacher_system or data.teacher_chat_template):
+    template = (data.eval_teacher_template if held_out else None) or data.teacher_template
+    if not (template or data.teacher_system or data.teacher_chat_template):
         return None
     return TeacherView(
-        template=data.teacher_template,
+        template=template,
         system=data.teacher_system,
         tokenizer=_teachers_tokenizer(data, text),
     )

@@ -106,6 +106,8 @@ class DataConfig:
     """Column that names the teacher of a row, for teacher=pool."""
     teacher_template: str | None = None
     """What the teacher sees in the prompt's place, with fields of the row in it: {prompt}, {answer}."""
+    eval_teacher_template: str | None = None
+    """The same for data.eval; by default data.teacher_template."""
     teacher_system: str | None = None
     """System message that only the teacher sees, when the chat template is used."""
     teacher_chat_template: str | None = None
