@@ -83,7 +83,7 @@ CASES: dict[str, LossConfig] = {
     ),
     "policy_gradient": PolicyGradientLossConfig(reward_weight=0.5, discount=0.5),
     "plain": PolicyGradientLossConfig(surrogate=Surrogate.plain, correction=Correction.mask),
-    "grpo": GrpoLossConfig(kl=0.1, normalise=Normalisation.sequence),
+    "grpo": GrpoLossConfig(kl=1e-3, normalise=Normalisation.sequence),
     "nll": NllLossConfig(weighting=Weighting.student_entropy, reward_weight=0.2),
 }
 

@@ -1,4 +1,7 @@
-"""A step does not know how its batch was cut: micro-batches, padding, chunks of the head, ranks."""
+"""A step does not know how its batch was cut: micro-batches, padding, chunks of the head, ranks.
+
+The updated weights agree to 1e-6, and the metrics, float32 sums, to 5e-6 of themselves.
+"""
 
 import json
 from collections.abc import Callable
@@ -50,4 +53,4 @@ def test_metrics_do_not_depend_on_how_a_batch_is_cut(stepped: Path, case: str, c
     whole, found = (
         json.loads((stepped / name / f"{case}.json").read_text()) for name in (WHOLE, cut)
     )
-    assert found == pytest.approx(whole, rel=1e-6, abs=1e-6)
+    assert found == pytest.approx(whole, rel=5e-6, abs=1e-6)
