@@ -24,6 +24,7 @@ from loss_cases import (
 )
 
 from opd.batch import Batch
+from opd.head import HeadSpec
 from opd.interfaces import Loss
 from opd.losses import (
     Divergence,
@@ -34,6 +35,7 @@ from opd.losses import (
     Rewarded,
     Surrogate,
 )
+from opd.train.chunked import chunked_loss
 
 KINDS_AND_SUPPORTS = list(itertools.product(KINDS, SUPPORTS))
 
@@ -201,3 +203,22 @@ def test_the_batches_reach_every_branch() -> None:
         sums = divergence(kind, support, Factors(), 0.15)(logits().log_softmax(-1), batch).sums
         if kind in ("forward_kl", "reverse_kl") and support != "intersection":
             assert 0 < float(sums["loss/kl_clip_share"]) < N
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_that_is_the_student_moves_neither_hidden_states_nor_head(kind: str) -> None:
+    hidden, head = randn(N, 6, seed=10).requires_grad_(), randn(V, 6, seed=11).requires_grad_()
+    batch, _ = case("full")
+    same = replace(batch, teacher_logp_NV=None, teacher_hidden_ND=hidden.detach())
+    for chunk in (3, N):
+        out = chunked_loss(
+            hidden,
+            head,
+            same,
+            divergence(kind, "full", Factors()),
+            HeadSpec(vocab_size=V),
+            teacher_head_VD=head.detach(),
+            chunk=chunk,
+        )
+        assert out.total == 0
+        assert all((g == 0).all() for g in torch.autograd.grad(out.total, (hidden, head)))
