@@ -61,11 +61,13 @@ class Divergence:
 
     def __call__(self, student_logp_NV: torch.Tensor, batch: Batch) -> LossOutput:
         with torch.no_grad():
+            if self.intersect and batch.teacher_logp_NV is None:
+                batch = replace(batch, support_ids_NK=within_engine_ids(batch))
             factor_N, sums = self.factors(student_logp_NV, batch)
             value_N, slope_NV, tails = self._measured(student_logp_NV, batch)
             sums |= tails | {f"loss/{self.kind}": value_N.sum()}
             if batch.teacher_logp_N is not None:
-                sums["teacher/nll"] = -batch.teacher_logp_N.sum()
+                sums["teacher/nll"] = -batch.teacher_logp_N.clamp(min=-MAX_LOG_RATIO).sum()
             pull_N = factor_N
             if self.clip is not None:
                 beyond_N = value_N > self.clip
@@ -82,8 +84,6 @@ class Divergence:
         """Each token's divergence [N], its slope [N, V], and how much lies in the tails."""
         if batch.teacher_logp_NV is not None:
             return *self._value_and_slope(student_logp_NV, batch.teacher_logp_NV), {}
-        if self.intersect:
-            batch = replace(batch, support_ids_NK=within_engine_ids(batch))
         ids_NK, teacher_NJ = teacher_buckets(batch, student_logp_NV.shape[-1])
         student_NJ = student_buckets(student_logp_NV, ids_NK)
         value_N, slope_NJ = self._value_and_slope(student_NJ, teacher_NJ)

@@ -60,8 +60,10 @@ class PolicyGradient:
         advantage_N = torch.zeros_like(logp_N)
         cost_N = torch.zeros_like(logp_N)
         if self.teacher_weight or self.kl:
-            gain_N = _gain(logp_N, batch)
-            sums |= _estimates(gain_N) | {"teacher/nll": -batch.teacher_logp_N.sum()}  # pyright: ignore
+            assert batch.teacher_logp_N is not None, "this needs the teacher's log-probs"
+            teacher_N = batch.teacher_logp_N.clamp(min=-MAX_LOG_RATIO)
+            gain_N = teacher_N - logp_N.detach()
+            sums |= _estimates(gain_N) | {"teacher/nll": -teacher_N.sum()}
             if self.kl:
                 cost_N = self.kl * _k3(gain_N, logp_N)
             if self.teacher_weight:
@@ -102,12 +104,6 @@ class PolicyGradient:
         plain_N = ratio_N * advantage_N
         cut_N = ratio_N.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * advantage_N
         return torch.minimum(plain_N, cut_N), cut_N.detach() < plain_N.detach()
-
-
-def _gain(logp_N: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """log p(y) - log q(y), finite and held fixed."""
-    assert batch.teacher_logp_N is not None, "a policy gradient needs the teacher's log-probs"
-    return batch.teacher_logp_N.clamp(min=-MAX_LOG_RATIO) - logp_N.detach()
 
 
 def _estimates(gain_N: torch.Tensor) -> dict[str, torch.Tensor]:

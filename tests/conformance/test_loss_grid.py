@@ -1,0 +1,224 @@
+"""Every loss x support x weighting x correction x clip against dense float64, value and gradient.
+
+Losses are float32: they agree to 1e-5, of the value and of the gradient's largest component.
+"""
+
+import itertools
+from dataclasses import replace
+
+import dense64
+import pytest
+import torch
+from loss_cases import (
+    CHOICES,
+    KINDS,
+    LENGTHS,
+    SUPPORTS,
+    N,
+    V,
+    case,
+    factors_of,
+    logits,
+    randn,
+    teacher_logp,
+)
+
+from opd.batch import Batch
+from opd.head import HeadSpec
+from opd.interfaces import Loss
+from opd.losses import (
+    Divergence,
+    DivergenceKind,
+    Factors,
+    NegativeLogLikelihood,
+    PolicyGradient,
+    Rewarded,
+    Surrogate,
+)
+from opd.train.chunked import chunked_loss
+
+KINDS_AND_SUPPORTS = list(itertools.product(KINDS, SUPPORTS))
+
+
+def divergence(kind: str, support: str, factors: Factors, clip: float | None = None) -> Divergence:
+    return Divergence(
+        kind=DivergenceKind(kind),
+        beta=0.3,
+        skew=0.2,
+        clip=clip,
+        intersect=support == "intersection",
+        factors=factors,
+    )
+
+
+def found(loss: Loss, batch: Batch, student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = student.clone().requires_grad_()
+    out = loss(leaf.log_softmax(-1), batch)
+    assert all(value.isfinite() for value in out.sums.values())
+    return out.total.detach(), torch.autograd.grad(out.total, leaf)[0]
+
+
+def assert_agrees(
+    ours: tuple[torch.Tensor, torch.Tensor], total: torch.Tensor, leaf: torch.Tensor
+) -> None:
+    (gradient,) = torch.autograd.grad(total, leaf)
+    torch.testing.assert_close(ours[0].double(), total.detach(), rtol=1e-5, atol=1e-5)
+    most = float(gradient.abs().max())
+    torch.testing.assert_close(ours[1].double(), gradient, rtol=0.0, atol=1e-5 * most + 1e-9)
+
+
+@pytest.mark.parametrize(("kind", "support"), KINDS_AND_SUPPORTS)
+def test_divergences_equal_the_reference(kind: str, support: str) -> None:
+    batch, tokens = case(support)
+    for choice in CHOICES:
+        ours = found(divergence(kind, support, factors_of(choice), choice.clip), batch, logits())
+        leaf = logits().double().requires_grad_()
+        assert_agrees(ours, dense64.divergence(kind, leaf, tokens, choice), leaf)
+
+
+@pytest.mark.parametrize("surrogate", Surrogate)
+@pytest.mark.parametrize(
+    "parts", [(1.0, 0.0, 0.0), (0.7, 2.0, 0.0), (0.0, 1.0, 0.0), (0.0, 1.0, 0.3)]
+)
+def test_policy_gradients_equal_the_reference(
+    surrogate: Surrogate, parts: tuple[float, float, float]
+) -> None:
+    teacher, reward, kl = parts
+    batch, tokens = case("teacher_top_k")
+    for choice in CHOICES:
+        loss = PolicyGradient(
+            surrogate=surrogate,
+            teacher_weight=teacher,
+            reward_weight=reward,
+            kl=kl,
+            clip_high=0.28,
+            factors=factors_of(choice),
+        )
+        leaf = logits().double().requires_grad_()
+        total = dense64.policy(
+            leaf, tokens, choice, surrogate=surrogate, teacher=teacher, reward=reward, kl_weight=kl
+        )
+        assert_agrees(found(loss, batch, logits()), total, leaf)
+
+
+def test_likelihood_equals_the_reference() -> None:
+    batch, tokens = case("full")
+    for choice in CHOICES:
+        loss = NegativeLogLikelihood(factors=factors_of(choice))
+        leaf = logits().double().requires_grad_()
+        assert_agrees(found(loss, batch, logits()), dense64.nll(leaf, tokens, choice), leaf)
+
+
+def test_a_reward_beside_a_divergence_equals_the_sum_of_both_references() -> None:
+    batch, tokens = case("union")
+    for choice in CHOICES:
+        plain = replace(choice, weighting="uniform")
+        loss = Rewarded(
+            loss=divergence("jsd", "union", factors_of(choice), choice.clip),
+            policy=PolicyGradient(
+                teacher_weight=0.0, reward_weight=0.4, clip_high=0.28, factors=factors_of(plain)
+            ),
+        )
+        leaf = logits().double().requires_grad_()
+        total = dense64.divergence("jsd", leaf, tokens, choice) + dense64.policy(
+            leaf, tokens, plain, surrogate="clip", teacher=0.0, reward=0.4
+        )
+        assert_agrees(found(loss, batch, logits()), total, leaf)
+
+
+def test_metrics_do_not_depend_on_weights_or_clips() -> None:
+    batch, tokens = case("union")
+    for choice in CHOICES:
+        loss = divergence("reverse_kl", "union", factors_of(choice), choice.clip)
+        sums = loss(logits().log_softmax(-1), batch).sums
+        plain = dense64.Choice()
+        even = replace(tokens, weight_N=torch.ones(N).double())
+        expected = dense64.divergence("reverse_kl", logits().double(), even, plain)
+        assert float(sums["loss/reverse_kl"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "support"), KINDS_AND_SUPPORTS)
+def test_a_divergence_is_never_negative_by_more_than_rounding(kind: str, support: str) -> None:
+    for distance in (2.0, 1e-1, 1e-3, 1e-5):
+        teacher = (logits() + distance * randn(N, V, seed=9)).log_softmax(-1)
+        batch, _ = case(support, teacher=teacher)
+        loss = divergence(kind, support, Factors())
+        for row in range(N):
+            part = replace(batch.rows(row, row + 1), weight_N=None)
+            value = float(loss(logits()[row : row + 1].log_softmax(-1), part).total)
+            assert value >= -1e-6
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("who", ["teacher", "student", "both"])
+def test_all_is_finite_where_a_side_gives_no_probability(support: str, who: str) -> None:
+    student, teacher = logits(), teacher_logp()
+    if who != "teacher":
+        student[:, 3:7] = -torch.inf
+    if who != "student":
+        teacher[:, 5:9] = -torch.inf
+        teacher = teacher.log_softmax(-1)
+    batch, _ = case(support, student=student, teacher=teacher)
+    said = torch.full((N,), -torch.inf) if who != "student" else batch.teacher_logp_N
+    batch = replace(batch, teacher_logp_N=said)
+    if who != "teacher":
+        batch = replace(batch, target_N=batch.target_N.index_fill(0, torch.arange(4), 3))
+    for choice in CHOICES:
+        factors = factors_of(choice)
+        for loss in (
+            *(divergence(kind, support, factors, choice.clip) for kind in KINDS),
+            *(PolicyGradient(surrogate=s, kl=0.1, factors=factors) for s in Surrogate),
+            NegativeLogLikelihood(factors=factors),
+        ):
+            total, gradient = found(loss, batch, student)
+            assert total.isfinite()
+            assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(("kind", "support"), KINDS_AND_SUPPORTS)
+def test_teacher_that_is_the_student_gives_exactly_nothing(kind: str, support: str) -> None:
+    """An intersection folds the teacher's tail in another order: there nothing is 1e-6."""
+    most = 1e-6 if support == "intersection" else 0.0
+    batch, _ = case(support, teacher=logits().log_softmax(-1))
+    for choice in CHOICES:
+        loss = divergence(kind, support, factors_of(choice), choice.clip)
+        total, gradient = found(loss, batch, logits())
+        assert abs(float(total)) <= most
+        assert float(gradient.abs().max()) <= most
+
+
+def test_the_batches_reach_every_branch() -> None:
+    batch, tokens = case("intersection")
+    assert tokens.inside_NV is not None
+    sizes = tokens.inside_NV.sum(-1)
+    assert sizes.min() < sizes.max()
+    assert batch.engine_logp_N.isnan().sum() == LENGTHS[3]
+    leaf = logits().double()
+    for name in ("truncate", "mask", "sequence_truncate", "sequence_mask"):
+        weights = dense64.correction(leaf, tokens, dense64.Choice(correction=name))
+        touched = (weights == 0.9) | (weights == 0.0)
+        assert 0 < touched.sum() < N, name
+    for support, kind in itertools.product(SUPPORTS, KINDS):
+        batch, _ = case(support)
+        sums = divergence(kind, support, Factors(), 0.15)(logits().log_softmax(-1), batch).sums
+        if kind in ("forward_kl", "reverse_kl") and support != "intersection":
+            assert 0 < float(sums["loss/kl_clip_share"]) < N
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_that_is_the_student_moves_neither_hidden_states_nor_head(kind: str) -> None:
+    hidden, head = randn(N, 6, seed=10).requires_grad_(), randn(V, 6, seed=11).requires_grad_()
+    batch, _ = case("full")
+    same = replace(batch, teacher_logp_NV=None, teacher_hidden_ND=hidden.detach())
+    for chunk in (3, N):
+        out = chunked_loss(
+            hidden,
+            head,
+            same,
+            divergence(kind, "full", Factors()),
+            HeadSpec(vocab_size=V),
+            teacher_head_VD=head.detach(),
+            chunk=chunk,
+        )
+        assert out.total == 0
+        assert all((g == 0).all() for g in torch.autograd.grad(out.total, (hidden, head)))
