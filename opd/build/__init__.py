@@ -5,7 +5,13 @@ from opd.build.learners import RUN_MASK, build_learner, read_run_mask
 from opd.build.losses import build_loss, sampling_of, wanted_of
 from opd.build.numbers import compute_dtype, torch_dtype
 from opd.build.pools import TEACHER_URLS, pool_models, urls_of
-from opd.build.teachers import TEACHER_URL, build_teacher, teacher_infos, teacher_options
+from opd.build.teachers import (
+    TEACHER_URL,
+    build_teacher,
+    teacher_infos,
+    teacher_options,
+    transport_words,
+)
 from opd.build.text import Prompts, Text, build_prompts, build_stream, build_text
 from opd.build.watchers import (
     DEFAULT_GAP,
@@ -58,6 +64,7 @@ __all__ = [
     "teacher_infos",
     "teacher_options",
     "torch_dtype",
+    "transport_words",
     "urls_of",
     "wanted_of",
 ]

@@ -65,6 +65,13 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
     teacher, whole_teacher, sampled_teacher = build.build_teacher(
         config.teacher, vocabulary, [wanted, whole, sampled], world, progress
     )
+    if world.is_main:
+        said = [teacher.info()]
+        print(
+            "teacher:",
+            build.transport_words(config.teacher, said, vocabulary, wanted, sampling),
+            file=sys.stderr,
+        )
     mask = build.read_run_mask(config, folder)
     engine, sync = build.build_engine(
         config, config.student.model, text, prompts.max_length, world, progress, mask
