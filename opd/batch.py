@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
-from opd.types import FloatArray, Normalisation, Scored
+from opd.types import FloatArray, IntArray, Normalisation, Scored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,10 @@ class Batch:
     Unused places of a support carry id -1 and log-prob -inf.
 
     ``weight_N`` multiplies each token's loss, None is 1; ``sequence_N`` is the row of its completion;
-    ``engine_logp_N`` is NaN where no engine wrote the token; ``advantage_N`` is its completion's, from
-    a reward. ``sequence_gap_N`` is the mean over its completion of learner less engine log-prob,
-    filled by the student for losses that want it. One ``teacher`` scored the whole batch.
+    ``engine_logp_N`` is NaN where no engine wrote the token; ``engine_ids_NK`` are the engine's
+    likeliest ids where it was asked; ``advantage_N`` is its completion's, from a reward.
+    ``sequence_gap_N`` is the mean over its completion of learner less engine log-prob, filled by the
+    student for losses that want it. One ``teacher`` scored the whole batch.
     """
 
     input_ids_BT: torch.Tensor
@@ -62,6 +63,7 @@ class Batch:
     positions_N: torch.Tensor
     target_N: torch.Tensor
     engine_logp_N: torch.Tensor
+    engine_ids_NK: torch.Tensor | None = None
     weight_N: torch.Tensor | None = None
     sequence_N: torch.Tensor | None = None
     teacher: str | None = None
@@ -123,7 +125,8 @@ def collate(
     """Right-pad sequences to the longest and line up what engine and teacher said.
 
     ``discount`` > 0 fills ``future_N`` with sum over k >= 1 of discount^k (teacher - engine) log-prob of
-    the tokens that follow, the part of a discounted reverse-KL return that lies ahead of each token.
+    the tokens that follow, the part of a discounted reverse-KL return that lies ahead of each token;
+    tokens that no engine wrote add nothing to it.
     Tokens that ``reckoning`` does not keep are read by the model and are no targets.
     """
     assert scored, "a micro-batch has at least one sequence"
@@ -158,11 +161,12 @@ def collate(
         engine_logp_N=_joined(
             [s.rollout.logps[:keep] for s, keep in zip(scored, keeps, strict=True)]
         ),
+        engine_ids_NK=joined([_wide(s.rollout.support_ids) for s in scored]),
         weight_N=_joined([reckoning.weights(s) for s in scored]),
         sequence_N=torch.from_numpy(rows),
         teacher=scored[0].rollout.prompt.teacher,
         teacher_logp_N=joined([s.logps for s in scored]),
-        support_ids_NK=joined([None if s is None else s.ids.astype(np.int64) for s in supports]),
+        support_ids_NK=joined([None if s is None else _wide(s.ids) for s in supports]),
         support_logp_NK=joined([None if s is None else s.logps for s in supports]),
         support_tail_N=joined([None if s is None else s.tail_logp for s in supports]),
         teacher_logp_NV=joined([s.full_logps for s in scored]),
@@ -208,11 +212,16 @@ def _from_bits(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def _future(item: Scored, discount: float) -> FloatArray:
     assert item.logps is not None, "a discounted return needs the teacher's sampled log-probs"
-    gain = (item.logps - item.rollout.logps).astype(np.float64)
+    gain = np.nan_to_num((item.logps - item.rollout.logps).astype(np.float64))
     ahead = np.zeros(len(gain) + 1)
     for t in reversed(range(len(gain))):
         ahead[t] = gain[t] + discount * ahead[t + 1]
     return (discount * ahead[1:]).astype(np.float32)
+
+
+def _wide(ids: IntArray | None) -> np.ndarray | None:
+    """As torch indexes."""
+    return None if ids is None else ids.astype(np.int64)
 
 
 def _joined(parts: Sequence[np.ndarray]) -> torch.Tensor:

@@ -38,13 +38,38 @@ class DivergenceKind(StrEnum):
     skew_reverse_kl = "skew_reverse_kl"
 
 
-class Importance(StrEnum):
-    """What to do about tokens written by other weights or other arithmetic than the learner's."""
+class Weighting(StrEnum):
+    """Which tokens count more; each factor lies in [0, 1].
+
+    student_entropy, teacher_entropy: the entropy, as a share of the largest possible one;
+    gap: how far apart teacher and student are about the sampled token.
+    """
+
+    uniform = "uniform"
+    student_entropy = "student_entropy"
+    teacher_entropy = "teacher_entropy"
+    gap = "gap"
+
+
+class Correction(StrEnum):
+    """What to do about tokens written by other weights or other arithmetic than the learner's.
+
+    Their loss is multiplied by the ratio learner / engine, of the token or (sequence) the geometric
+    mean over its completion; truncate: at most a cap; mask: 0 outside a band.
+    """
 
     none = "none"
-    clip = "clip"
     truncate = "truncate"
     mask = "mask"
+    sequence_truncate = "sequence_truncate"
+    sequence_mask = "sequence_mask"
+
+
+class Surrogate(StrEnum):
+    """What a policy gradient raises: clip is PPO's ratio to the engine; plain is the log-prob."""
+
+    clip = "clip"
+    plain = "plain"
 
 
 class Normalisation(StrEnum):
@@ -197,12 +222,17 @@ class Wanted:
     ``top_k`` > 0: the teacher's k likeliest ids; ``rollout_support``: the log-probs of each rollout's
     ``support_ids``; both together: their union. ``full``: the whole distribution, as ``full_logps`` or
     as ``hidden``, whichever is the smaller per token. ``temperature`` divides the teacher's logits.
+    ``sampled`` False: nothing is asked at all, not even the log-probs of the sampled tokens.
     """
 
+    sampled: bool = True
     top_k: int = 0
     rollout_support: bool = False
     full: bool = False
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert self.sampled or not (self.top_k or self.rollout_support or self.full)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

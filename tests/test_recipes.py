@@ -46,7 +46,7 @@ def test_recipe_dry_runs(
         ["loss=jsd", "loss.beta=0.3"],
         ["loss=topk_reverse_kl", "loss.k=4"],
         ["loss=reverse_kl", "loss.support=union", "loss.k=4"],
-        ["loss=policy_gradient", "loss.importance=truncate"],
+        ["loss=policy_gradient", "loss.surrogate=plain", "loss.correction=truncate"],
         ["optim=sgd"],
         ["optim=sgd", "optim.lr=1e-2"],
         ["zero=3", "adapter=lora", "adapter.rank=4"],

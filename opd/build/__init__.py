@@ -2,9 +2,10 @@
 
 from opd.build.hosts import build_host
 from opd.build.learners import RUN_MASK, build_learner, read_run_mask
-from opd.build.losses import build_loss, sampling_of, wanted_of
+from opd.build.losses import build_loss, reckoning_of, sampling_of, wanted_of, wants_sequence_gaps
 from opd.build.numbers import compute_dtype, torch_dtype
 from opd.build.pools import TEACHER_URLS, pool_models, urls_of
+from opd.build.scorers import Live, Scorers, build_reward, build_scorers
 from opd.build.teachers import (
     TEACHER_URL,
     build_teacher,
@@ -25,6 +26,8 @@ from opd.build.watchers import (
 from opd.build.writers import (
     ROLLOUT_URLS,
     build_engine,
+    build_hand_over,
+    build_writer,
     engine_dtype,
     in_process,
     require_rollout_servers,
@@ -38,26 +41,33 @@ __all__ = [
     "TEACHER_URL",
     "TEACHER_URLS",
     "VERIFY_PROMPTS",
+    "Live",
     "Prompts",
+    "Scorers",
     "Text",
     "build_console",
     "build_engine",
     "build_evaluator",
+    "build_hand_over",
     "build_host",
     "build_learner",
     "build_loss",
     "build_prompts",
+    "build_reward",
+    "build_scorers",
     "build_stream",
     "build_sync_check",
     "build_teacher",
     "build_text",
     "build_trackers",
     "build_weight_file",
+    "build_writer",
     "compute_dtype",
     "engine_dtype",
     "in_process",
     "pool_models",
     "read_run_mask",
+    "reckoning_of",
     "require_rollout_servers",
     "rollout_options",
     "sampling_of",
@@ -67,4 +77,5 @@ __all__ = [
     "transport_words",
     "urls_of",
     "wanted_of",
+    "wants_sequence_gaps",
 ]

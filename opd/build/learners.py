@@ -4,7 +4,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opd.build.losses import build_loss
+from opd.build.losses import build_loss, reckoning_of, wants_sequence_gaps
+from opd.build.scorers import Scorers
 from opd.build.text import Text
 from opd.config import (
     AdamWConfig,
@@ -24,7 +25,6 @@ from opd.config import (
 )
 from opd.interfaces import (
     Progress,
-    Teacher,
 )
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def read_run_mask(config: Config, folder: Path) -> "Mask | None":
 def build_learner(
     config: Config,
     mask: "Mask | None",
-    teacher: Teacher,
+    scorers: Scorers,
     text: Text,
     world: "World",
     progress: Progress,
@@ -87,16 +87,18 @@ def build_learner(
         model = with_lora(model, config.adapter)
     confinement = _confinement(config.mask, mask, model)
 
-    @cache
     def teacher_head(name: str | None) -> torch.Tensor:
-        return torch.from_numpy(teacher.head(name)).to(world.device)
+        assert scorers.whole is not None, "hidden states come from a teacher"
+        return torch.from_numpy(scorers.whole.head(name)).to(world.device)
 
+    vocab_size = min(text.vocab_size, scorers.training.info().vocab_size)
     student = Student(
         model,
-        spec=head_spec(causal_lm(model).config, min(text.vocab_size, teacher.info().vocab_size)),
+        spec=head_spec(causal_lm(model).config, vocab_size),
         temperature=config.rollout.temperature,
         chunk_bytes=config.train.chunk_mib << 20,
-        teacher_head=teacher_head,
+        teacher_head=teacher_head if scorers.moving else cache(teacher_head),
+        sequence_gaps=wants_sequence_gaps(config.loss),
     ).to(world.device)
     optimizer = (
         SquaredGradients(student.parameters())
@@ -121,6 +123,7 @@ def build_learner(
         teachers=teachers,
         world=world,
         progress=progress,
+        reckoning=reckoning_of(config),
         recorder=_recorder(config, causal_lm(model), engine, world, write),
     )
     return learner, model

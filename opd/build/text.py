@@ -15,7 +15,7 @@ from opd.interfaces import (
 from opd.types import Prompt
 
 if TYPE_CHECKING:
-    pass
+    from opd.data.prompts import Completions, TeacherView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,8 @@ class Prompts:
     divergence: list[Prompt]
     max_length: int
     """Longest prompt plus completion that can occur, in tokens."""
+    teacher_max_length: int
+    """The same with prompts as the teacher sees them."""
 
 
 def build_text(model: str, *, trust_remote_code: bool) -> Text:
@@ -91,25 +93,29 @@ def build_prompts(config: Config, text: Text) -> Prompts:
         longest = min(longest, config.rollout.max_length)
     written = config.rollout.max_tokens
     answered = config.eval.max_tokens or written
-    train = _read(data, text, data.train, longest - written, held_out=False)
+    train = _read(config, text, data.train, longest - written, held_out=False)
     held_out: list[Prompt] = []
     if data.eval is not None:
-        held_out = _read(data, text, data.eval, longest - max(answered, written), held_out=True)
+        held_out = _read(config, text, data.eval, longest - max(answered, written), held_out=True)
     divergence = held_out
     if config.eval.kl_data is not None:
-        divergence = _read(data, text, config.eval.kl_data, longest - written, held_out=True)
-    lengths = [len(p.token_ids) for p in [*train, *held_out, *divergence]]
+        divergence = _read(config, text, config.eval.kl_data, longest - written, held_out=True)
+    every = [*train, *held_out, *divergence]
+    lengths = [len(p.token_ids) for p in every]
+    seen = [len(p.token_ids if p.teacher_ids is None else p.teacher_ids) for p in every]
     return Prompts(
         train=train,
         eval=held_out,
         divergence=divergence[: config.eval.kl_prompts],
         max_length=min(longest, max(lengths) + max(written, answered)),
+        teacher_max_length=max(seen) + written,
     )
 
 
-def _read(data: DataConfig, text: Text, source: str, room: int, *, held_out: bool) -> list[Prompt]:
+def _read(config: Config, text: Text, source: str, room: int, *, held_out: bool) -> list[Prompt]:
     from opd.data.prompts import load_prompts
 
+    data = config.data
     if room < 1:
         raise ValueError(
             f"rollout.max_tokens leaves no room for a prompt in the model's context of "
@@ -128,7 +134,58 @@ def _read(data: DataConfig, text: Text, source: str, room: int, *, held_out: boo
         system=data.system,
         limit=data.eval_limit if held_out else data.limit,
         max_prompt_tokens=room,
+        teacher_field=data.teacher_field,
+        completions=None if held_out else _completions(config, text),
+        teacher_view=_teacher_view(data, text),
     )
+
+
+def _completions(config: Config, text: Text) -> "Completions | None":
+    from opd.data.prompts import Completions
+
+    if config.data.completion_field is None or config.rollout.on_policy == 1:
+        return None
+    end = text.tokenizer.eos_token_id
+    return Completions(
+        field=config.data.completion_field,
+        tokenizer=text.tokenizer,
+        end_id=text.stop_ids[0] if end is None else end,
+        max_tokens=config.rollout.max_tokens,
+    )
+
+
+def _teacher_view(data: DataConfig, text: Text) -> "TeacherView | None":
+    from opd.data.prompts import TeacherView
+
+    if not (data.teacher_template or data.teacher_system or data.teacher_chat_template):
+        return None
+    return TeacherView(
+        template=data.teacher_template,
+        system=data.teacher_system,
+        tokenizer=_teachers_tokenizer(data, text),
+    )
+
+
+def _teachers_tokenizer(data: DataConfig, text: Text) -> Any:
+    """The tokenizer whose chat template the teacher's prompts use; ValueError if its ids differ."""
+    if data.teacher_chat_template is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(data.teacher_chat_template)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"data.teacher_chat_template={data.teacher_chat_template} cannot be read as a model "
+            f"folder or hub id ({first})"
+        ) from None
+    if tokenizer.get_vocab() != text.tokenizer.get_vocab():
+        raise ValueError(
+            f"data.teacher_chat_template={data.teacher_chat_template} has another vocabulary than "
+            "the student: name a model with the student's tokenizer"
+        )
+    return tokenizer
 
 
 def build_stream(config: Config, prompts: Prompts, *, rank: int, size: int) -> PromptStream:

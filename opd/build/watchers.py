@@ -8,6 +8,7 @@ from opd.build.losses import sampling_of
 from opd.build.text import Prompts, Text
 from opd.config import (
     Config,
+    DatasetRolloutConfig,
     Precision,
     WandbConfig,
     WeightRecordConfig,
@@ -23,7 +24,6 @@ from opd.interfaces import (
 from opd.types import Rollout
 
 if TYPE_CHECKING:
-    from opd.sync.verify import SyncCheck
     from opd.train.record import Write
     from opd.world import World
 
@@ -44,6 +44,8 @@ def build_evaluator(
     from opd.evaluate.evaluator import Evaluators, TaskEvaluator
     from opd.evaluate.grade import grader
 
+    if isinstance(config.rollout, DatasetRolloutConfig):
+        return None
     tasks: list[Evaluator] = []
     if prompts.eval:
         tasks.append(
@@ -89,11 +91,13 @@ DEFAULT_GAP = {Precision.fp32: 1e-3, Precision.bf16: 0.15, Precision.pure_bf16: 
 
 def build_sync_check(
     config: Config, prompts: Prompts, engine: RolloutEngine, learner: Reader, world: "World"
-) -> "SyncCheck":
-    """Compares engine and learner on a few training prompts of each rank."""
+) -> Callable[[], dict[str, float]]:
+    """Compares engine and learner on a few training prompts of each rank, where there is an engine."""
     from opd.sync.verify import SyncCheck
 
-    return SyncCheck(
+    if isinstance(config.rollout, DatasetRolloutConfig):
+        return dict
+    check = SyncCheck(
         engine,
         learner,
         prompts.train[world.rank :: world.size][:VERIFY_PROMPTS],
@@ -101,6 +105,7 @@ def build_sync_check(
         bound=config.sync.max_gap or DEFAULT_GAP[config.train.precision],
         world=world,
     )
+    return check.verify
 
 
 def build_weight_file(

@@ -8,6 +8,7 @@ from opd.build.numbers import compute_dtype, torch_dtype
 from opd.build.text import Text
 from opd.config import (
     Config,
+    DatasetRolloutConfig,
     DType,
     RolloutConfig,
     ServerRolloutConfig,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from opd.mask.mask import Mask
     from opd.rollout.options import RolloutServerOptions
     from opd.service.client import ServiceClient
+    from opd.sync.averaged import AveragedWeights
     from opd.world import World
 
 
@@ -51,8 +53,13 @@ def build_engine(
 
     Of a ``mask`` only the kept values travel.
     """
+    from opd.rollout.dataset import DatasetRollouts
+    from opd.sync.seldom import Nowhere
+
     rollout, dtype = config.rollout, engine_dtype(config)
     match rollout:
+        case DatasetRolloutConfig():
+            return DatasetRollouts(), Nowhere()
         case ServerRolloutConfig():
             return _server(config, rollout, dtype, mask, text, max_length, world, progress)
         case VllmRolloutConfig():
@@ -230,3 +237,29 @@ def _transformers(
         progress=progress,
     )
     return engine, ModuleWeights(module, mark=engine.mark)
+
+
+def build_writer(config: Config, engine: RolloutEngine) -> RolloutEngine:
+    """Who answers the prompts of a step: the engine, the data set, or each a share."""
+    from opd.rollout.dataset import DatasetRollouts, MixedRollouts
+
+    share = config.rollout.on_policy
+    if share == 0:
+        return DatasetRollouts()
+    return engine if share == 1 else MixedRollouts(engine, on_policy=share)
+
+
+def build_hand_over(
+    config: Config, sync: WeightSync, average: "AveragedWeights | None"
+) -> WeightSync:
+    """The way of the weights: seldom where nobody writes with them, past an average if there is one."""
+    from opd.sync.averaged import FollowedSync
+    from opd.sync.seldom import SeldomSync
+
+    def read(version: int) -> bool:
+        every = (config.eval.every, config.sync.verify_every)
+        return version == config.train.steps or any(n and version % n == 0 for n in every)
+
+    if config.rollout.on_policy == 0:
+        sync = SeldomSync(sync, read)
+    return sync if average is None else FollowedSync(sync, average)

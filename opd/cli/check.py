@@ -18,13 +18,16 @@ from opd.config import (
     FileMaskConfig,
     LocalTeacherConfig,
     LoraConfig,
+    MeasuredRewardConfig,
     PoolTeacherConfig,
     RolloutConfig,
+    SelfTeacherConfig,
     ServerRolloutConfig,
     ServerTeacherConfig,
     TrainingEngine,
     VllmRolloutConfig,
     active_mask,
+    has_teacher,
     problems,
 )
 from opd.types import Prompt
@@ -69,7 +72,11 @@ def check(composed: Composed, folder: Path) -> Checked:
             f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
             f"launch.processes={config.launch.processes}: give every process one, or 0"
         )
-    transport = _fitting_transport(config, text, prompts)
+    transport = None
+    if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
+        transport = _fitting_transport(config, text, prompts)
+    if isinstance(config.reward, MeasuredRewardConfig):
+        build.build_reward(config)
     require_mask_fits(composed, folder)
     build.require_rollout_servers(config, text, prompts.max_length)
     return Checked(start=start, text=text, prompts=prompts, transport=transport)
@@ -155,12 +162,10 @@ def _fitting_transport(config: Config, text: build.Text, prompts: build.Prompts)
     from opd.teacher.vocabulary import vocabulary_of
 
     student = vocabulary_of(text.tokenizer, text.vocab_size)
-    read = [*prompts.train, *prompts.eval, *prompts.divergence]
     if isinstance(config.teacher, PoolTeacherConfig):
+        read = [*prompts.train, *prompts.eval, *prompts.divergence]
         _members_are_named(config.teacher, read)
-    written = prompts.max_length - max(len(prompt.token_ids) for prompt in read)
-    seen = [p.token_ids if p.teacher_ids is None else p.teacher_ids for p in read]
-    longest = max(map(len, seen)) + written
+    longest = prompts.teacher_max_length
     infos = build.teacher_infos(config.teacher, student)
     for info in infos:
         if longest > info.max_length:
@@ -192,7 +197,9 @@ def plan_table(composed: Composed, checked: Checked, folder: Path) -> Table:
     rows = {
         "student": config.student.model,
         "teacher": _teacher_words(config),
-        "loss": composed.choices["loss"],
+        "method": f"{config.method}: loss {composed.choices['loss']}, "
+        f"reward {composed.choices['reward']}",
+        "writes": _writer_words(config),
         "optimizer": f"{composed.choices['optim']}, lr {config.optim.lr:g}, ZeRO {config.zero}, "
         f"{config.train.precision.value}, adapter {composed.choices['adapter']}",
         "learns": _mask_words(config),
@@ -234,6 +241,16 @@ def _teacher_words(config: Config) -> str:
             return f"{model}, served by {backend}, started with the run"
         case PoolTeacherConfig(members=members):
             return ", ".join(f"{name}: {member}" for name, member in members.items())
-        case LocalTeacherConfig(model=model):
+        case SelfTeacherConfig(weights=weights):
+            return f"the student itself, {weights}"
+        case LocalTeacherConfig(model=model) if model:
             return f"{model}, inside each training process"
     return "none"
+
+
+def _writer_words(config: Config) -> str:
+    share = config.rollout.on_policy
+    if share == 1:
+        return "the student"
+    read = f"{config.data.train}, column {config.data.completion_field}"
+    return read if share == 0 else f"the student {share:.0%}, {read} the rest"

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from opd.config import GROUPS, Config, register
 
 CONF = "pkg://opd.conf"
+METHODS = Path(__file__).parent.parent / "conf" / "method"
 RECIPE_FOLDERS = (
     Path(__file__).parent.parent / "recipes",  # installed
     Path(__file__).parent.parent.parent / "recipes",  # a clone
@@ -77,6 +79,8 @@ def hydra_arguments(recipe: Path) -> list[str]:
 def composed(recipe: Path, overrides: Sequence[str]) -> Composed:
     """Compose without running; for workers, tests and checks."""
     prepare(recipe)
+    overrides = with_method(overrides)
+    outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(recipe.parent), version_base="1.3"):
         cfg = compose(
@@ -84,7 +88,29 @@ def composed(recipe: Path, overrides: Sequence[str]) -> Composed:
             [f"hydra.searchpath=[{CONF}]", *overrides],
             return_hydra_config=True,
         )
+    GlobalHydra.instance().hydra = outer
     return typed(cfg, cfg.hydra.runtime.choices, recipe, overrides)
+
+
+def with_method(overrides: Sequence[str]) -> list[str]:
+    """What a ``method=NAME`` among them chooses is put before them, so that it rules the recipe.
+
+    In a recipe's own defaults list a method only fills in what the recipe leaves open.
+    """
+    named = [o.removeprefix("method=") for o in overrides if o.startswith("method=")]
+    if not named or "," in named[-1]:
+        return list(overrides)
+    file = METHODS / f"{named[-1]}.yaml"
+    if not file.is_file():
+        allowed = ", ".join(sorted(p.stem for p in METHODS.glob("*.yaml")))
+        raise ValueError(f"there is no method={named[-1]}: allowed are {allowed}")
+    said = yaml.safe_load(file.read_text())
+    choices = [entry for line in said.pop("defaults", []) for entry in line.items()]
+    groups = [f"{key.removeprefix('override /')}={name}" for key, name in choices]
+    del said["method"]
+    values = [f"{room}.{key}={v}" for room, keys in said.items() for key, v in keys.items()]
+    fresh = [o for o in [*groups, *values] if o not in overrides]
+    return [*fresh, *overrides]
 
 
 def typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]) -> Composed:
@@ -106,7 +132,7 @@ def typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str])
     return Composed(
         config=config,
         plain=_yaml_ready(plain),
-        choices={group: str(choices[group]) for group in GROUPS},
+        choices={group: str(choices[group]) for group in (*GROUPS, "method")},
         recipe=recipe,
         overrides=list(overrides),
     )

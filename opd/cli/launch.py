@@ -29,6 +29,18 @@ KEEP_FREED_MEMORY = {
 again page by page, which can cost more than the arithmetic; this keeps them."""
 
 
+def restart_keeping_memory() -> None:
+    """Begin this command again with freed memory kept: malloc reads its settings at the start only.
+
+    Nothing happens where they are set already, or where there is a GPU.
+    """
+    if all(name in os.environ for name in KEEP_FREED_MEMORY):
+        return
+    keep_freed_memory()
+    if all(name in os.environ for name in KEEP_FREED_MEMORY):
+        os.execv(sys.executable, [sys.executable, "-m", "opd.cli.main", *sys.argv[1:]])
+
+
 class WorkerFailed(RuntimeError):
     """A training process ended with an error; the message holds the end of its log."""
 

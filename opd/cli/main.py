@@ -67,6 +67,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _recipe_command(commands, "eval", _eval, "examine a checkpoint without training")
     evaluate.add_argument("--model", help="folder or hub id (default: the recipe's student)")
     evaluate.add_argument("--out", help="JSON file for metrics and transcripts")
+    write = _recipe_command(
+        commands,
+        "write",
+        _write,
+        "let a model answer the training prompts; the answers are a data set",
+    )
+    write.add_argument("--model", help="folder or hub id (default: the recipe's teacher)")
+    write.add_argument("--out", required=True, help="JSON lines, for data.train")
+    write.add_argument(
+        "--right-only", action="store_true", help="keep what the recipe's grader finds right"
+    )
     _server_command(
         commands, "teacher", _teacher, "serve a teacher over HTTP (--help lists its options)"
     )
@@ -144,9 +155,22 @@ def _doctor(parsed: argparse.Namespace, rest: list[str]) -> None:
 def _eval(parsed: argparse.Namespace, rest: list[str]) -> None:
     from opd.cli.compose import composed, find_recipe
     from opd.cli.examine import run_eval
+    from opd.cli.launch import restart_keeping_memory
 
+    restart_keeping_memory()
     recipe = composed(find_recipe(parsed.recipe), _overrides(rest))
     run_eval(recipe, model=parsed.model, out=parsed.out)
+
+
+def _write(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from opd.cli.compose import composed, find_recipe
+    from opd.cli.launch import restart_keeping_memory
+    from opd.cli.write import write
+
+    restart_keeping_memory()
+    recipe = composed(find_recipe(parsed.recipe), _overrides(rest))
+    counts = write(recipe, model=parsed.model, out=parsed.out, right_only=parsed.right_only)
+    print(", ".join(f"{name} {count}" for name, count in counts.items()), f"-> {parsed.out}")
 
 
 def _teacher(parsed: argparse.Namespace, rest: list[str]) -> None:

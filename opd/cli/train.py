@@ -21,6 +21,7 @@ from opd.cli.compose import (
     prepare,
     run_folder,
     typed,
+    with_method,
 )
 from opd.cli.examine import teacher_accuracy
 from opd.cli.folder import describe
@@ -48,7 +49,10 @@ def train(recipe_name: str, overrides: Sequence[str], *, multirun: bool) -> None
         own = list(hydra_config.overrides.task)
         swept = hydra_config.mode == RunMode.MULTIRUN
         name = job_name(own, overrides, hydra_config.job.num) if swept else None
-        one = typed(cfg, hydra_config.runtime.choices, recipe, own)
+        if with_method(own) == own:
+            one = typed(cfg, hydra_config.runtime.choices, recipe, own)
+        else:
+            one = composed(recipe, own)
         folder = run_folder(one, name)
         folders.append(folder)
         try:

@@ -14,7 +14,7 @@ from opd import build
 from opd.cli.compose import Composed, composed, find_recipe, run_folder
 from opd.config import Config, Watched
 from opd.interfaces import Reader, Teacher
-from opd.types import Rollout, Wanted
+from opd.types import Rollout
 
 if TYPE_CHECKING:
     import torch
@@ -58,29 +58,34 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
     )
     prompts = build.build_prompts(config, text)
     sampling = build.sampling_of(config)
-    wanted = build.wanted_of(config.loss, sampling.temperature)
-    whole = Wanted(full=True, temperature=sampling.temperature)
     vocabulary = vocabulary_of(text.tokenizer, text.vocab_size)
-    sampled = Wanted(temperature=sampling.temperature)
-    teacher, whole_teacher, sampled_teacher = build.build_teacher(
-        config.teacher, vocabulary, [wanted, whole, sampled], world, progress
+    wanted = build.wanted_of(config.loss, sampling.temperature)
+    learners_model: list[torch.nn.Module] = []
+    scorers = build.build_scorers(
+        config,
+        text,
+        vocabulary,
+        wanted,
+        world,
+        progress,
+        live=lambda: learners_model[0],
     )
-    if world.is_main:
-        said = [teacher.info()]
-        print(
-            "teacher:",
-            build.transport_words(config.teacher, said, vocabulary, wanted, sampling),
-            file=sys.stderr,
-        )
+    if world.is_main and scorers.whole is not None:
+        said = [scorers.whole.info()]
+        words = build.transport_words(config.teacher, said, vocabulary, wanted, sampling)
+        print(f"teacher: {words}", file=sys.stderr)
     mask = build.read_run_mask(config, folder)
     engine, sync = build.build_engine(
         config, config.student.model, text, prompts.max_length, world, progress, mask
     )
     found = newest_checkpoint(folder, processes=world.size)
     record = build.build_weight_file(config, folder, world, found)
-    learner, model = build.build_learner(config, mask, whole_teacher, text, world, progress, record)
+    learner, model = build.build_learner(config, mask, scorers, text, world, progress, record)
+    learners_model.append(model)
     if found is not None:
         learner.load(str(found[0]))
+        if scorers.average is not None:
+            scorers.average.load(str(found[0]), found[1])
     accuracy = os.environ.get(TEACHER_ACCURACY)
     evaluator = build.build_evaluator(
         config,
@@ -88,14 +93,19 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
         text,
         engine,
         world,
-        teacher=sampled_teacher,
-        measure=divergence_measure(learner, whole_teacher),
+        teacher=scorers.sampled,
+        measure=None if scorers.whole is None else divergence_measure(learner, scorers.whole),
         teacher_accuracy=None if accuracy is None else float(accuracy),
     )
     tracker = build.build_trackers(config, folder, recipe.plain, console, world, found)
 
+    def save_state(aside: str) -> None:
+        learner.save(aside)
+        if scorers.average is not None and world.is_main:
+            scorers.average.save(aside)
+
     def save(step: int) -> None:
-        write_checkpoint(folder, step, learner.save, keep=config.save.keep, world=world)
+        write_checkpoint(folder, step, save_state, keep=config.save.keep, world=world)
 
     def finish() -> None:
         tracker.close()
@@ -105,13 +115,13 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
 
     loop = Loop(
         prompts=build.build_stream(config, prompts, rank=world.rank, size=world.size),
-        engine=engine,
-        teacher=teacher,
+        engine=build.build_writer(config, engine),
+        teacher=scorers.training,
         learner=learner,
-        sync=sync,
+        sync=build.build_hand_over(config, sync, scorers.average),
         evaluator=evaluator,
         tracker=tracker,
-        verify=build.build_sync_check(config, prompts, engine, learner, world).verify,
+        verify=build.build_sync_check(config, prompts, engine, learner, world),
         save=save,
         total=world.sum,
         sampling=sampling,

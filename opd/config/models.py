@@ -85,6 +85,29 @@ class LocalTeacherConfig(TeacherConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class NoTeacherConfig(TeacherConfig):
+    """Nobody scores, for losses that ask nothing of a teacher."""
+
+
+class SelfTeacher(StrEnum):
+    frozen = "frozen"
+    ema = "ema"
+    latest = "latest"
+
+
+@dataclass(kw_only=True, slots=True)
+class SelfTeacherConfig(TeacherConfig):
+    """The student itself scores, usually with a prompt that says more (data.teacher_template)."""
+
+    weights: SelfTeacher = SelfTeacher.frozen
+    """frozen: as it started (with adapters: switched off, no second copy); ema; or latest."""
+    decay: float = knob(0.99, least=0, below=1)
+    """teacher.weights=ema: share of the average that a step keeps."""
+    batch_tokens: int = knob(8192, least=1)
+    """Padded tokens in one forward pass of the teacher."""
+
+
+@dataclass(kw_only=True, slots=True)
 class AdapterConfig:
     """What is trained: everything."""
 

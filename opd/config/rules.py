@@ -2,16 +2,29 @@
 
 from opd.config.keeping import WeightRecordConfig
 from opd.config.knobs import broken_bounds
+from opd.config.losses import (
+    DivergenceLossConfig,
+    GrpoLossConfig,
+    NllLossConfig,
+    PolicyGradientLossConfig,
+    Support,
+)
 from opd.config.masks import DiscoverMaskConfig, FileMaskConfig
 from opd.config.models import (
     LocalTeacherConfig,
     LoraConfig,
+    NoTeacherConfig,
     PoolTeacherConfig,
+    SelfTeacher,
+    SelfTeacherConfig,
     ServedTeacherConfig,
     ServerTeacherConfig,
 )
+from opd.config.rewards import MeasuredRewardConfig
 from opd.config.schema import Config
 from opd.config.training import AdamWConfig, Precision, SGDConfig, TrainingEngine, Watched
+from opd.config.writing import DatasetRolloutConfig
+from opd.types import Correction, Surrogate, Weighting
 
 
 def problems(config: Config) -> list[str]:
@@ -25,8 +38,15 @@ def problems(config: Config) -> list[str]:
 
 
 def a_teacher_is_named(config: Config) -> str | None:
-    """Somebody must score."""
+    """Somebody must score what the loss asks about."""
+    if not asks_a_teacher(config):
+        return None
     match config.teacher:
+        case NoTeacherConfig():
+            return (
+                "teacher=none, and this loss needs one: use teacher=local or server with "
+                "teacher.model, teacher=self, or a loss that asks nobody (nll, grpo)"
+            )
         case ServerTeacherConfig(model=None, url=None):
             return "teacher=server needs teacher.model (a server is started) or teacher.url (one is used)"
         case LocalTeacherConfig(model=None):
@@ -41,6 +61,94 @@ def a_teacher_is_named(config: Config) -> str | None:
                 f"teacher=pool reads teacher.members, found teacher.model={model}: make it a member, "
                 "or use teacher=server"
             )
+    return None
+
+
+def asks_a_teacher(config: Config) -> bool:
+    """Whether the loss cannot do without a teacher's log-probs."""
+    match config.loss:
+        case NllLossConfig() | GrpoLossConfig(kl=0.0):
+            return False
+    return True
+
+
+def has_teacher(config: Config) -> bool:
+    """Whether anybody scores, be it for the examination alone."""
+    match config.teacher:
+        case NoTeacherConfig():
+            return False
+        case SelfTeacherConfig():
+            return True
+        case ServerTeacherConfig(url=url, model=model):
+            return (url or model) is not None
+    return config.teacher.model is not None
+
+
+def a_data_set_that_writes_has_completions(config: Config) -> str | None:
+    """What the student does not write must be read somewhere."""
+    if config.rollout.on_policy < 1 and config.data.completion_field is None:
+        return (
+            f"rollout.on_policy={config.rollout.on_policy:g} reads completions from data.train: name "
+            "their column with data.completion_field (`opd write` makes such a file)"
+        )
+    return None
+
+
+def what_is_read_can_be_learned_from(config: Config) -> str | None:
+    """Some losses are about tokens that the student itself drew."""
+    if config.rollout.on_policy == 1:
+        return None
+    found = f"rollout.on_policy={config.rollout.on_policy:g}"
+    if isinstance(config.loss, PolicyGradientLossConfig | GrpoLossConfig):
+        return (
+            f"{found} and a policy gradient, which is about tokens that the student drew: use "
+            "rollout.on_policy=1, or a divergence"
+        )
+    if isinstance(config.loss, DivergenceLossConfig) and config.loss.support in (
+        Support.student_top_k,
+        Support.union,
+        Support.intersection,
+    ):
+        return (
+            f"{found} and loss.support={config.loss.support}, whose ids the engine names as it "
+            "writes: use loss.support=full or teacher_top_k"
+        )
+    return None
+
+
+def a_data_set_answers_no_questions(config: Config) -> str | None:
+    """Examinations need an engine."""
+    if isinstance(config.rollout, DatasetRolloutConfig) and config.data.eval is not None:
+        return (
+            "rollout=dataset has no engine to examine data.eval with: use data.eval=null, or "
+            "rollout=vllm with rollout.on_policy=0"
+        )
+    return None
+
+
+def rewards_are_compared_in_groups(config: Config) -> str | None:
+    """A group of one has no spread."""
+    if isinstance(config.reward, MeasuredRewardConfig) and config.rollout.n < 2:
+        return (
+            f"reward=... compares the completions of a prompt with each other, found "
+            f"rollout.n={config.rollout.n}: use 2 or more"
+        )
+    return None
+
+
+def adapters_switched_off_are_whole(config: Config) -> str | None:
+    """ZeRO-3 keeps no whole weight to switch adapters off on."""
+    if (
+        isinstance(config.teacher, SelfTeacherConfig)
+        and config.teacher.weights == SelfTeacher.frozen
+        and isinstance(config.adapter, LoraConfig)
+        and config.zero == 3
+        and config.launch.engine == TrainingEngine.deepspeed
+    ):
+        return (
+            "teacher=self with adapter=lora reads the student's weights with adapters off, and zero=3 "
+            "shards them: use zero=2, or teacher=local teacher.model=<the student>"
+        )
     return None
 
 
@@ -162,7 +270,62 @@ def a_recorded_run_has_masters(config: Config) -> str | None:
     return None
 
 
+def a_weighting_has_what_it_weighs_by(config: Config) -> str | None:
+    """A loss that never sees the teacher cannot weigh by the teacher."""
+    found = config.loss.weighting
+    match config.loss:
+        case NllLossConfig() | GrpoLossConfig(kl=0.0):
+            refused, sees = (Weighting.teacher_entropy, Weighting.gap), "asks no teacher"
+        case PolicyGradientLossConfig() | GrpoLossConfig():
+            refused, sees = (Weighting.teacher_entropy,), "asks the teacher for sampled tokens only"
+        case _:
+            return None
+    if found in refused:
+        return (
+            f"loss.weighting={found} does not go with a loss that {sees}: use a divergence, or "
+            f"loss.weighting={' or '.join(w for w in Weighting if w not in refused)}"
+        )
+    return None
+
+
+def engines_are_corrected_for_once(config: Config) -> str | None:
+    """PPO's ratio is an importance weight already."""
+    corrected = config.loss.correction != Correction.none
+    match config.loss:
+        case (
+            PolicyGradientLossConfig(surrogate=Surrogate.clip)
+            | GrpoLossConfig(surrogate=Surrogate.clip)
+        ) if corrected:
+            return (
+                f"loss.correction={config.loss.correction} corrects a second time for the engine that "
+                "loss.surrogate=clip divides by: use loss.surrogate=plain with a correction"
+            )
+    return None
+
+
+def advantages_need_a_reward(config: Config) -> str | None:
+    """Somebody must say which completion was better."""
+    if isinstance(config.reward, MeasuredRewardConfig):
+        return None
+    if isinstance(config.loss, GrpoLossConfig):
+        return "loss=grpo learns from rewards alone: use reward=grader or reward=function"
+    if config.loss.reward_weight:
+        return (
+            f"loss.reward_weight={config.loss.reward_weight:g} needs a reward: use reward=grader or "
+            "reward=function"
+        )
+    return None
+
+
 RULES = (
+    a_data_set_that_writes_has_completions,
+    what_is_read_can_be_learned_from,
+    a_data_set_answers_no_questions,
+    rewards_are_compared_in_groups,
+    adapters_switched_off_are_whole,
+    a_weighting_has_what_it_weighs_by,
+    advantages_need_a_reward,
+    engines_are_corrected_for_once,
     a_recorded_run_has_masters,
     a_mask_file_is_named,
     a_mask_is_of_the_weights_themselves,

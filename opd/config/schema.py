@@ -1,6 +1,7 @@
 """The whole configuration of one run, and the choices of each group."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
@@ -16,26 +17,46 @@ from opd.config.keeping import (
     WeightRecordConfig,
 )
 from opd.config.knobs import knob
-from opd.config.losses import DivergenceLossConfig, LossConfig, PolicyGradientLossConfig, Support
+from opd.config.losses import (
+    DivergenceLossConfig,
+    GrpoLossConfig,
+    LossConfig,
+    NllLossConfig,
+    PolicyGradientLossConfig,
+    Support,
+)
 from opd.config.masks import DiscoverMaskConfig, FileMaskConfig, MaskConfig, StudyMaskConfig
 from opd.config.models import (
     AdapterConfig,
     LocalTeacherConfig,
     LoraConfig,
+    NoTeacherConfig,
     PoolTeacherConfig,
+    SelfTeacherConfig,
     ServerTeacherConfig,
     StudentConfig,
     TeacherConfig,
 )
+from opd.config.rewards import FunctionRewardConfig, GraderRewardConfig, RewardConfig
 from opd.config.training import AdamWConfig, LaunchConfig, OptimConfig, SGDConfig, TrainingConfig
 from opd.config.writing import (
     DataConfig,
+    DatasetRolloutConfig,
     RolloutConfig,
     ServerRolloutConfig,
     TransformersRolloutConfig,
     VllmRolloutConfig,
 )
 from opd.types import DivergenceKind
+
+
+class Method(StrEnum):
+    opd = "opd"
+    opd_pg = "opd_pg"
+    self_distill = "self_distill"
+    offline = "offline"
+    sft = "sft"
+    grpo = "grpo"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,11 +66,14 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = knob(0, least=0)
     """Fixes the prompt order and every sample drawn."""
+    method: Method = Method.opd
+    """Name of a choice of writer, scorer and loss; each of these can still be set by itself."""
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = MISSING
     rollout: RolloutConfig = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = MISSING
+    reward: RewardConfig = MISSING
     optim: OptimConfig = MISSING
     train: TrainingConfig = field(default_factory=TrainingConfig)
     zero: int = knob(1, least=0, most=3)
@@ -71,11 +95,14 @@ GROUPS: dict[str, dict[str, Any]] = {
         "server": ServerTeacherConfig,
         "local": LocalTeacherConfig,
         "pool": PoolTeacherConfig,
+        "self": SelfTeacherConfig,
+        "none": NoTeacherConfig,
     },
     "rollout": {
         "vllm": VllmRolloutConfig,
         "server": ServerRolloutConfig,
         "transformers": TransformersRolloutConfig,
+        "dataset": DatasetRolloutConfig,
     },
     "loss": {
         **{kind.value: DivergenceLossConfig(kind=kind) for kind in DivergenceKind},
@@ -86,6 +113,13 @@ GROUPS: dict[str, dict[str, Any]] = {
             kind=DivergenceKind.reverse_kl, support=Support.teacher_top_k
         ),
         "policy_gradient": PolicyGradientLossConfig,
+        "grpo": GrpoLossConfig,
+        "nll": NllLossConfig,
+    },
+    "reward": {
+        "none": RewardConfig,
+        "grader": GraderRewardConfig,
+        "function": FunctionRewardConfig,
     },
     "optim": {"adamw": AdamWConfig, "sgd": SGDConfig},
     "adapter": {"none": AdapterConfig, "lora": LoraConfig},

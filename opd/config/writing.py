@@ -24,6 +24,8 @@ class RolloutConfig:
     """Longest completion, in tokens."""
     dtype: DType = DType.auto
     """Number format of the engine's weights; auto is the learner's compute precision."""
+    on_policy: float = knob(1.0, least=0, most=1)
+    """Share of prompts that the student answers; data.completion_field answers the others."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,6 +69,14 @@ class TransformersRolloutConfig(RolloutConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class DatasetRolloutConfig(RolloutConfig):
+    """No engine: every completion is the data set's, and nothing can be examined."""
+
+    on_policy: float = knob(0.0, least=0, most=0)
+    """Share of prompts that the student answers: none."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Prompts to learn from and prompts to be examined on."""
 
@@ -90,6 +100,16 @@ class DataConfig:
     """The same for data.eval; by default data.prompt_field."""
     eval_answer_field: str | None = None
     """The same for data.eval; by default data.answer_field."""
+    completion_field: str | None = None
+    """Column that holds a whole completion, for rollout.on_policy below 1."""
+    teacher_field: str | None = None
+    """Column that names the teacher of a row, for teacher=pool."""
+    teacher_template: str | None = None
+    """What the teacher sees in the prompt's place, with fields of the row in it: {prompt}, {answer}."""
+    teacher_system: str | None = None
+    """System message that only the teacher sees, when the chat template is used."""
+    teacher_chat_template: str | None = None
+    """Folder or hub id whose chat template writes the teacher's prompts; by default the student's."""
     answer_regex: str | None = None
     """Regular expression whose first group is the answer, for example '#### (.*)' on GSM8K."""
     template: str | None = None

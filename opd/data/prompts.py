@@ -5,7 +5,7 @@ import re
 import string
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,9 @@ def load_prompts(
     system: str | None = None,
     limit: int | None = None,
     max_prompt_tokens: int | None = None,
+    teacher_field: str | None = None,
+    completions: "Completions | None" = None,
+    teacher_view: "TeacherView | None" = None,
 ) -> list[Prompt]:
     """The prompts of ``source``, in its order, at most the first ``limit``.
 
@@ -45,6 +48,10 @@ def load_prompts(
     chat_template: put a string into the tokenizer's chat template as the user's turn; messages
         always are. ``system`` opens the turns where the template is used and they have no system
         message; ``chat_options`` go to the template (``{"enable_thinking": False}``).
+    teacher_field: the column that names the teacher of a row; every row must have it.
+    completions: reads what the data set answers into ``Prompt.completion_ids``.
+    teacher_view: what the teacher sees in the prompt's place, ``Prompt.teacher_ids``; of the same
+        rows, so that it may show the teacher a reference solution.
     uid: the row's ``uid`` when it has one, else its number in the source.
 
     Raises ``ValueError`` naming file, line, what was found and what is allowed: for unreadable
@@ -62,6 +69,7 @@ def load_prompts(
         system=system,
         max_prompt_tokens=max_prompt_tokens,
     )
+    seen = None if teacher_view is None else teacher_view.reading(reading)
     rows = itertools.islice(read_rows(source, split=split, subset=subset), limit)
     prompts: list[Prompt] = []
     first_seen: dict[str, str] = {}
@@ -73,7 +81,14 @@ def load_prompts(
                 "make each uid unique, or leave uid out"
             )
         first_seen[prompt.uid] = place
-        prompts.append(prompt)
+        prompts.append(
+            replace(
+                prompt,
+                teacher=None if teacher_field is None else _teacher(place, row, teacher_field),
+                completion_ids=None if completions is None else completions.of(place, row),
+                teacher_ids=None if seen is None else seen.prompt(place, row, index).token_ids,
+            )
+        )
     if not prompts:
         raise ValueError(f"{source}: found no rows; expected at least one prompt")
     return prompts
@@ -86,6 +101,70 @@ def _compiled(answer_regex: str | None) -> re.Pattern[str] | None:
         raise ValueError(
             f"answer_regex={answer_regex!r} is not a regular expression ({error})"
         ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """What a data set answers: the text in ``field``, tokenised, and the token that ends it.
+
+    Longer than ``max_tokens``, end included, is refused.
+    """
+
+    field: str
+    tokenizer: "PreTrainedTokenizerBase"
+    end_id: int
+    max_tokens: int
+
+    def of(self, place: str, row: Mapping[str, Any]) -> IntArray:
+        """Token ids [T] of one row; ValueError naming it when there is none."""
+        said = row.get(self.field)
+        if not isinstance(said, str) or not said:
+            raise ValueError(
+                f"{place}: found {'no' if said is None else 'an unusable'} completion in field "
+                f"{self.field!r}; found the fields {_names(row)}; expected a non-empty string, as "
+                "`opd write` leaves them"
+            )
+        ids = self.tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"]
+        token_ids = np.asarray([*ids, self.end_id], np.int32)
+        if len(token_ids) > self.max_tokens:
+            raise ValueError(
+                f"{place}: found a completion of {len(token_ids)} tokens; allowed: "
+                f"rollout.max_tokens={self.max_tokens}; shorten or remove it, or raise the limit"
+            )
+        return token_ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherView:
+    """How the teacher's prompt differs: another template, system message or chat template.
+
+    None keeps the student's. ``tokenizer`` brings the chat template; ids are the student's.
+    """
+
+    template: str | None = None
+    system: str | None = None
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    max_prompt_tokens: int | None = None
+
+    def reading(self, students: "_Reading") -> "_Reading":
+        """The student's way of reading a row, changed."""
+        return replace(
+            students,
+            template=self.template or students.template,
+            system=self.system or students.system,
+            tokenizer=self.tokenizer or students.tokenizer,
+            max_prompt_tokens=self.max_prompt_tokens,
+        )
+
+
+def _teacher(place: str, row: Mapping[str, Any], field: str) -> str:
+    named = row.get(field)
+    if not isinstance(named, str) or not named:
+        raise ValueError(
+            f"{place}: found {named!r} in field {field!r}; expected the name of a teacher, one of "
+            "teacher.members"
+        )
+    return named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

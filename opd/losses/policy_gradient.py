@@ -1,38 +1,47 @@
-"""Reverse KL from one sampled token each: the teacher's log-prob as a reward."""
+"""Policy gradients on sampled tokens: the teacher's log-prob as a reward, a verifier's, or both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from opd.batch import Batch, LossOutput
-from opd.types import Importance
+from opd.losses.factors import Factors, at_target
+from opd.losses.support import MAX_LOG_RATIO
+from opd.types import Surrogate
+
+MAX_GAIN = 20.0
+"""Nats; k3's exp(log p - log q) is held here, as elsewhere in the field."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyGradient:
-    """Policy gradient whose advantage is the teacher's log-prob less the student's.
+    """Sum over tokens of factor times a surrogate whose gradient is that of an expected reward.
 
-    A = stop_grad(log p(y) - log q(y)) + ``future_N`` when the batch has it, then cut to
-    [-advantage_clip, advantage_clip]; r = q(y) / engine(y). Written by the student itself (r = 1)
-    the expected gradient is that of the exact reverse KL. Per token, stop-gradient in brackets:
+    A = teacher_weight * [log p(y) - log q(y) + ``future_N`` where the batch has it, cut to
+    plus and minus advantage_clip nats] + reward_weight * ``advantage_N``. Written by the student
+    itself, the expected gradient of the teacher's part is that of the exact reverse KL. Per token,
+    with A held fixed and r = q(y) / engine(y), 1 where no engine wrote y:
 
-    none        -[A] log q
-    clip        -min(r [A], clip(r, 1 - clip_low, 1 + clip_high) [A])     (PPO, behaviour = engine)
-    truncate    -[min(r, cap) A] log q                                    (truncated importance)
-    mask        -[r A 1(band_low <= r <= band_high)] log q
+    clip   -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)     (PPO, arXiv 1707.06347)
+    plain  -A log q                                              (times ``factors``' correction)
 
-    The value is a surrogate: only its gradient means something. What it stands for is measured by
-    k1 = log(q / p), k2 = k1^2 / 2, k3 = p / q - 1 + k1, three estimators of reverse KL, and
-    ``loss/<importance>_share`` counts the tokens whose weight was touched.
+    ``kl`` adds kl * k3, k3 = p / q - 1 - log(p / q), the reference policy in the teacher's place:
+    with teacher_weight 0 and reward_weight 1 this is GRPO (arXiv 2402.03300).
+
+    The value is a surrogate: only its gradient means something. What the teacher's part stands for is
+    measured by k1 = log(q / p), k2 = k1^2 / 2, k3, three estimators of reverse KL
+    (http://joschu.net/blog/kl-approx.html); ``loss/clip_share`` counts tokens that PPO's clip holds,
+    ``loss/teacher_advantage`` and ``loss/reward_advantage`` are sizes of the two parts of A.
     """
 
-    importance: Importance = Importance.clip
+    surrogate: Surrogate = Surrogate.clip
+    teacher_weight: float = 1.0
+    reward_weight: float = 0.0
+    kl: float = 0.0
     advantage_clip: float | None = None
     clip_low: float = 0.2
     clip_high: float = 0.2
-    cap: float = 2.0
-    band_low: float = 0.5
-    band_high: float = 2.0
+    factors: Factors = field(default_factory=Factors)
 
     def __post_init__(self) -> None:
         if self.advantage_clip is not None and self.advantage_clip <= 0.0:
@@ -42,49 +51,76 @@ class PolicyGradient:
                 f"loss clip range is {self.clip_low}, {self.clip_high}; "
                 "clip_low must lie in [0, 1] and clip_high must not be negative"
             )
-        if self.cap <= 0.0:
-            raise ValueError(f"loss cap is {self.cap}; it must be positive")
-        if not 0.0 <= self.band_low <= 1.0 <= self.band_high:
-            raise ValueError(
-                f"loss band is {self.band_low}..{self.band_high}; it must hold 1, the ratio of "
-                "tokens written by the learner's own weights"
-            )
+        if self.kl < 0.0:
+            raise ValueError(f"loss kl is {self.kl}; it must not be negative")
 
     def __call__(self, student_logp_NV: torch.Tensor, batch: Batch) -> LossOutput:
-        assert batch.teacher_logp_N is not None, "a policy gradient needs the teacher's log-probs"
-        logp_N = student_logp_NV.gather(-1, batch.target_N[:, None]).squeeze(-1)
-        gain_N = batch.teacher_logp_N - logp_N.detach()
-        sums = {
-            "loss/reverse_kl_k1": -gain_N.sum(),
-            "loss/reverse_kl_k2": gain_N.square().sum() / 2,
-            "loss/reverse_kl_k3": (gain_N.expm1() - gain_N).sum(),
-            "teacher/nll": -batch.teacher_logp_N.sum(),
-        }
+        factor_N, sums = self.factors(student_logp_NV, batch)
+        logp_N = at_target(student_logp_NV, batch)
+        advantage_N = torch.zeros_like(logp_N)
+        cost_N = torch.zeros_like(logp_N)
+        if self.teacher_weight or self.kl:
+            gain_N = _gain(logp_N, batch)
+            sums |= _estimates(gain_N) | {"teacher/nll": -batch.teacher_logp_N.sum()}  # pyright: ignore
+            if self.kl:
+                cost_N = self.kl * _k3(gain_N, logp_N)
+            if self.teacher_weight:
+                part_N = self._teacher_part(gain_N, batch, sums)
+                sums["loss/teacher_advantage"] = part_N.abs().sum()
+                advantage_N += part_N
+        if self.reward_weight:
+            assert batch.advantage_N is not None, (
+                "a reward's advantage is needed on every completion"
+            )
+            part_N = self.reward_weight * batch.advantage_N
+            sums["loss/reward_advantage"] = part_N.abs().sum()
+            advantage_N += part_N
+        match self.surrogate:
+            case Surrogate.plain:
+                raised_N = advantage_N * logp_N
+            case Surrogate.clip:
+                raised_N, held_N = self._clipped(logp_N, batch.engine_logp_N, advantage_N)
+                sums["loss/clip_share"] = held_N.float().sum()
+        return LossOutput(total=(factor_N * (cost_N - raised_N)).sum(), sums=sums)
+
+    def _teacher_part(
+        self, gain_N: torch.Tensor, batch: Batch, sums: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         advantage_N = gain_N if batch.future_N is None else gain_N + batch.future_N
         if self.advantage_clip is not None:
             cut_N = advantage_N.clamp(-self.advantage_clip, self.advantage_clip)
             sums["loss/advantage_clip_share"] = (cut_N != advantage_N).float().sum()
             advantage_N = cut_N
-        surrogate_N, touched_N = self._surrogate(logp_N, batch.engine_logp_N, advantage_N)
-        if self.importance is not Importance.none:
-            sums[f"loss/{self.importance}_share"] = touched_N.float().sum()
-        return LossOutput(total=-surrogate_N.sum(), sums=sums)
+        return self.teacher_weight * advantage_N
 
-    def _surrogate(
+    def _clipped(
         self, logp_N: torch.Tensor, engine_logp_N: torch.Tensor, advantage_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What to raise, per token, and which tokens' weight was touched."""
-        ratio_N = (logp_N - engine_logp_N).exp()
-        weight_N = ratio_N.detach()
-        match self.importance:
-            case Importance.none:
-                return advantage_N * logp_N, torch.zeros_like(weight_N, dtype=torch.bool)
-            case Importance.clip:
-                plain_N = ratio_N * advantage_N
-                cut_N = ratio_N.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * advantage_N
-                return torch.minimum(plain_N, cut_N), cut_N.detach() < plain_N.detach()
-            case Importance.truncate:
-                return weight_N.clamp(max=self.cap) * advantage_N * logp_N, weight_N > self.cap
-            case Importance.mask:
-                inside_N = (weight_N >= self.band_low) & (weight_N <= self.band_high)
-                return torch.where(inside_N, weight_N * advantage_N, 0.0) * logp_N, ~inside_N
+        """What to raise, and which tokens have no gradient because their ratio went far enough."""
+        wrote_N = torch.where(engine_logp_N.isnan(), logp_N.detach(), engine_logp_N)
+        ratio_N = (logp_N - wrote_N).exp()
+        plain_N = ratio_N * advantage_N
+        cut_N = ratio_N.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * advantage_N
+        return torch.minimum(plain_N, cut_N), cut_N.detach() < plain_N.detach()
+
+
+def _gain(logp_N: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """log p(y) - log q(y), finite and held fixed."""
+    assert batch.teacher_logp_N is not None, "a policy gradient needs the teacher's log-probs"
+    return batch.teacher_logp_N.clamp(min=-MAX_LOG_RATIO) - logp_N.detach()
+
+
+def _estimates(gain_N: torch.Tensor) -> dict[str, torch.Tensor]:
+    held_N = gain_N.clamp(max=MAX_GAIN)
+    return {
+        "loss/reverse_kl_k1": -gain_N.sum(),
+        "loss/reverse_kl_k2": gain_N.square().sum() / 2,
+        "loss/reverse_kl_k3": (held_N.expm1() - held_N).sum(),
+    }
+
+
+def _k3(gain_N: torch.Tensor, logp_N: torch.Tensor) -> torch.Tensor:
+    """k3 with its gradient (1 - p / q) by log q, both of a gain of at most ``MAX_GAIN``."""
+    held_N = gain_N.clamp(max=MAX_GAIN)
+    value_N = held_N.expm1() - held_N
+    return value_N - held_N.expm1() * (logp_N - logp_N.detach())

@@ -14,7 +14,11 @@ class Backend(Protocol):
 
     info: TeacherInfo
     spec: HeadSpec
-    head_VD: torch.Tensor
+
+    @property
+    def head_VD(self) -> torch.Tensor:
+        """The output head [V, D]."""
+        ...
 
     def hidden(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
         """The final-norm hidden states [L, D] float32 of each sequence, every position of it."""

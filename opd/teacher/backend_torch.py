@@ -42,22 +42,30 @@ class TorchBackend:
     @torch.inference_mode()
     def hidden(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
         """See ``Backend``; the tensors lie on the model's device."""
-        found: dict[int, torch.Tensor] = {}
-        for group in _groups([len(s) for s in sequences], self.batch_tokens):
-            width = len(sequences[group[0]])
-            ids_BT = np.zeros((len(group), width), np.int64)
-            mask_BT = np.zeros((len(group), width), np.int64)
-            for row, index in enumerate(group):
-                ids_BT[row, : len(sequences[index])] = sequences[index]
-                mask_BT[row, : len(sequences[index])] = 1
-            hidden_BTD = self.network(
-                input_ids=torch.from_numpy(ids_BT).to(self.head_VD.device),
-                attention_mask=torch.from_numpy(mask_BT).to(self.head_VD.device),
-                use_cache=False,
-            ).last_hidden_state.float()
-            for row, index in enumerate(group):
-                found[index] = hidden_BTD[row, : len(sequences[index])]
-        return [found[index] for index in range(len(sequences))]
+        return hidden_states(self.network, sequences, self.batch_tokens)
+
+
+def hidden_states(
+    network: torch.nn.Module, sequences: Sequence[IntArray], batch_tokens: int
+) -> list[torch.Tensor]:
+    """The final-norm hidden states [L, D] float32 of each sequence, ``batch_tokens`` padded at a time."""
+    device = next(network.parameters()).device
+    found: dict[int, torch.Tensor] = {}
+    for group in _groups([len(s) for s in sequences], batch_tokens):
+        width = len(sequences[group[0]])
+        ids_BT = np.zeros((len(group), width), np.int64)
+        mask_BT = np.zeros((len(group), width), np.int64)
+        for row, index in enumerate(group):
+            ids_BT[row, : len(sequences[index])] = sequences[index]
+            mask_BT[row, : len(sequences[index])] = 1
+        hidden_BTD = network(
+            input_ids=torch.from_numpy(ids_BT).to(device),
+            attention_mask=torch.from_numpy(mask_BT).to(device),
+            use_cache=False,
+        ).last_hidden_state.float()
+        for row, index in enumerate(group):
+            found[index] = hidden_BTD[row, : len(sequences[index])]
+    return [found[index] for index in range(len(sequences))]
 
 
 def _groups(lengths: Sequence[int], tokens: int) -> list[list[int]]:

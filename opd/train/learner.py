@@ -3,6 +3,7 @@
 Losses are sums over tokens; they are divided here, once, by a count over all ranks.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -92,7 +93,7 @@ class StudentLearner:
         self.version += 1
         metrics = totals.per_token(self._world, **counted)
         metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": counted["tokens"]}
-        metrics |= self._confinement.metrics()
+        metrics |= self._rewards(scored) | self._confinement.metrics()
         metrics |= self._recorder.after_step(self.version, lr=lr, norm=norm)
         return StepReport(version=self.version, metrics=metrics)
 
@@ -160,6 +161,12 @@ class StudentLearner:
         """The tokens of all ranks that are learned from, and what the loss is divided by."""
         own = float(sum(map(reckoning.kept, scored)))
         return self._world.sum({"tokens": own, "denominator": reckoning.denominator(scored)})
+
+    def _rewards(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """The mean over all ranks, where somebody gave rewards."""
+        given = [s.reward for s in scored if s.reward is not None]
+        sums = self._world.sum({"reward": math.fsum(given), "count": float(len(given))})
+        return {"reward/mean": sums["reward"] / sums["count"]} if sums["count"] else {}
 
     def _groups(self, scored: Sequence[Scored]) -> list[list[Scored]]:
         return micro_batches(scored, tokens=self._micro_tokens)

@@ -40,10 +40,10 @@ def test_torchrun_is_a_launcher_too(tmp_path: Path) -> None:
 def test_a_laptop_without_vllm_and_deepspeed_trains(tmp_path: Path) -> None:
     done = opd(
         "train", "quickstart", *WITHOUT_VLLM, "run.dir=run", "train.steps=3",
-        "loss=policy_gradient", "loss.importance=truncate", "loss.discount=0.5",
+        "loss=policy_gradient", "loss.surrogate=plain", "loss.correction=truncate", "loss.discount=0.5",
         "launch.engine=torch", "launch.processes=1", "sync.verify_every=1", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     last = rows(tmp_path / "run")[-1]
     assert last["sync/gap_max"] < 1e-4
-    assert {"loss/reverse_kl_k1", "loss/truncate_share"} <= last.keys()
+    assert {"loss/reverse_kl_k1", "loss/correction_share"} <= last.keys()

@@ -15,9 +15,9 @@ from opd.interfaces import Loss
 from opd.losses import (
     Divergence,
     DivergenceKind,
-    Importance,
     NegativeLogLikelihood,
     PolicyGradient,
+    Surrogate,
 )
 from opd.train.chunked import chunked_logps, chunked_loss
 from opd.types import FinishReason, Prompt, Rollout, Scored, SupportLogps
@@ -27,7 +27,7 @@ SPEC = HeadSpec(vocab_size=V)
 REVERSE = Divergence(kind=DivergenceKind.reverse_kl)
 LOSSES = [
     *[Divergence(kind=kind) for kind in DivergenceKind],
-    *[PolicyGradient(importance=importance) for importance in Importance],
+    *[PolicyGradient(surrogate=surrogate) for surrogate in Surrogate],
     NegativeLogLikelihood(),
 ]
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)

@@ -86,6 +86,7 @@ def test_absent_teacher_fields_stay_absent() -> None:
     assert absent == {
         "teacher",
         "advantage_N",
+        "engine_ids_NK",
         "sequence_gap_N",
         "teacher_logp_N",
         "support_ids_NK",

@@ -1,0 +1,33 @@
+"""Weights only when somebody reads them: for runs that nobody writes for while they train."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from opd.interfaces import WeightSync
+
+if TYPE_CHECKING:
+    from opd.interfaces import Weights
+
+
+class Nowhere:
+    """A ``WeightSync`` without an engine."""
+
+    def push(self, weights: "Weights", version: int) -> Mapping[str, float]:
+        """See ``WeightSync``; the weights are not even gathered."""
+        return {}
+
+
+class SeldomSync:
+    """A ``WeightSync`` that hands over the first time and whenever ``due(version)``."""
+
+    def __init__(self, inner: WeightSync, due: Callable[[int], bool]) -> None:
+        self._inner = inner
+        self._due = due
+        self._first = True
+
+    def push(self, weights: "Weights", version: int) -> Mapping[str, float]:
+        """See ``WeightSync``; where nothing is due the weights are not even gathered."""
+        if not (self._first or self._due(version)):
+            return {}
+        self._first = False
+        return self._inner.push(weights, version)

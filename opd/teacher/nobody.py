@@ -1,0 +1,31 @@
+"""Nobody: for losses that ask nothing of a teacher."""
+
+from collections.abc import Sequence
+
+from opd.types import FloatArray, Rollout, Scored, TeacherInfo
+
+
+class NoTeacher:
+    """A ``Teacher`` that says nothing about anything; ``vocab_size`` and lengths are the student's."""
+
+    def __init__(self, *, vocab_size: int, max_length: int) -> None:
+        self._info = TeacherInfo(
+            model="none",
+            vocab_size=vocab_size,
+            hidden_size=0,
+            tokenizer_fingerprint="",
+            tokenizer_size=vocab_size,
+            max_length=max_length,
+        )
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        """See ``Teacher``."""
+        return [Scored(rollout=rollout) for rollout in rollouts]
+
+    def info(self) -> TeacherInfo:
+        """See ``Teacher``."""
+        return self._info
+
+    def head(self, name: str | None = None) -> FloatArray:
+        """There is none, and nobody who asked nothing wants it."""
+        raise AssertionError("nobody has no head")

@@ -1,0 +1,68 @@
+"""A verifier beside the teacher: what whole completions are worth, against their group."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from opd.interfaces import Teacher
+from opd.types import FloatArray, Rollout, Scored, TeacherInfo
+
+Reward = Callable[[Rollout], float]
+
+
+class RewardedTeacher:
+    """A ``Teacher`` whose ``Scored`` carry ``reward`` and ``advantage`` too.
+
+    The group of a completion are the rollouts of the same prompt in one call.
+    """
+
+    def __init__(self, teacher: Teacher, reward: Reward, *, scale: bool) -> None:
+        self._teacher = teacher
+        self._reward = reward
+        self._scale = scale
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        """See ``Teacher``. ValueError when the verifier gives something that is not a finite number."""
+        scored = self._teacher.score(rollouts)
+        rewards = [_finite(self._reward(rollout), rollout) for rollout in rollouts]
+        groups: dict[str, list[float]] = {}
+        for rollout, reward in zip(rollouts, rewards, strict=True):
+            groups.setdefault(rollout.prompt.uid, []).append(reward)
+        return [
+            replace(
+                said,
+                reward=reward,
+                advantage=advantage(reward, groups[said.rollout.prompt.uid], scale=self._scale),
+            )
+            for said, reward in zip(scored, rewards, strict=True)
+        ]
+
+    def info(self) -> TeacherInfo:
+        """See ``Teacher``."""
+        return self._teacher.info()
+
+    def head(self, name: str | None = None) -> FloatArray:
+        """See ``Teacher``."""
+        return self._teacher.head(name)
+
+
+def advantage(reward: float, group: Sequence[float], *, scale: bool) -> float:
+    """reward - mean(group), divided by the group's standard deviation where ``scale``.
+
+    A group without spread teaches nothing: 0 (GRPO, arXiv 2402.03300; without scale Dr. GRPO,
+    arXiv 2503.20783).
+    """
+    mean = math.fsum(group) / len(group)
+    if not scale or len(group) < 2:
+        return reward - mean
+    spread = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / (len(group) - 1))
+    return 0.0 if spread < 1e-8 else (reward - mean) / spread
+
+
+def _finite(reward: float, rollout: Rollout) -> float:
+    if not math.isfinite(reward):
+        raise ValueError(
+            f"the reward of a completion of prompt {rollout.prompt.uid} is {reward}; expected a "
+            "finite number"
+        )
+    return float(reward)
