@@ -81,6 +81,8 @@ def has_teacher(config: Config) -> bool:
             return True
         case ServerTeacherConfig(url=url, model=model):
             return (url or model) is not None
+        case PoolTeacherConfig(members=members):
+            return bool(members)
     return config.teacher.model is not None
 
 
