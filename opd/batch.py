@@ -73,6 +73,7 @@ class Batch:
     support_tail_N: torch.Tensor | None = None
     teacher_logp_NV: torch.Tensor | None = None
     teacher_hidden_ND: torch.Tensor | None = None
+    teacher_outside_N: torch.Tensor | None = None
     future_N: torch.Tensor | None = None
     advantage_N: torch.Tensor | None = None
     sequence_gap_N: torch.Tensor | None = None
@@ -169,7 +170,8 @@ def collate(
         support_logp_NK=joined([None if s is None else s.logps for s in supports]),
         support_tail_N=joined([None if s is None else s.tail_logp for s in supports]),
         teacher_logp_NV=joined([s.full_logps for s in scored]),
-        teacher_hidden_ND=joined([s.hidden for s in scored]),
+        teacher_hidden_ND=_from_bits(joined([s.hidden for s in scored])),
+        teacher_outside_N=joined([s.outside for s in scored]),
         future_N=joined([_future(s, discount) for s in scored]) if discount else None,
         advantage_N=joined(
             [
@@ -199,6 +201,13 @@ def micro_batches(scored: Sequence[Scored], *, tokens: int) -> list[list[Scored]
             groups[-1].append(item)
             room -= width
     return groups
+
+
+def _from_bits(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """bfloat16 arrives as its bits in uint16."""
+    if tensor is None or tensor.dtype != torch.uint16:
+        return tensor
+    return tensor.view(torch.bfloat16)
 
 
 def _future(item: Scored, discount: float) -> FloatArray:

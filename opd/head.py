@@ -60,10 +60,14 @@ def head_logits(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, vocab_size: in
 
 def normalise(logits_CV: torch.Tensor, spec: HeadSpec, temperature: float) -> torch.Tensor:
     """Raw float32 logits into log-probs of softmax(logits / temperature), cap and scale applied."""
+    return torch.log_softmax(_shaped(logits_CV, spec, temperature), dim=-1)
+
+
+def _shaped(logits_CV: torch.Tensor, spec: HeadSpec, temperature: float) -> torch.Tensor:
     logits = logits_CV if spec.scale == 1.0 else logits_CV * spec.scale
     if spec.softcap is not None:
         logits = spec.softcap * torch.tanh(logits / spec.softcap)
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def normalise_backward(
@@ -91,6 +95,27 @@ def head_logps(
 ) -> torch.Tensor:
     """Log-probs [C, spec.vocab_size] of softmax(logits / temperature), float32 all the way."""
     return normalise(head_logits(hidden_CD, weight_VD, spec.vocab_size), spec, temperature)
+
+
+def outside_mass(
+    hidden_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    logp_CV: torch.Tensor,
+    spec: HeadSpec,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """The probability [C] that a softmax over all rows gives to ids from ``spec.vocab_size`` on.
+
+    ``logp_CV`` is ``head_logps`` of the same states, over the ids before them; a row's first logit
+    less its log-prob is the logarithm of what those add up to.
+    """
+    first_C1 = _shaped(head_logits(hidden_CD, weight_VD, 1), spec, temperature)
+    beyond = [
+        _shaped(head_logits(hidden_CD, rows_VD, len(rows_VD)), spec, temperature).logsumexp(dim=-1)
+        for rows_VD in weight_VD[spec.vocab_size :].split(spec.vocab_size)
+    ]
+    within_C = (first_C1 - logp_CV[:, :1])[:, 0]
+    return torch.sigmoid(torch.stack(beyond).logsumexp(dim=0) - within_C)
 
 
 def vocab_blocks(weight_VD: torch.Tensor) -> list[slice]:

@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
+BFloat16Bits = npt.NDArray[np.uint16]
+"""bfloat16 numbers as their bits, since numpy has no such type."""
 
 
 class FinishReason(StrEnum):
@@ -190,7 +192,9 @@ class Scored:
 
     ``logps`` [T]: the teacher's log-probs of the sampled tokens. Of the rest, what was wanted:
     ``support``; ``full_logps`` [T, V]; or ``hidden`` [T, D], the teacher's final hidden states, from
-    which its head (``Teacher.head``) gives the full distribution without moving it.
+    which its head (``Teacher.head``) gives the full distribution without moving it; these are float32,
+    or bfloat16 as bits. ``outside`` [T] is the probability that the teacher gave to ids beyond the
+    student's, before it was spread over the common ones; only where the two sizes differ.
     ``reward`` is what a verifier gave the whole completion; ``advantage`` is the reward against the
     other completions of the same prompt.
     """
@@ -199,13 +203,14 @@ class Scored:
     logps: FloatArray | None = None
     support: SupportLogps | None = None
     full_logps: FloatArray | None = None
-    hidden: FloatArray | None = None
+    hidden: FloatArray | BFloat16Bits | None = None
+    outside: FloatArray | None = None
     reward: float | None = None
     advantage: float | None = None
 
     def __post_init__(self) -> None:
         length = len(self.rollout.token_ids)
-        for said in (self.logps, self.full_logps, self.hidden):
+        for said in (self.logps, self.full_logps, self.hidden, self.outside):
             assert said is None or said.shape[0] == length, "one teacher row for each token"
         assert self.support is None or self.support.ids.shape[0] == length
 
@@ -232,7 +237,11 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherInfo:
-    """What a teacher tells of itself before any work: enough to refuse it."""
+    """What a teacher tells of itself before any work: enough to refuse it.
+
+    ``dtype`` is what it computes in. ``linear_head``: its logits are hidden states times a matrix.
+    ``added_tokens`` (token -> id) end its vocabulary, ``base_fingerprint`` is about the ids before them.
+    """
 
     model: str
     vocab_size: int
@@ -240,6 +249,10 @@ class TeacherInfo:
     tokenizer_fingerprint: str
     tokenizer_size: int
     max_length: int
+    dtype: str = "float32"
+    linear_head: bool = True
+    base_fingerprint: str = ""
+    added_tokens: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from opd.build.teachers import (
     server_client,
     teacher_infos,
     teacher_options,
+    transport_words,
 )
 from opd.build.text import Prompts, Text, build_prompts, build_stream, build_text
 from opd.build.watchers import (
@@ -76,6 +77,7 @@ __all__ = [
     "teacher_infos",
     "teacher_options",
     "torch_dtype",
+    "transport_words",
     "urls_of",
     "wanted_of",
     "wants_sequence_gaps",

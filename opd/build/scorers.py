@@ -100,6 +100,7 @@ def _clients(
             wanted=want,
             student=student,
             batch_tokens=config.batch_tokens,
+            hidden_dtype=DType.float32,  # nothing travels
             progress=progress,
         )
         for want in wanted

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from opd.build.numbers import torch_dtype
 from opd.config import (
+    DType,
     LocalTeacherConfig,
     PoolTeacherConfig,
     ServedTeacherConfig,
@@ -13,7 +15,7 @@ from opd.config import (
     TeacherConfig,
 )
 from opd.interfaces import Progress, Teacher
-from opd.types import TeacherInfo, Wanted
+from opd.types import Sampling, TeacherInfo, Wanted
 
 if TYPE_CHECKING:
     from opd.teacher.client import ServerTeacher
@@ -66,8 +68,33 @@ def server_client(
         token=os.environ.get(TOKEN_VARIABLE),
         timeout=config.timeout,
         retries=config.retries,
+        hidden_dtype=config.hidden_dtype,
         progress=progress,
     )
+
+
+def transport_words(
+    config: TeacherConfig,
+    infos: Sequence[TeacherInfo],
+    student: "Vocabulary",
+    wanted: Wanted,
+    sampling: Sampling,
+) -> str:
+    """How the answers of these teachers travel and what that costs, a line for each way."""
+    from opd.teacher.transport import arithmetic
+    from opd.teacher.vocabulary import common_vocab_size
+
+    lines = [
+        arithmetic(
+            info,
+            wanted,
+            vocab_size=common_vocab_size(student.matrix_size, info),
+            hidden_dtype=config.hidden_dtype,
+            named=sampling.support_k,
+        )
+        for info in infos
+    ]
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _local_teachers(
@@ -94,6 +121,7 @@ def _local_teachers(
             wanted=want,
             student=student,
             batch_tokens=config.batch_tokens,
+            hidden_dtype=config.hidden_dtype,
             progress=progress,
         )
         for want in wanted
@@ -163,7 +191,11 @@ def _read_info(
     from opd.teacher.vocabulary import require_fit
 
     try:
-        info = read_info(model, max_length=config.max_length or longest(model))
+        info = read_info(
+            model,
+            max_length=config.max_length or longest(model),
+            dtype=None if config.dtype == DType.auto else torch_dtype(config.dtype),
+        )
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(

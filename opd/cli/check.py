@@ -40,12 +40,13 @@ class Checked:
     """What the checks found out on their way; ``start`` is the step to go on from.
 
     ``unseen`` names what lies on a hub that cannot be reached; a dry run checks around it, and then
-    there are no ``text`` and ``prompts``.
+    there are no ``text``, ``prompts`` and ``transport`` (how the teacher's answers travel).
     """
 
     start: int
     text: build.Text | None = None
     prompts: build.Prompts | None = None
+    transport: str | None = None
     unseen: tuple[str, ...] = ()
 
 
@@ -71,13 +72,14 @@ def check(composed: Composed, folder: Path) -> Checked:
             f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
             f"launch.processes={config.launch.processes}: give every process one, or 0"
         )
+    transport = None
     if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
-        _teacher_fits(config, text, prompts)
+        transport = _fitting_transport(config, text, prompts)
     if isinstance(config.reward, MeasuredRewardConfig):
         build.build_reward(config)
     require_mask_fits(composed, folder)
     build.require_rollout_servers(config, text, prompts.max_length)
-    return Checked(start=start, text=text, prompts=prompts)
+    return Checked(start=start, text=text, prompts=prompts, transport=transport)
 
 
 def hub_names(config: Config) -> list[str]:
@@ -155,20 +157,25 @@ def _launch_file_is_sound(config: Config) -> None:
     )
 
 
-def _teacher_fits(config: Config, text: build.Text, prompts: build.Prompts) -> None:
+def _fitting_transport(config: Config, text: build.Text, prompts: build.Prompts) -> str:
+    """How the answers will travel; ValueError when a teacher does not fit student or prompts."""
     from opd.teacher.vocabulary import vocabulary_of
 
     student = vocabulary_of(text.tokenizer, text.vocab_size)
-    read = [*prompts.train, *prompts.eval, *prompts.divergence]
     if isinstance(config.teacher, PoolTeacherConfig):
+        read = [*prompts.train, *prompts.eval, *prompts.divergence]
         _members_are_named(config.teacher, read)
     longest = prompts.teacher_max_length
-    for info in build.teacher_infos(config.teacher, student):
+    infos = build.teacher_infos(config.teacher, student)
+    for info in infos:
         if longest > info.max_length:
             raise ValueError(
                 f"prompt plus completion can reach {longest} tokens, the teacher {info.model} takes "
                 f"at most {info.max_length}: lower rollout.max_tokens or drop long prompts"
             )
+    sampling = build.sampling_of(config)
+    wanted = build.wanted_of(config.loss, sampling.temperature)
+    return build.transport_words(config.teacher, infos, student, wanted, sampling)
 
 
 def _members_are_named(pool: PoolTeacherConfig, prompts: Sequence[Prompt]) -> None:
@@ -207,6 +214,8 @@ def plan_table(composed: Composed, checked: Checked, folder: Path) -> Table:
             f"{len(checked.prompts.divergence)} for the divergence"
         )
         rows["longest"] = f"{checked.prompts.max_length} tokens of {checked.text.max_length}"
+    if checked.transport is not None:
+        rows["transport"] = checked.transport
     if checked.unseen:
         rows["not checked"] = f"{', '.join(checked.unseen)}: the hub cannot be reached"
     for name, words in rows.items():
@@ -230,6 +239,8 @@ def _teacher_words(config: Config) -> str:
             return f"the server at {url}"
         case ServerTeacherConfig(model=model, backend=backend):
             return f"{model}, served by {backend}, started with the run"
+        case PoolTeacherConfig(members=members):
+            return ", ".join(f"{name}: {member}" for name, member in members.items())
         case SelfTeacherConfig(weights=weights):
             return f"the student itself, {weights}"
         case PoolTeacherConfig(members=members):

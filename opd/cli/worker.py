@@ -58,16 +58,22 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
     )
     prompts = build.build_prompts(config, text)
     sampling = build.sampling_of(config)
+    vocabulary = vocabulary_of(text.tokenizer, text.vocab_size)
+    wanted = build.wanted_of(config.loss, sampling.temperature)
     learners_model: list[torch.nn.Module] = []
     scorers = build.build_scorers(
         config,
         text,
-        vocabulary_of(text.tokenizer, text.vocab_size),
-        build.wanted_of(config.loss, sampling.temperature),
+        vocabulary,
+        wanted,
         world,
         progress,
         live=lambda: learners_model[0],
     )
+    if world.is_main and scorers.whole is not None:
+        said = [scorers.whole.info()]
+        words = build.transport_words(config.teacher, said, vocabulary, wanted, sampling)
+        print(f"teacher: {words}", file=sys.stderr)
     mask = build.read_run_mask(config, folder)
     engine, sync = build.build_engine(
         config, config.student.model, text, prompts.max_length, world, progress, mask

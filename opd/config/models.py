@@ -34,6 +34,8 @@ class TeacherConfig:
     """Folder or hub id of the teacher."""
     dtype: DType = DType.auto
     """Number format of the teacher's weights; auto is the checkpoint's own."""
+    hidden_dtype: DType = DType.auto
+    """Format in which hidden states travel; auto is exact: bfloat16 if the teacher computes in it."""
     max_length: int | None = knob(None, least=2)
     """Longest prompt plus completion the teacher takes; by default what its config says."""
 

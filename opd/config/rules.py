@@ -53,8 +53,8 @@ def a_teacher_is_named(config: Config) -> str | None:
             return "teacher=local needs teacher.model=<folder or hub id>"
         case PoolTeacherConfig(members=members) if not members:
             return (
-                "teacher=pool needs a member: teacher.members: {NAME: model or url} in the recipe, "
-                "or +teacher.members.NAME=MODEL"
+                "teacher=pool needs at least one member: teacher.members: {NAME: model or url} in the "
+                "recipe, or +teacher.members.NAME=MODEL"
             )
         case PoolTeacherConfig(model=str(model)):
             return (

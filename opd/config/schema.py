@@ -94,9 +94,9 @@ GROUPS: dict[str, dict[str, Any]] = {
     "teacher": {
         "server": ServerTeacherConfig,
         "local": LocalTeacherConfig,
+        "pool": PoolTeacherConfig,
         "self": SelfTeacherConfig,
         "none": NoTeacherConfig,
-        "pool": PoolTeacherConfig,
     },
     "rollout": {
         "vllm": VllmRolloutConfig,

@@ -7,28 +7,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from opd.config import DType
 from opd.head import HeadSpec
 from opd.teacher.backend import Backend
 from opd.teacher.scoring import Pieces, Said, score_hidden
 from opd.teacher.wire import ScoreAnswer, ScoreRequest, Want
-from opd.types import FloatArray, IntArray, TeacherInfo, Wanted
+from opd.types import BFloat16Bits, FloatArray, IntArray, TeacherInfo
 
-
-def form_of(wanted: Wanted, *, linear_head: bool, hidden_size: int, vocab_size: int) -> Want:
-    """How the whole distribution travels: as whichever of ``hidden`` and ``full_logps`` is smaller.
-
-    A soft-capped head is not linear, so its hidden states times a matrix would not be its logits.
-    """
-    if not wanted.full:
-        return Want.logps
-    return Want.hidden if linear_head and hidden_size < vocab_size else Want.full_logps
-
-
-def bytes_per_target(request: ScoreRequest, hidden_size: int) -> int:
-    """Size of the answer for one target token."""
-    named = 0 if request.named_ids is None else request.named_ids.shape[1]
-    widths = {Want.logps: 0, Want.hidden: hidden_size, Want.full_logps: request.vocab_size}
-    return 4 * (2 + 2 * (request.top_k + named) + widths[request.want])
+WIRE_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
 
 
 def require_answerable(request: ScoreRequest, info: TeacherInfo, spec: HeadSpec) -> None:
@@ -75,11 +61,14 @@ def answer(backend: Backend, request: ScoreRequest, hidden_ND: torch.Tensor) -> 
         named_ids_NK=None if named is None else torch.from_numpy(named.astype(np.int64)),
         full_logps=request.want is Want.full_logps,
         hidden=request.want is Want.hidden,
+        hidden_dtype=WIRE_DTYPES[request.hidden_dtype],
+        outside=request.vocab_size < backend.info.vocab_size,
         temperature=request.temperature,
     )
     spec = replace(backend.spec, vocab_size=request.vocab_size)
+    rows_VD = backend.head_VD[: backend.info.vocab_size]
     targets = torch.from_numpy(request.targets().astype(np.int64))
-    return _answer_of(score_hidden(hidden_ND, backend.head_VD, spec, targets, pieces))
+    return _answer_of(score_hidden(hidden_ND, rows_VD, spec, targets, pieces))
 
 
 def _answer_of(said: Said) -> ScoreAnswer:
@@ -89,7 +78,8 @@ def _answer_of(said: Said) -> ScoreAnswer:
         support_logps=_floats(said.support_logp_NK),
         support_tail=_floats(said.support_tail_N),
         full_logps=_floats(said.full_logp_NV),
-        hidden=_floats(said.hidden_ND),
+        hidden=_floats_or_bits(said.hidden_ND),
+        outside=_floats(said.outside_N),
     )
 
 
@@ -99,6 +89,12 @@ def _ids(tensor: torch.Tensor | None) -> IntArray | None:
 
 def _floats(tensor: torch.Tensor | None) -> FloatArray | None:
     return None if tensor is None else tensor.numpy()
+
+
+def _floats_or_bits(tensor: torch.Tensor | None) -> FloatArray | BFloat16Bits | None:
+    if tensor is not None and tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    return _floats(tensor)
 
 
 def _require_ids(name: str, ids: IntArray, lowest: int, end: int) -> None:

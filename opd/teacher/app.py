@@ -9,9 +9,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from safetensors.numpy import save
 
 from opd.service.server import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
-from opd.teacher.answer import bytes_per_target, require_answerable
+from opd.teacher.answer import require_answerable
 from opd.teacher.options import TOKEN_VARIABLE
 from opd.teacher.scoring import folded_head
+from opd.teacher.transport import bytes_per_target
 from opd.teacher.wire import ScoreRequest, answer_bytes, read_request
 from opd.teacher.work import WorkQueue
 
@@ -28,7 +29,7 @@ def teacher_app(
     @app.get("/info")
     async def info(request: Request) -> Response:
         require_token(request, token, TOKEN_VARIABLE)
-        return JSONResponse(asdict(backend.info) | {"linear_head": backend.spec.softcap is None})
+        return JSONResponse(asdict(backend.info))
 
     @app.get("/head")
     async def head(request: Request, start: int, stop: int) -> Response:
@@ -64,7 +65,13 @@ def teacher_app(
         except ValueError as error:
             raise Refusal(400, str(error)) from error
         targets = int((asked.lengths - asked.starts).sum())
-        size = targets * bytes_per_target(asked, backend.info.hidden_size)
+        size = targets * bytes_per_target(
+            backend.info,
+            want=asked.want,
+            hidden_dtype=asked.hidden_dtype,
+            support=asked.support_width(),
+            vocab_size=asked.vocab_size,
+        )
         if size > max_answer_bytes:
             raise Refusal(
                 413,

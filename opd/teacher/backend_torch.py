@@ -34,7 +34,9 @@ class TorchBackend:
         self.network = network.base_model.to(device).eval().requires_grad_(False)
         self.head_VD: torch.Tensor = head.weight.detach().to(device).float()
         self.spec: HeadSpec = read_spec(model)
-        self.info: TeacherInfo = read_info(model, max_length=max_length or longest(model))
+        self.info: TeacherInfo = read_info(
+            model, max_length=max_length or longest(model), dtype=network.dtype
+        )
         self.batch_tokens = batch_tokens
 
     @torch.inference_mode()

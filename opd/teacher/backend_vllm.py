@@ -64,7 +64,11 @@ class VllmBackend:
             enable_prefix_caching=False,  # a cached prefix has no hidden states to return
             trust_remote_code=False,
         )
-        self.info: TeacherInfo = read_info(model, max_length=self.engine.model_config.max_model_len)
+        self.info: TeacherInfo = read_info(
+            model,
+            max_length=self.engine.model_config.max_model_len,
+            dtype=self.engine.model_config.dtype,
+        )
         self.spec: HeadSpec = read_spec(model)
         self.head_VD: torch.Tensor = read_head(model).to("cuda" if cuda else "cpu")
 

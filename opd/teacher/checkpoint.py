@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from opd.head import HeadSpec, head_spec
-from opd.teacher.vocabulary import fingerprint
+from opd.teacher.vocabulary import base_and_added, fingerprint
 from opd.types import TeacherInfo
 
 INDEX = "model.safetensors.index.json"
@@ -18,10 +18,16 @@ HEADS = ("lm_head.weight",)
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
 
-def read_info(model: str, *, max_length: int) -> TeacherInfo:
-    """``TeacherInfo`` of a checkpoint folder or hub name; reads no weights."""
-    text = AutoConfig.from_pretrained(model).get_text_config()
+def read_info(model: str, *, max_length: int, dtype: torch.dtype | None = None) -> TeacherInfo:
+    """``TeacherInfo`` of a checkpoint folder or hub name; reads no weights.
+
+    ``dtype`` is what it computes in, by default what its config says.
+    """
+    config = AutoConfig.from_pretrained(model)
+    text = config.get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(model)
+    its_dtype = dtype or text.dtype or config.dtype or torch.float32
+    base, added = base_and_added(tokenizer)
     return TeacherInfo(
         model=model,
         vocab_size=text.vocab_size,
@@ -29,6 +35,10 @@ def read_info(model: str, *, max_length: int) -> TeacherInfo:
         tokenizer_fingerprint=fingerprint(tokenizer),
         tokenizer_size=len(tokenizer),
         max_length=max_length,
+        dtype=str(its_dtype).removeprefix("torch."),
+        linear_head=read_spec(model).softcap is None,
+        base_fingerprint=base,
+        added_tokens=added,
     )
 
 

@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from safetensors.numpy import load
 
+from opd.config import DType
 from opd.interfaces import Progress
 from opd.service.client import ServiceClient
 from opd.service.server import MEDIA_TYPE
-from opd.teacher.answer import bytes_per_target, form_of
 from opd.teacher.batches import bar, by_tokens
+from opd.teacher.transport import bytes_per_target, transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
-from opd.teacher.wire import read_answer, request_bytes, request_of, scored_of
+from opd.teacher.wire import ScoreRequest, read_answer, request_bytes, request_of, scored_of
 from opd.types import FloatArray, Rollout, Scored, TeacherInfo, Wanted
 
 HEAD_BYTES = 64 << 20  # of one piece of the head
@@ -26,7 +27,8 @@ class ServerTeacher:
     student's or it refuses a request; ``ConnectionError`` when it stays away, or fails, at the last
     of ``retries`` repetitions.
     A request carries at most ``batch_tokens`` tokens, its answer at most ``answer_bytes`` (a single
-    longer rollout goes alone), and ``connections`` of them are under way at once.
+    longer rollout goes alone), and ``connections`` of them are under way at once. ``hidden_dtype``
+    is that in which hidden states travel, see ``transports``.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class ServerTeacher:
         batch_tokens: int = 16384,
         answer_bytes: int = 256 << 20,
         connections: int = 4,
+        hidden_dtype: DType = DType.auto,
         progress: Progress | None = None,
     ) -> None:
         self.url, self.wanted = url, wanted
@@ -54,10 +57,11 @@ class ServerTeacher:
             timeout=timeout,
             retries=retries,
         )
-        told = self._service.send("GET", "/info").json()
-        self._linear_head = bool(told.pop("linear_head"))
-        self._info = TeacherInfo(**told)
+        self._info = TeacherInfo(**self._service.send("GET", "/info").json())
         self.vocab_size = require_fit(self._info, student)
+        self._transport, *_ = transports(
+            self._info, wanted, vocab_size=self.vocab_size, hidden_dtype=hidden_dtype
+        )
         self._head: FloatArray | None = None
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
@@ -113,7 +117,13 @@ class ServerTeacher:
                 f"at most {self._info.max_length}; lower rollout.max_tokens, or serve the teacher "
                 "with a larger max_length"
             )
-        per_target = bytes_per_target(self._request(rollouts[:1]), self._info.hidden_size)
+        per_target = bytes_per_target(
+            self._info,
+            want=self._transport.want,
+            hidden_dtype=self._transport.hidden_dtype,
+            support=self._request(rollouts[:1]).support_width(),
+            vocab_size=self.vocab_size,
+        )
         tokens = min(self.batch_tokens, math.ceil(sum(lengths) / servers))
         return by_tokens(rollouts, tokens, targets=self.answer_bytes // per_target)
 
@@ -126,11 +136,11 @@ class ServerTeacher:
         answer = self._service.send("POST", "/score", body, told, retries=retries)
         return scored_of(rollouts, read_answer(answer.content))
 
-    def _request(self, rollouts: Sequence[Rollout]):
-        want = form_of(
+    def _request(self, rollouts: Sequence[Rollout]) -> ScoreRequest:
+        return request_of(
+            rollouts,
             self.wanted,
-            linear_head=self._linear_head,
-            hidden_size=self._info.hidden_size,
+            want=self._transport.want,
             vocab_size=self.vocab_size,
+            hidden_dtype=self._transport.hidden_dtype,
         )
-        return request_of(rollouts, self.wanted, want=want, vocab_size=self.vocab_size)

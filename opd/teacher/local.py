@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from opd.config import DType
 from opd.interfaces import Progress
-from opd.teacher.answer import answer, form_of, hidden_of, require_answerable
+from opd.teacher.answer import answer, hidden_of, require_answerable
 from opd.teacher.backend import Backend
 from opd.teacher.batches import bar, by_tokens
 from opd.teacher.scoring import folded_head
+from opd.teacher.transport import transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
 from opd.teacher.wire import request_of, scored_of
 from opd.types import FloatArray, Rollout, Scored, TeacherInfo, Wanted
@@ -26,11 +28,15 @@ class LocalTeacher:
         wanted: Wanted,
         student: Vocabulary,
         batch_tokens: int = 16384,
+        hidden_dtype: DType = DType.auto,
         progress: Progress | None = None,
     ) -> None:
         self.backend = backend
         self.wanted = wanted
         self.vocab_size = require_fit(backend.info, student)
+        self._transport, *_ = transports(
+            backend.info, wanted, vocab_size=self.vocab_size, hidden_dtype=hidden_dtype
+        )
         self.batch_tokens = batch_tokens
         self.progress = progress
 
@@ -53,13 +59,13 @@ class LocalTeacher:
         return folded_head(self.backend.head_VD, spec).numpy()
 
     def _score_group(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        want = form_of(
+        request = request_of(
+            rollouts,
             self.wanted,
-            linear_head=self.backend.spec.softcap is None,
-            hidden_size=self.backend.info.hidden_size,
+            want=self._transport.want,
             vocab_size=self.vocab_size,
+            hidden_dtype=self._transport.hidden_dtype,
         )
-        request = request_of(rollouts, self.wanted, want=want, vocab_size=self.vocab_size)
         require_answerable(request, self.backend.info, self.backend.spec)
         (hidden_ND,) = hidden_of(self.backend, [request])
         return scored_of(rollouts, answer(self.backend, request, hidden_ND))

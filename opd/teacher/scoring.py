@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from opd.head import HeadSpec, chunk_rows, head_logps
+from opd.head import HeadSpec, chunk_rows, head_logps, outside_mass
 
 CHUNK_BYTES = 64 << 20  # of one [C, V] block; about four live at once, beside the engine's memory
 
@@ -15,13 +15,16 @@ class Pieces:
     """What one request asks about each of its N target tokens, besides the sampled log-prob.
 
     ``top_k`` > 0 and ``named_ids_NK`` (-1 = unused) together make a support: their union.
-    ``full_logps`` and ``hidden`` ask for the whole distribution in either form.
+    ``full_logps`` and ``hidden`` ask for the whole distribution in either form, hidden states in
+    ``hidden_dtype``. ``outside`` asks what the ids beyond ``HeadSpec.vocab_size`` got.
     """
 
     top_k: int = 0
     named_ids_NK: torch.Tensor | None = None
     full_logps: bool = False
     hidden: bool = False
+    hidden_dtype: torch.dtype = torch.float32
+    outside: bool = False
     temperature: float = 1.0
 
 
@@ -35,6 +38,7 @@ class Said:
     support_tail_N: torch.Tensor | None = None
     full_logp_NV: torch.Tensor | None = None
     hidden_ND: torch.Tensor | None = None
+    outside_N: torch.Tensor | None = None
 
 
 def score_hidden(
@@ -46,7 +50,7 @@ def score_hidden(
 ) -> Said:
     """Row n of ``hidden_ND`` predicts ``target_N[n]``; memory stays at a few [C, V] chunks.
 
-    Chunks are computed where ``weight_VD`` lies. ``hidden`` comes back as it is: the
+    Chunks are computed where ``weight_VD`` lies. ``hidden`` comes back in the dtype asked for: the
     distribution asked for is softmax(hidden @ folded_head(weight_VD, spec).T / temperature).
     """
     assert not (pieces.hidden and spec.softcap is not None), "a capped head is not linear"
@@ -55,15 +59,19 @@ def score_hidden(
     for start in range(0, len(target_N), rows):
         cut = slice(start, start + rows)
         named = None if pieces.named_ids_NK is None else pieces.named_ids_NK[cut].to(device)
-        logp_CV = head_logps(hidden_ND[cut].to(device), weight_VD, spec, pieces.temperature)
+        hidden_CD = hidden_ND[cut].to(device)
+        logp_CV = head_logps(hidden_CD, weight_VD, spec, pieces.temperature)
         parts.append(_say(logp_CV, target_N[cut].to(device), named, pieces))
+        if pieces.outside:
+            mass_C = outside_mass(hidden_CD, weight_VD, logp_CV, spec, pieces.temperature)
+            parts[-1]["outside_N"] = mass_C.cpu()
     said = {
         f.name: torch.cat([part[f.name] for part in parts])
         for f in fields(Said)
         if f.name in parts[0]
     }
     if pieces.hidden:
-        said["hidden_ND"] = hidden_ND.float().cpu()
+        said["hidden_ND"] = hidden_ND.to(pieces.hidden_dtype).cpu()
     return Said(**said)
 
 

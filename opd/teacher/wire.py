@@ -2,10 +2,13 @@
 
 A request holds S sequences laid end to end and asks about N = sum(length - start) target tokens:
     tensors    token_ids [sum of lengths], lengths [S], starts [S], maybe named_ids [N, K]: int32
-    metadata   format, top_k, want (logps | full_logps | hidden), temperature, vocab_size
+    metadata   format, top_k, want (logps | full_logps | hidden), temperature, vocab_size,
+               hidden_dtype (float32 | bfloat16)
 An answer holds, for the N targets in the same order, float32 but for the ids:
     logps [N], support_ids [N, K] int32, support_logps [N, K], support_tail [N],
-    full_logps [N, vocab_size], hidden [N, D]; the last five where asked
+    full_logps [N, vocab_size], hidden [N, D]; the last five where asked;
+    outside [N] where the teacher has more ids than vocab_size
+bfloat16 travels as its bits in uint16, since numpy has no bfloat16.
 """
 
 import json
@@ -17,7 +20,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from opd.types import FloatArray, IntArray, Rollout, Scored, SupportLogps, Wanted
+from opd.config import DType
+from opd.types import BFloat16Bits, FloatArray, IntArray, Rollout, Scored, SupportLogps, Wanted
 
 FORMAT = "opd-teacher-1"
 HEADER_BYTES = 1 << 16  # of a request; ours have four tensors and five strings
@@ -43,10 +47,16 @@ class ScoreRequest:
     want: Want = Want.logps
     temperature: float = 1.0
     vocab_size: int
+    hidden_dtype: DType = DType.float32
 
     def sequences(self) -> list[IntArray]:
         """The S sequences, one array each."""
         return np.split(self.token_ids, np.cumsum(self.lengths)[:-1])
+
+    def support_width(self) -> int:
+        """How many ids per target the answer's support has; 0 for none."""
+        named = 0 if self.named_ids is None else self.named_ids.shape[1]
+        return min(self.top_k, self.vocab_size) + named
 
     def targets(self) -> IntArray:
         """The N tokens to score."""
@@ -63,11 +73,17 @@ class ScoreAnswer:
     support_logps: FloatArray | None = None
     support_tail: FloatArray | None = None
     full_logps: FloatArray | None = None
-    hidden: FloatArray | None = None
+    hidden: FloatArray | BFloat16Bits | None = None
+    outside: FloatArray | None = None
 
 
 def request_of(
-    rollouts: Sequence[Rollout], wanted: Wanted, *, want: Want, vocab_size: int
+    rollouts: Sequence[Rollout],
+    wanted: Wanted,
+    *,
+    want: Want,
+    vocab_size: int,
+    hidden_dtype: DType = DType.float32,
 ) -> ScoreRequest:
     """Rollouts into one request, each behind the prompt that its teacher sees.
 
@@ -83,6 +99,7 @@ def request_of(
         want=want,
         temperature=wanted.temperature,
         vocab_size=vocab_size,
+        hidden_dtype=hidden_dtype,
     )
 
 
@@ -98,6 +115,7 @@ def scored_of(rollouts: Sequence[Rollout], answer: ScoreAnswer) -> list[Scored]:
                 support=_support(answer, rows),
                 full_logps=None if answer.full_logps is None else answer.full_logps[rows].copy(),
                 hidden=None if answer.hidden is None else answer.hidden[rows].copy(),
+                outside=None if answer.outside is None else answer.outside[rows].copy(),
             )
         )
     return scored
@@ -114,6 +132,7 @@ def request_bytes(request: ScoreRequest) -> bytes:
         "want": request.want.value,
         "temperature": repr(request.temperature),
         "vocab_size": str(request.vocab_size),
+        "hidden_dtype": request.hidden_dtype.value,
     }
     return save(arrays, metadata)
 
@@ -144,6 +163,7 @@ def read_request(body: bytes) -> ScoreRequest:
         top_k=_count(metadata, "top_k"),
         temperature=_number(metadata, "temperature"),
         vocab_size=_count(metadata, "vocab_size"),
+        hidden_dtype=_hidden_dtype(metadata),
     )
     _require_shapes(request)
     return request
@@ -217,6 +237,13 @@ def _want(metadata: Mapping[str, str]) -> Want:
     if found not in list(Want):
         raise ValueError(f"metadata 'want' is {found!r}, must be one of {', '.join(Want)}")
     return Want(found)
+
+
+def _hidden_dtype(metadata: Mapping[str, str]) -> DType:
+    found = metadata.get("hidden_dtype", DType.float32.value)
+    if found not in (DType.float32.value, DType.bfloat16.value):
+        raise ValueError(f"metadata 'hidden_dtype' is {found!r}, must be float32 or bfloat16")
+    return DType(found)
 
 
 def _number(metadata: Mapping[str, str], name: str) -> float:

@@ -14,6 +14,7 @@ from opd.head import (
     matmul_float32,
     normalise,
     normalise_backward,
+    outside_mass,
     vocab_blocks,
 )
 from opd.interfaces import Loss
@@ -44,7 +45,8 @@ def chunked_loss(
     ``batch.teacher_hidden_ND`` becomes the chunk's ``teacher_logp_NV`` through ``teacher_head_VD``,
     at the same temperature. Student and teacher are distributions over the first
     ``spec.vocab_size`` ids; ValueError when the teacher has fewer. To the loss's own metrics come
-    ``student/entropy`` and those of ``mismatch_metrics``. N = 0 gives total 0, still connected to
+    ``student/entropy``, the mass outside the common ids (``student/outside_mass``,
+    ``teacher/outside_mass``) and those of ``mismatch_metrics``. N = 0 gives total 0, still connected to
     both tensors.
     """
     needs_hidden = torch.is_grad_enabled() and hidden_ND.requires_grad
@@ -65,7 +67,8 @@ def chunked_loss(
             first_C1 = logits_CV[:, :1].clone()
             logp_CV = normalise(logits_CV, spec, temperature)
             del logits_CV  # as large as anything here
-            out, grad_CV = _value_and_gradient(logp_CV, part, loss, needs)
+            own = _outside(hidden_ND[rows], weight_VD, logp_CV, spec, temperature)
+            out, grad_CV = _value_and_gradient(logp_CV, part, loss, needs, own)
             if grad_CV is not None:
                 grad_CV = normalise_backward(grad_CV, logp_CV, first_C1, spec, temperature)
                 del logp_CV, part
@@ -139,22 +142,46 @@ def _check_teacher_ids(found: int, spec: HeadSpec) -> None:
 
 
 def _value_and_gradient(
-    logp_CV: torch.Tensor, part: Batch, loss: Loss, needs: bool
+    logp_CV: torch.Tensor,
+    part: Batch,
+    loss: Loss,
+    needs: bool,
+    own: dict[str, torch.Tensor],
 ) -> tuple[LossOutput, torch.Tensor | None]:
-    """The chunk's loss and metrics, detached, and the gradient with respect to its log-probs."""
+    """The chunk's loss and metrics, detached, and the gradient with respect to its log-probs.
+
+    ``own`` are sums about the student that its log-probs do not tell.
+    """
     with torch.set_grad_enabled(needs):
         leaf_CV = logp_CV.detach().requires_grad_(needs)
         out = loss(leaf_CV, part)
         grad_CV = torch.autograd.grad(out.total, leaf_CV)[0] if needs else None
     gaps = mismatch_metrics(_at_target(logp_CV, part.target_N), part)
-    entropy = {"student/entropy": -logp_CV.exp().mul_(logp_CV).sum()}
+    own = {"student/entropy": -logp_CV.exp().mul_(logp_CV).sum(), **own}
+    outside_N = logp_CV.new_zeros(0) if part.teacher_outside_N is None else part.teacher_outside_N
+    theirs = {"teacher/outside_mass": outside_N.sum()}
+    counted = {"teacher/outside_mass": logp_CV.new_tensor(float(len(outside_N)))}
     said = LossOutput(
         total=out.total.detach(),
-        sums=gaps.sums | entropy | {name: value.detach() for name, value in out.sums.items()},
+        sums=gaps.sums | own | theirs | {name: value.detach() for name, value in out.sums.items()},
         maxima=gaps.maxima | {name: value.detach() for name, value in out.maxima.items()},
-        counts=gaps.counts | out.counts,
+        counts=gaps.counts | counted | out.counts,
     )
     return said, grad_CV
+
+
+def _outside(
+    hidden_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    logp_CV: torch.Tensor,
+    spec: HeadSpec,
+    temperature: float,
+) -> dict[str, torch.Tensor]:
+    """The sum of what the student gives to ids that the teacher lacks, where there are any."""
+    if weight_VD.shape[0] <= spec.vocab_size:
+        return {}
+    mass_C = outside_mass(hidden_CD, weight_VD, logp_CV, spec, temperature)
+    return {"student/outside_mass": mass_C.sum()}
 
 
 def _add_products(

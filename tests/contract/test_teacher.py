@@ -267,7 +267,8 @@ def test_tied_head_in_bfloat16_stays_within_rounding(
         TorchBackend(str(tied), dtype=DType.bfloat16), wanted=short, student=student
     )
     for said, its_head in ((scored, head), (local.score(rollouts), local.head())):
-        full = [torch.log_softmax(torch.from_numpy(s.hidden @ its_head.T), -1) for s in said]
+        states = [torch.from_numpy(s.hidden).view(torch.bfloat16).float() for s in said]
+        full = [torch.log_softmax(state @ torch.from_numpy(its_head).T, -1) for state in states]
         error = torch.cat(full) - torch.cat([true.logps(r, 1.0) for r in rollouts])
         assert error.abs().max() < BF16
         assert error.abs().mean() < BF16 / 8

@@ -94,6 +94,7 @@ def test_absent_teacher_fields_stay_absent() -> None:
         "support_tail_N",
         "teacher_logp_NV",
         "teacher_hidden_ND",
+        "teacher_outside_N",
         "future_N",
     }
     moved = batch.to(torch.device("meta"))

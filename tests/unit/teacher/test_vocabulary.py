@@ -41,7 +41,7 @@ def test_one_family_padded_differently_fits_at_the_smaller_size() -> None:
     tokenizer = _tokenizer(["a", "b", "c"])
     info = _info(tokenizer, rows=152064)
     student = vocabulary_of(tokenizer, matrix_size=151936)
-    assert fits(info, fingerprint=student.fingerprint, tokenizer_size=3) is None
+    assert fits(info, student) is None
     assert common_vocab_size(151936, info) == 151936
     assert require_fit(info, student) == 151936
     assert require_fit(replace(info, vocab_size=128), student) == 128
@@ -56,7 +56,7 @@ def test_the_same_words_under_other_ids_do_not_fit() -> None:
 
 def test_a_head_smaller_than_the_tokenizer_does_not_fit() -> None:
     tokenizer = _tokenizer(["a", "b", "c"])
-    said = fits(_info(tokenizer, rows=2), fingerprint=fingerprint(tokenizer), tokenizer_size=3)
+    said = fits(_info(tokenizer, rows=2), vocabulary_of(tokenizer, 3))
     assert said is not None
     assert "output rows for 2 only" in said
 
