@@ -10,6 +10,7 @@ from rich.table import Table
 
 from opd import build
 from opd.cli.compose import Composed
+from opd.cli.doctor import findings
 from opd.cli.folder import open_folder
 from opd.cli.masking import require_mask_fits
 from opd.config import (
@@ -48,6 +49,7 @@ class Checked:
     prompts: build.Prompts | None = None
     transport: str | None = None
     unseen: tuple[str, ...] = ()
+    noticed: tuple[str, ...] = ()
 
 
 def check(composed: Composed, folder: Path) -> Checked:
@@ -72,6 +74,7 @@ def check(composed: Composed, folder: Path) -> Checked:
             f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
             f"launch.processes={config.launch.processes}: give every process one, or 0"
         )
+    noticed = findings(config, text, prompts)
     transport = None
     if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
         transport = _fitting_transport(config, text, prompts)
@@ -79,7 +82,9 @@ def check(composed: Composed, folder: Path) -> Checked:
         build.build_reward(config)
     require_mask_fits(composed, folder)
     build.require_rollout_servers(config, text, prompts.max_length)
-    return Checked(start=start, text=text, prompts=prompts, transport=transport)
+    return Checked(
+        start=start, text=text, prompts=prompts, transport=transport, noticed=tuple(noticed)
+    )
 
 
 def hub_names(config: Config) -> list[str]:
@@ -216,6 +221,9 @@ def plan_table(composed: Composed, checked: Checked, folder: Path) -> Table:
         rows["longest"] = f"{checked.prompts.max_length} tokens of {checked.text.max_length}"
     if checked.transport is not None:
         rows["transport"] = checked.transport
+    for finding in checked.noticed:
+        rows.setdefault("look at", "")
+        rows["look at"] += f"- {finding}\n"
     if checked.unseen:
         rows["not checked"] = f"{', '.join(checked.unseen)}: the hub cannot be reached"
     for name, words in rows.items():
@@ -243,8 +251,6 @@ def _teacher_words(config: Config) -> str:
             return ", ".join(f"{name}: {member}" for name, member in members.items())
         case SelfTeacherConfig(weights=weights):
             return f"the student itself, {weights}"
-        case PoolTeacherConfig(members=members):
-            return ", ".join(f"{name}: {member}" for name, member in members.items())
         case LocalTeacherConfig(model=model) if model:
             return f"{model}, inside each training process"
     return "none"

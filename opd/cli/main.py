@@ -147,9 +147,9 @@ def _train(parsed: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _doctor(parsed: argparse.Namespace, rest: list[str]) -> None:
-    from opd.cli.train import train
+    from opd.cli.train import doctor
 
-    train(parsed.recipe, [*_overrides(rest), "dry_run=true"], multirun=False)
+    doctor(parsed.recipe, _overrides(rest))
 
 
 def _eval(parsed: argparse.Namespace, rest: list[str]) -> None:

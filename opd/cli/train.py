@@ -12,7 +12,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from opd.cli.check import check, plan_table
+from opd import build
+from opd.cli.check import check, hub_answers, hub_names, plan_table
 from opd.cli.compose import (
     Composed,
     composed,
@@ -27,6 +28,7 @@ from opd.cli.examine import teacher_accuracy
 from opd.cli.folder import describe
 from opd.cli.launch import keep_freed_memory, run_processes
 from opd.cli.masking import prepare_mask
+from opd.cli.selfcheck import doctors_self_loss
 from opd.cli.study import run_study
 from opd.cli.worker import leave_after
 from opd.config import StudyMaskConfig
@@ -123,6 +125,22 @@ def run(recipe: Composed, folder: Path) -> None:
         run_processes(recipe, folder, max_length=checked.prompts.max_length, accuracy=accuracy)
     console.print(summary_table(folder))
     console.print(f"report: {folder / 'report.html'}")
+
+
+def doctor(recipe_name: str, overrides: Sequence[str]) -> None:
+    """A dry run, and the student scored by itself where that is cheap."""
+    train(recipe_name, [*overrides, "dry_run=true"], multirun=False)
+    config = composed(find_recipe(recipe_name), overrides).config
+    if hub_names(config) and not hub_answers():
+        return
+    text = build.build_text(
+        config.student.model, trust_remote_code=config.student.trust_remote_code
+    )
+    loss = doctors_self_loss(config, text, build.build_prompts(config, text))
+    if loss is None:
+        print("the student scored by itself: not computed here, the run does it at its start")
+    else:
+        print(f"the student scored by itself: loss {loss:.2g} nats a token, as it should be")
 
 
 def print_config(recipe_name: str, overrides: Sequence[str]) -> None:

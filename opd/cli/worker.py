@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from opd import build
+from opd.cli import selfcheck
 from opd.cli.compose import Composed, composed, find_recipe, run_folder
 from opd.config import Config, Watched
 from opd.interfaces import Reader, Teacher
@@ -82,6 +83,9 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
     record = build.build_weight_file(config, folder, world, found)
     learner, model = build.build_learner(config, mask, scorers, text, world, progress, record)
     learners_model.append(model)
+    if found is None and selfcheck.applies(config):
+        alone = selfcheck.self_loss(config, text, prompts, learner, model)
+        print(f"the student scored by itself: loss {alone:.2g} nats a token", file=sys.stderr)
     if found is not None:
         learner.load(str(found[0]))
         if scorers.average is not None:
