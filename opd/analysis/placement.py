@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ def placements(sides: Sides, directions: Directions) -> list[Placement]:
     magnitude: the ceil(r n) smallest abs(W0). Among equals the first in row-major order are taken.
     Masks are eight bits for each coordinate, so memory is a byte a weight.
     """
-    flags = np.zeros(sides.numel, np.uint8)
+    # mapped, so that it goes back to the system, and malloc does not learn to keep as much
+    flags = np.frombuffer(mmap(-1, sides.numel, flags=MAP_PRIVATE | MAP_ANONYMOUS), np.uint8)
     counts = [math.ceil(share * sides.numel) for share in RANKS]
     low = [Largest(count) for count in counts]
     principal = [Largest(count) for count in counts]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,11 @@ import torch
 
 from opd.analysis.measure import Row, measured
 from opd.analysis.pair import Pair, paired
-from opd.mask.pieces import THREADS, Progress, in_order, quiet
+from opd.mask.pieces import THREADS, Progress, quiet
 from opd.tensors import model_folder
 
 ROWS = "tensors.jsonl"
 FORMAT = 1
-LARGE = 8
-"""A tensor with more than this part of the largest one's weights is measured alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,22 +74,23 @@ def walked(question: Question, out: Path, progress: Progress = quiet) -> list[Ro
 
 
 def measured_all(pairs: Sequence[Pair], others: Mapping[str, Pair]) -> Iterator[tuple[Pair, Row]]:
-    """Rows of pairs: of the large ones one by one with all cores, then of the others, which would
-    leave cores idle, THREADS at a time with one core each.
+    """Rows of pairs as they are done; THREADS at a time, the largest first, so that none is left
+    alone at the end. Each has its share of the cores: a tensor is looked at in pieces that are too
+    small for many.
     """
-    most = max((pair.numel for pair in pairs), default=0)
-    large = [pair for pair in pairs if LARGE * pair.numel > most]
-    small = [pair for pair in pairs if LARGE * pair.numel <= most]
 
     def work(pair: Pair) -> tuple[Pair, Row]:
         return pair, measured(pair, others.get(pair.name))
 
-    yield from map(work, large)
     cores = torch.get_num_threads()
+    share = (max(1, cores // THREADS),)
+    pool = ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=share)
     try:
-        with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from in_order(pool, work, small)
+        ordered = sorted(pairs, key=lambda pair: -pair.numel)
+        for done in as_completed([pool.submit(work, pair) for pair in ordered]):
+            yield done.result()
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
 
 
