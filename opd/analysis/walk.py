@@ -11,11 +11,12 @@ import torch
 
 from opd.analysis.measure import Row, measured
 from opd.analysis.pair import Pair, paired
+from opd.analysis.words import Spectrum
 from opd.mask.pieces import THREADS, Progress, quiet
 from opd.tensors import model_folder
 
 ROWS = "tensors.jsonl"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +26,12 @@ class Question:
     base: str
     trained: str
     other: str | None = None
+    spectrum: Spectrum = Spectrum.exact
 
     def header(self) -> dict[str, Any]:
         """What a file of rows belongs to: the models, and their files' sizes and times."""
         models = {"base": self.base, "trained": self.trained, "other": self.other}
-        return {"format": FORMAT} | {
+        return {"format": FORMAT, "spectrum": self.spectrum.value} | {
             side: None if model is None else {"model": model, "files": _stamps(model)}
             for side, model in models.items()
         }
@@ -64,7 +66,7 @@ def walked(question: Question, out: Path, progress: Progress = quiet) -> list[Ro
             rows.write(json.dumps(header) + "\n")
         missing = [pair for pair in pairs if pair.name not in done]
         seen = total - sum(pair.numel for pair in missing)
-        for pair, row in measured_all(missing, others):
+        for pair, row in measured_all(missing, others, question.spectrum):
             done[pair.name] = row
             rows.write(json.dumps(row) + "\n")
             rows.flush()
@@ -73,14 +75,16 @@ def walked(question: Question, out: Path, progress: Progress = quiet) -> list[Ro
     return [done[pair.name] for pair in pairs]
 
 
-def measured_all(pairs: Sequence[Pair], others: Mapping[str, Pair]) -> Iterator[tuple[Pair, Row]]:
+def measured_all(
+    pairs: Sequence[Pair], others: Mapping[str, Pair], spectrum: Spectrum = Spectrum.exact
+) -> Iterator[tuple[Pair, Row]]:
     """Rows of pairs as they are done; THREADS at a time, the largest first, so that none is left
     alone at the end. Each has its share of the cores: a tensor is looked at in pieces that are too
     small for many.
     """
 
     def work(pair: Pair) -> tuple[Pair, Row]:
-        return pair, measured(pair, others.get(pair.name))
+        return pair, measured(pair, others.get(pair.name), spectrum)
 
     cores = torch.get_num_threads()
     share = (max(1, cores // THREADS),)
@@ -107,7 +111,7 @@ def _finished(file: Path, header: dict[str, Any]) -> Iterator[Row]:
         return
     if json.loads(lines[0]) != header:
         raise ValueError(
-            f"{file.parent} holds the analysis of another pair, or its models have changed since: "
-            "give another out=, or remove it"
+            f"{file.parent} holds the analysis of another pair, or its models or spectrum= have "
+            "changed since: give another out=, or remove it"
         )
     yield from (json.loads(line) for line in lines[1:])

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from opd.analysis.words import HEADLINES, Spectrum, at, meaning, shown
 from opd.cli.deltas import final_model
 from opd.cli.masks import progress_bar
 from opd.cli.typed import explained, typed
@@ -25,6 +26,8 @@ class AnalyzeCommand:
     """Folder for tables, pictures and the report; the same command goes on with what is there."""
     other: str | None = None
     """A second model trained from the same base: how the two updates overlap."""
+    spectrum: Spectrum = Spectrum.exact
+    """fast: the 64 leading singular values of each update, with bounds, and no decompositions."""
 
 
 def add_analyze_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,7 +39,7 @@ def add_analyze_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
         epilog=f"Keys:\n{explained(AnalyzeCommand)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.usage = "opd analyze base=MODEL trained=MODEL out=DIR [other=MODEL]"
+    parser.usage = "opd analyze base=MODEL trained=MODEL out=DIR [other=MODEL] [spectrum=fast]"
     parser.set_defaults(run=_analyze)
 
 
@@ -58,6 +61,7 @@ def _analyze(parsed: argparse.Namespace, rest: list[str]) -> None:
         base=final_model(told.base),
         trained=final_model(told.trained),
         other=None if told.other is None else final_model(told.other),
+        spectrum=told.spectrum,
     )
     with progress_bar() as progress:
         rows = walked(question, out, progress)
@@ -72,8 +76,6 @@ def _tell(found: dict[str, Any], page: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from opd.analysis.words import HEADLINES, at, shown
-
     table = Table("bf16, as in the paper", box=None)
     for column in ("observed", "null", "excess", "z"):
         table.add_column(column, justify="right")
@@ -83,6 +85,7 @@ def _tell(found: dict[str, Any], page: Path) -> None:
             cells = [shown(value, headline.unit) for value in parts[:3]]
             table.add_row(headline.name, *cells, shown(parts[3], "z"))
     Console().print(table)
+    print("\n".join(meaning(found)))
     for name, reason in found["tensors"]["left_out"].items():
         print(f"opd: left out {name}: {reason}")
     print(f"report: {page}")
