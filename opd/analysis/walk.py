@@ -13,7 +13,7 @@ from opd.analysis.measure import Row, measured
 from opd.analysis.pair import Pair, paired
 from opd.analysis.words import Spectrum
 from opd.mask.pieces import THREADS, Progress, quiet
-from opd.tensors import model_folder
+from opd.tensors import model_folder, weight_files
 
 ROWS = "tensors.jsonl"
 FORMAT = 2
@@ -38,11 +38,7 @@ class Question:
 
 
 def _stamps(model: str) -> list[list[Any]]:
-    files = [
-        file
-        for pattern in ("*.safetensors", "pytorch_model*.bin")
-        for file in sorted(model_folder(model).glob(pattern))
-    ]
+    files = weight_files(model_folder(model))
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
