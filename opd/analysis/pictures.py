@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 
 from opd.analysis.counts import THRESHOLDS
@@ -52,8 +53,17 @@ def drawn(
     return path
 
 
-def heat_map(rows: Sequence[Row], value: Callable[[Row], float], label: str, path: Path) -> Path:
-    """A number for each module type in each layer; matrices only, and none outside the layers."""
+def heat_map(
+    rows: Sequence[Row],
+    value: Callable[[Row], float],
+    label: str,
+    path: Path,
+    around: float | None = None,
+) -> Path:
+    """A number for each module type in each layer; matrices only, and none outside the layers.
+
+    ``around``: the value on whose two sides the colours are others.
+    """
     cells: dict[tuple[int, str], list[float]] = {}
     for row in rows:
         if row["layer"] is not None and len(row["shape"]) > 1:
@@ -70,6 +80,8 @@ def heat_map(rows: Sequence[Row], value: Callable[[Row], float], label: str, pat
     def draw(axes: list[Axes], figure: Figure) -> None:
         shown = np.ma.masked_invalid(grid)
         image = axes[0].imshow(shown, aspect="auto", cmap="viridis")
+        if around is not None:
+            image.set(cmap="RdBu_r", norm=CenteredNorm(around))
         axes[0].set_xticks(range(len(modules)), modules, rotation=35, ha="right")
         step = max(1, len(layers) // 16)
         axes[0].set_yticks(range(0, len(layers), step), [str(n) for n in layers[::step]])

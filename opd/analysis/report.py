@@ -105,11 +105,11 @@ def _pictures(rows: Sequence[Row], found: dict[str, Any], out: Path) -> list[Sho
         Shown(
             title="Sparsity beyond the null",
             path=pictures.heat_map(
-                rows, over_null, "observed - null, points", out / "excess_map.png"
+                rows, over_null, "observed - null, points", out / "excess_map.png", around=0.0
             ),
             said="What is left of the picture above once rounding is taken off, in percentage "
-            "points. Near zero there is nothing to explain; positive cells concentrate their "
-            "movement on fewer weights than an even update of the same norm.",
+            "points. Pale cells leave nothing to explain; red ones concentrate their movement on "
+            "fewer weights than an even update of the same norm, blue ones spread it over more.",
         ),
         Shown(
             title="Where changes fall: small weights and principal weights",
