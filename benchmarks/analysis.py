@@ -6,6 +6,8 @@ Each side runs in a process of its own. "Above" is the highest anonymous residen
 read every 5 ms) over what the process held before; mapped files do not count. The trained model is
 a copy of the base after a dense normal step of 3e-5 in bf16, unless one is named. --naive 2 measures
 the naive side, and ours once more beside it, on the first two layers and what lies outside of layers.
+"fast" is ours with spectrum=fast. On a busy machine compare CPU seconds, and set OMP_WAIT_POLICY=passive,
+or waiting threads count as well.
 
     python benchmarks/analysis.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 """
@@ -66,6 +68,16 @@ def ours(base: str, trained: str, layers: int) -> None:
     from opd.analysis.walk import measured_all
 
     summary([row for _, row in measured_all(chosen(base, trained, layers), {})])
+
+
+def fast(base: str, trained: str, layers: int) -> None:
+    """The same with spectrum=fast."""
+    from opd.analysis.summary import summary
+    from opd.analysis.walk import measured_all
+    from opd.analysis.words import Spectrum
+
+    pairs = chosen(base, trained, layers)
+    summary([row for _, row in measured_all(pairs, {}, Spectrum.fast)])
 
 
 def naive(base: str, trained: str, layers: int) -> None:
@@ -161,6 +173,9 @@ def step_taken(model: str, folder: Path) -> None:
     save_file(moved, folder / "model.safetensors")
 
 
+SIDES = {"ours": ours, "fast": fast, "naive": naive}
+
+
 def largest_tensor(base: str, trained: str) -> float:
     """MiB of the largest tensor of the base, as stored."""
     pairs = chosen(base, trained, 0)
@@ -189,14 +204,14 @@ def main() -> None:
     parser.add_argument("--trained", help="folder (default: a step is made)")
     parser.add_argument("--naive", type=int, default=0, metavar="N", help="on N layers; 0: all")
     parser.add_argument("--ours-only", action="store_true", help="leave the naive side out")
-    parser.add_argument("--side", choices=["ours", "naive"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, default=0, help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.side:
         import opd.analysis.summary
         import opd.analysis.walk  # noqa: F401  (loaded before the clock starts)
 
-        side = {"ours": ours, "naive": naive}[told.side]
+        side = SIDES[told.side]
         print(json.dumps(watched(lambda: side(told.model, told.trained, told.layers))))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -205,6 +220,7 @@ def main() -> None:
         trained = told.trained or folder
         print(f"largest tensor, as stored: {largest_tensor(told.model, trained):.0f} MiB")
         mine = apart("ours", told.model, trained, 0)
+        apart("fast", told.model, trained, 0)
         if told.ours_only:
             return
         if told.naive:

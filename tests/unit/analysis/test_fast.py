@@ -8,7 +8,7 @@ import pytest
 import torch
 from pairs import Tensors, stepped, stored, weights
 
-from opd.analysis.fast import _larger, leading
+from opd.analysis.fast import _larger, _upper, _witnessed, leading
 from opd.analysis.sides import Precision, Sides
 from opd.analysis.summary import summary
 from opd.analysis.walk import Question, walked
@@ -138,3 +138,25 @@ def test_coupled_blocks_have_the_larger_eigenvalue_of_two_numbers() -> None:
     a, c, b = (torch.tensor(v, dtype=torch.float64) for v in (3.0, 2.0, 1.0))
     expected = np.linalg.eigvalsh([[3, 2], [2, 1]])[1]
     assert float(_larger(a, c**2, b)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", UPDATES)
+def test_witnesses_tell_what_a_space_misses(kind: str) -> None:
+    base = weights(shapes=SHAPES)
+    name = "model.layers.0.mlp.down_proj.weight"
+    trained = UPDATES[kind](base)[name]
+    sides = Sides(base=base[name], trained=trained, precision=Precision.stored)
+    update = (trained - base[name].float()).double()
+    basis = torch.eye(260, 40, dtype=torch.float64)
+    rest = update[40:] @ update[40:].T
+    largest = float(torch.linalg.eigvalsh(rest)[-1])
+    found = [_witnessed(sides, basis, torch.Generator().manual_seed(seed)) for seed in range(10)]
+    assert largest < min(found)
+    assert max(found) < 2.5 * largest
+
+
+def test_a_space_that_missed_the_leading_direction_is_not_believed() -> None:
+    squares = torch.tensor([4.0, 1.0], dtype=torch.float64)
+    missed = torch.zeros(2, dtype=torch.float64)
+    assert _upper(squares, missed, 0.0).tolist() == [4, 1]
+    assert _upper(squares, missed, 9.0).tolist() == [9, 9]
