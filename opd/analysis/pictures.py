@@ -172,9 +172,11 @@ def near_zero(rows: Sequence[Row], found: dict[str, Any], path: Path) -> Path:
             (0.2, "principal", "principal weights", "#93b4f5"),
         ):
             cells = [
-                [(found[p]["coverage"][mask][r]["1e-5"]["mean"] or 0) for r in RANK_KEYS]
+                [found[p]["coverage"][mask][r]["1e-5"]["mean"] for r in RANK_KEYS]
                 for p in ("paper", "null")
             ]
+            if None in (*cells[0], *cells[1]):
+                continue
             seen, null = (100 * np.array(c) / density for c in cells)
             axes[1].bar(at + offset, seen, width=0.36, color=colour, label=label)
             axes[1].scatter(
@@ -184,14 +186,15 @@ def near_zero(rows: Sequence[Row], found: dict[str, Any], path: Path) -> Path:
                 s=260,
                 color=NULL,
                 zorder=3,
-                label="null" if offset > 0 else None,
+                label="null" if offset < 0 else None,
             )
         axes[1].axhline(1, color=INK, linewidth=0.8, ls=":")
         axes[1].set_xticks(at, RANK_KEYS)
         axes[1].set(xlabel="size of the mask", ylabel="changes, times the mask's density")
         top = axes[1].get_ylim()[1]
         axes[1].set_ylim(0, 1.3 * top)
-        axes[1].legend(loc="upper left", ncols=3, columnspacing=1.0, handlelength=1.4)
+        if axes[1].containers:
+            axes[1].legend(loc="upper left", ncols=3, columnspacing=1.0, handlelength=1.4)
 
     return drawn(path, (8.4, 3.2), 2, draw)
 

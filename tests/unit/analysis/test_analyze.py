@@ -161,3 +161,11 @@ def test_a_mistake_in_pruning_is_said_before_anything_is_measured(
     assert analyze("trained=trained", "prune=quickstart", "shares=[2]") == 2
     assert "allowed are numbers from 0 to 1" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("spectrum", ["exact", "fast"])
+def test_a_model_beside_itself_has_a_report(spectrum: str) -> None:
+    assert analyze("trained=base", f"spectrum={spectrum}") == 0
+    assert read()["paper"]["exact_zero"] == 1
+    assert Path("out/report.html").is_file()
