@@ -4,7 +4,10 @@ Naive: whole matrices in float32 and five full decompositions for each, as scrip
 metric after the other do (spectrum of D; projection; drift and rotation, two; coordinate masks).
 Each side runs in a process of its own. "Above" is the highest anonymous resident memory (RssAnon,
 read every 5 ms) over what the process held before; mapped files do not count. The trained model is
-a copy of the base after a dense normal step of 3e-5 in bf16, unless one is named.
+a copy of the base after a dense normal step of 3e-5 in bf16, unless one is named. --naive 2 measures
+the naive side, and ours once more beside it, on the first two layers and what lies outside of layers.
+"fast" is ours with spectrum=fast. On a busy machine compare CPU seconds, and set OMP_WAIT_POLICY=passive,
+or waiting threads count as well.
 
     python benchmarks/analysis.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 """
@@ -65,6 +68,16 @@ def ours(base: str, trained: str, layers: int) -> None:
     from opd.analysis.walk import measured_all
 
     summary([row for _, row in measured_all(chosen(base, trained, layers), {})])
+
+
+def fast(base: str, trained: str, layers: int) -> None:
+    """The same with spectrum=fast."""
+    from opd.analysis.summary import summary
+    from opd.analysis.walk import measured_all
+    from opd.analysis.words import Spectrum
+
+    pairs = chosen(base, trained, layers)
+    summary([row for _, row in measured_all(pairs, {}, Spectrum.fast)])
 
 
 def naive(base: str, trained: str, layers: int) -> None:
@@ -160,36 +173,61 @@ def step_taken(model: str, folder: Path) -> None:
     save_file(moved, folder / "model.safetensors")
 
 
+SIDES = {"ours": ours, "fast": fast, "naive": naive}
+
+
+def largest_tensor(base: str, trained: str) -> float:
+    """MiB of the largest tensor of the base, as stored."""
+    pairs = chosen(base, trained, 0)
+    return max(pair.numel * pair.base.dtype.itemsize for pair in pairs) / MIB
+
+
+def apart(side: str, base: str, trained: str, layers: int) -> dict[str, float]:
+    """One side in a process of its own; its line is printed."""
+    command = [sys.executable, __file__, "--side", side, "--model", base]
+    command += ["--trained", trained, "--layers", str(layers)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    where = f"{layers} layers" if layers else "all"
+    print(
+        f"{side:6} {where:10} {found['seconds']:8.1f} s  {found['cpu']:8.1f} CPU s  "
+        f"{found['mib']:7.0f} MiB above",
+        flush=True,
+    )
+    return found
+
+
 def main() -> None:
-    """Print one line a side, and their ratio."""
+    """Print one line a side, and their ratio on the same tensors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--trained", help="folder (default: a step is made)")
-    parser.add_argument("--layers", type=int, default=0, help="only the first n layers; 0: all")
-    parser.add_argument("--side", choices=["ours", "naive"], help=argparse.SUPPRESS)
+    parser.add_argument("--naive", type=int, default=0, metavar="N", help="on N layers; 0: all")
+    parser.add_argument("--ours-only", action="store_true", help="leave the naive side out")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, default=0, help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.side:
         import opd.analysis.summary
         import opd.analysis.walk  # noqa: F401  (loaded before the clock starts)
 
-        side = {"ours": ours, "naive": naive}[told.side]
+        side = SIDES[told.side]
         print(json.dumps(watched(lambda: side(told.model, told.trained, told.layers))))
         return
     with tempfile.TemporaryDirectory() as folder:
         if told.trained is None:
             step_taken(told.model, Path(folder))
-        found = {}
-        for side in ("ours", "naive"):
-            command = [sys.executable, __file__, "--side", side, "--model", told.model]
-            command += ["--trained", told.trained or folder, "--layers", str(told.layers)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[side] = json.loads(done.stdout)
-            print(
-                f"{side:6} {found[side]['seconds']:8.1f} s  {found[side]['cpu']:8.1f} CPU s  "
-                f"{found[side]['mib']:7.0f} MiB above",
-                flush=True,
-            )
-    print(f"naive / ours: {found['naive']['seconds'] / found['ours']['seconds']:.1f}x")
+        trained = told.trained or folder
+        print(f"largest tensor, as stored: {largest_tensor(told.model, trained):.0f} MiB")
+        mine = apart("ours", told.model, trained, 0)
+        apart("fast", told.model, trained, 0)
+        if told.ours_only:
+            return
+        if told.naive:
+            mine = apart("ours", told.model, trained, told.naive)
+        theirs = apart("naive", told.model, trained, told.naive)
+    print(f"naive / ours: {theirs['seconds'] / mine['seconds']:.1f}x", end=", ")
+    print(f"{theirs['cpu'] / mine['cpu']:.1f}x in CPU seconds")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from opd.shards import PATTERN as SHARDS
+from opd.shards import read_shards, shard_files
+
 READERS = 2
 """Threads that hash; each holds one tensor."""
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
@@ -69,20 +72,24 @@ class Checkpoint(Mapping[str, Stored]):
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """The weights of a model folder or hub id: safetensors or ``pytorch_model*.bin``, sharded or not.
+    """The weights of a model folder or hub id: safetensors, ``pytorch_model*.bin``, or FSDP's shards.
 
     Raises ValueError when there are none, or when a shard is cut short or missing.
     """
     folder = model_folder(model)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if not files:
         raise ValueError(
-            f"{model} holds no weights: expected *.safetensors or pytorch_model*.bin in {folder}"
+            f"{model} holds no weights: expected *.safetensors, pytorch_model*.bin or {SHARDS} in "
+            f"{folder}"
         )
     tensors: dict[str, Stored] = {}
-    for file in files:
-        tensors |= _read_file(file)
-    if HEAD in tensors and _head_is_tied(folder) and EMBEDDING in tensors:
+    if files[0].match(SHARDS):
+        tensors = _shards(files)
+    else:
+        for file in files:
+            tensors |= _read_file(file)
+    if HEAD in tensors and model_config(folder).get("tie_word_embeddings") and EMBEDDING in tensors:
         del tensors[HEAD]
     return Checkpoint(model, tensors)
 
@@ -119,7 +126,8 @@ def model_folder(model: str) -> Path:
     return Path(model) if Path(model).is_dir() else _downloaded(model)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights. ValueError when one that must be there is missing."""
     for pattern, index in (
         ("*.safetensors", "model.safetensors.index.json"),
         ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
@@ -133,7 +141,29 @@ def _weight_files(folder: Path) -> list[Path]:
         found = sorted(folder.glob(pattern))
         if found:
             return found
-    return []
+    return shard_files(folder)
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder, or of the ``huggingface/`` beside shards; empty without."""
+    for file in (folder / "config.json", folder / "huggingface" / "config.json"):
+        if file.is_file():
+            return json.loads(file.read_text())
+    return {}
+
+
+def _shards(files: list[Path]) -> dict[str, Stored]:
+    try:
+        tensors = read_shards(files)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a file that is cut short, or holds code, leads to
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"the shards in {files[0].parent} cannot be read ({first})") from error
+    return {
+        name: Stored(shape=t.shape, dtype=t.parts[0].dtype, read=t.whole)
+        for name, t in tensors.items()
+    }
 
 
 def _safetensors(file: Path) -> dict[str, Stored]:
@@ -175,11 +205,6 @@ def _bin_tensors(file: Path) -> dict[str, Stored]:
         name: Stored(shape=tuple(t.shape), dtype=t.dtype, read=lambda t=t: t)
         for name, t in state.items()
     }
-
-
-def _head_is_tied(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and bool(json.loads(config.read_text()).get("tie_word_embeddings"))
 
 
 def digest(name: str, tensor: torch.Tensor) -> bytes:

@@ -72,6 +72,22 @@ def visible(rows: Sequence[Row]) -> Tree | None:
     }
 
 
+def spectrum(rows: Sequence[Row]) -> Tree:
+    """Which method found the spectra; for ``fast`` how far the summary's figures can be off."""
+    found = [row["bf16"]["spectrum"] for row in rows if "spectrum" in row["bf16"]]
+    bounds = [each["bound"] for each in found if "bound" in each]
+    if not bounds:
+        return {"method": "exact", "bounds": {}}
+    columns = {key: [bound[key] for bound in bounds] for key in bounds[0]}
+    return {
+        "method": "fast",
+        "bounds": {
+            key: {"mean": statistics.fmean(column), "median": max(column)}
+            for key, column in columns.items()
+        },
+    }
+
+
 def spread(rows: Sequence[Row]) -> Tree:
     """Standard deviation of the null's update, its median over tensors that moved, and its source."""
     nulls = [row["bf16"]["null"] for row in rows if row["bf16"]["null"]["s"] > 0]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from opd.analysis.select import Largest, counted, large_first
-from opd.analysis.sides import Cut, Precision, Sides
+from opd.analysis.sides import PIECE, Cut, Precision, Sides
 from opd.mask.pieces import BINS, binades
 
 THRESHOLDS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
@@ -53,9 +53,8 @@ def bad_numbers(sides: Sides) -> str:
     """What is wrong with the values: NaN or infinity on either side; empty when they are sound."""
     told = []
     for side, tensor in (("base", sides.base), ("trained model", sides.trained)):
-        found = sum(
-            int((~torch.isfinite(part)).sum()) for part in tensor.reshape(-1).split(1 << 20)
-        )
+        parts = tensor.reshape(-1).split(PIECE)
+        found = sum(int((~torch.isfinite(part)).sum()) for part in parts)
         if found:
             told.append(f"{found} NaN or infinite values in the {side}")
     return ", ".join(told)
@@ -65,7 +64,7 @@ def on_bf16_grid(base: torch.Tensor) -> bool:
     """Whether every weight is a bfloat16 number, whatever it is stored in."""
     if base.dtype == torch.bfloat16:
         return True
-    parts = base.reshape(-1).split(1 << 20)
+    parts = base.reshape(-1).split(PIECE)
     return all(torch.equal(p.bfloat16().float(), p.float()) for p in parts)
 
 

@@ -17,12 +17,14 @@ from opd.analysis.counts import (
     on_bf16_grid,
     visible_and_true,
 )
+from opd.analysis.fast import leading
 from opd.analysis.null import Null, isotropic_spectrum, noise_edge, solved
 from opd.analysis.overlap import overlap_row
 from opd.analysis.pair import Pair
 from opd.analysis.placement import MASKS, Placement, placements
 from opd.analysis.sides import MANTISSA, Precision, Sides
 from opd.analysis.spectrum import RANKS, Spectra, rank_of, shape_of, spectra
+from opd.analysis.words import Spectrum
 from opd.mask.delta import word
 from opd.mask.names import place
 
@@ -43,7 +45,7 @@ TOP_KEYS, RANK_KEYS = words(TOP, "%"), words(RANKS, "%")
 CHANGED_KEYS = ("0", words((VISIBLE,))[0])
 
 
-def measured(pair: Pair, other: Pair | None = None) -> Row:
+def measured(pair: Pair, other: Pair | None = None, spectrum: Spectrum = Spectrum.exact) -> Row:
     """The row of one tensor; ``status`` is "ok" or the reason why there are no numbers.
 
     ``other`` is the same tensor of a second trained model. A tensor is read once, mapped where the
@@ -70,28 +72,28 @@ def measured(pair: Pair, other: Pair | None = None) -> Row:
     if bad:
         return row | {"status": bad}
     try:
-        return row | _numbers(sides) | overlap_row(sides, other)
+        return row | _numbers(sides, spectrum) | overlap_row(sides, other)
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         return row | {"status": f"no decomposition ({str(error).splitlines()[0]})"}
 
 
-def _numbers(sides: Sides) -> Row:
+def _numbers(sides: Sides, spectrum: Spectrum) -> Row:
     known = not on_bf16_grid(sides.trained)
     found: Row = {}
     true = visible_and_true(sides.base, sides.trained) if known else None
     s = None if true is None else math.sqrt(true.pop("true_energy") / sides.numel)
     found["visible"] = true
-    found["bf16"] = _view(sides, s)
+    found["bf16"] = _view(sides, s, spectrum)
     both = {sides.base.dtype, sides.trained.dtype}
     if both == {torch.bfloat16}:
         found["stored"] = found["bf16"]
     else:
         stored = Sides(base=sides.base, trained=sides.trained, precision=Precision.stored)
-        found["stored"] = _view(stored, None)
+        found["stored"] = _view(stored, None, spectrum)
     return found
 
 
-def _view(sides: Sides, s: float | None) -> Row:
+def _view(sides: Sides, s: float | None, spectrum: Spectrum) -> Row:
     """One precision. ``s``: the standard deviation of the true update where it is known."""
     counts = count(sides)
     is_rounded = sides.mantissa == MANTISSA[torch.bfloat16]
@@ -104,13 +106,39 @@ def _view(sides: Sides, s: float | None) -> Row:
     told = _counted(counts, null)
     told["null"] = {"s": null.s, "s_from": "the visible norm" if s is None else "the true update"}
     if sides.base.dim() == 2 and counts.energy > 0:
-        found = spectra(sides)
-        told["spectrum"] = _spectral(found, sides, null, weights)
-        told["coverage"] = {
-            key: _coverage(placement, null)
-            for key, placement in zip(RANK_KEYS, placements(sides, found.directions), strict=True)
-        }
+        told |= _of_matrix(sides, null, counts, spectrum)
     return told
+
+
+def _of_matrix(sides: Sides, null: Null, counts: Counts, spectrum: Spectrum) -> Row:
+    """Spectra, and coverage of the masks that they allow."""
+    match spectrum:
+        case Spectrum.exact:
+            found = spectra(sides)
+            directions, masks = found.directions, tuple(MASKS)
+            curves = {"base": found.base, "trained": found.trained, "update": found.update}
+            told = _spectral(found, sides.shape)
+        case Spectrum.fast:
+            few = leading(sides)
+            directions, masks = None, ("low_magnitude",)
+            curves = {"update": few.least, "update_at_most": few.most}
+            told = few.shape() | {"bound": few.bounds()}
+    chance = _chance(sides.shape, null, counts)
+    chance["above_noise"] = int((curves["update"] > chance["noise_edge"]).sum())
+    return {
+        "spectrum": told | chance | {"curve": _curve(curves)},
+        "coverage": {
+            key: _coverage(placement, null, masks)
+            for key, placement in zip(RANK_KEYS, placements(sides, directions), strict=True)
+        },
+    }
+
+
+def _curve(curves: dict[str, np.ndarray]) -> Row:
+    """Singular values at some ranks, evenly over the logarithm."""
+    number = len(curves["update"])
+    at = np.unique(np.geomspace(1, number, min(_DRAWN, number)).round().astype(int))
+    return {"rank": at.tolist()} | {name: s[at - 1].tolist() for name, s in curves.items()}
 
 
 def _counted(counts: Counts, null: Null) -> Row:
@@ -147,16 +175,24 @@ def _counted(counts: Counts, null: Null) -> Row:
     }
 
 
-def _spectral(found: Spectra, sides: Sides, null: Null, weights: np.ndarray) -> Row:
-    rows, columns = sides.shape
-    smaller = min(rows, columns)
+def _chance(shape: tuple[int, int], null: Null, counts: Counts) -> Row:
+    """Spectra of a random matrix of this shape and norm, and of the noise of the cast."""
+    rows, columns = shape
+    size = math.sqrt(counts.energy / (rows * columns))
+    return {
+        "smaller": min(shape),
+        "isotropic": shape_of(isotropic_spectrum(rows, columns)),
+        "noise_edge": noise_edge(null, counts.binades[0], rows, columns),
+        "isotropic_edge": size * (math.sqrt(rows) + math.sqrt(columns)),
+    }
+
+
+def _spectral(found: Spectra, shape: tuple[int, int]) -> Row:
+    """What needs all singular values, and directions."""
+    rows, columns = shape
+    ranks = [rank_of(r, min(shape)) for r in RANKS]
     drift, drift_of_update = found.drift()
-    unit = isotropic_spectrum(rows, columns)
-    energy = float((found.update**2).sum())
-    ranks = [rank_of(r, smaller) for r in RANKS]
-    at = np.unique(np.geomspace(1, smaller, min(_DRAWN, smaller)).round().astype(int))
     return shape_of(found.update) | {
-        "smaller": smaller,
         "projection": _named(RANK_KEYS, found.projection.values()),
         "left": _named(RANK_KEYS, found.left.values()),
         "right": _named(RANK_KEYS, found.right.values()),
@@ -167,21 +203,10 @@ def _spectral(found: Spectra, sides: Sides, null: Null, weights: np.ndarray) -> 
         "rotation": _named(RANK_KEYS, found.rotation.values()),
         "drift": drift,
         "drift_of_update": drift_of_update,
-        "isotropic": shape_of(unit),
-        "noise_edge": noise_edge(null, weights, rows, columns),
-        "isotropic_edge": math.sqrt(energy / (rows * columns))
-        * (math.sqrt(rows) + math.sqrt(columns)),
-        "above_noise": int((found.update > noise_edge(null, weights, rows, columns)).sum()),
-        "curve": {
-            "rank": at.tolist(),
-            "base": found.base[at - 1].tolist(),
-            "trained": found.trained[at - 1].tolist(),
-            "update": found.update[at - 1].tolist(),
-        },
     }
 
 
-def _coverage(placement: Placement, null: Null) -> Row:
+def _coverage(placement: Placement, null: Null, masks: tuple[str, ...]) -> Row:
     """For each mask its density, and for each way to have changed: inside, all, and the null's share.
 
     The null's share is a ratio of sums of independent draws; its variance is that of the ratio to
@@ -190,7 +215,7 @@ def _coverage(placement: Placement, null: Null) -> Row:
     everything = placement.table.sum(axis=1)
     chances = (null.changed(), null.above(VISIBLE))
     told: Row = {}
-    for mask in MASKS:
+    for mask in masks:
         held = placement.held(mask)
         told[mask] = {"density": _ratio(float(held.sum()), float(everything.sum()))}
         for key, chance, first in zip(CHANGED_KEYS, chances, (1, 2), strict=True):

@@ -3,10 +3,13 @@
 A weight at a distance of one spacing u from its neighbours, moved by d ~ N(0, s^2), shows at least
 j spacings of change with chance erfc((j - 1/2) u / (sqrt(2) s)) where the base lies on the format's
 grid, u = 2^(floor(log2|w|) - mantissa). A base between grid points (float32 that was never rounded)
-is taken as uniform in its cell: E[clip(|d| / u - (j - 1), 0, 1)]. Neither depends on anything but
-the weight's binade, so a tensor is its counts by binade.
+is taken as uniform in its cell: E[clip(|d| / u - (j - 1), 0, 1)]. A power of two has its lower neighbour at
+u / 2 only; of the weights of a binade, 3/4 spacings in 2^mantissa are such, and half of their steps
+go down. So a chance f(u) becomes (1 - h) f(u) + h f(u / 2), h = 3/8 2^-mantissa. Nothing depends on
+anything but the weight's binade, so a tensor is its counts by binade.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,34 +45,39 @@ class Null:
     mantissa: int
     on_grid: bool
 
-    def at_least(self, level: np.ndarray | float) -> np.ndarray:
-        """Chance that abs(D) is at least ``level`` spacings, a whole number from 1 on."""
-        if self.s <= 0:
-            return np.zeros(BINS)
-        return _tail(np.asarray(level, float), spacings(self.mantissa), self.s, self.on_grid)
-
     def changed(self) -> np.ndarray:
         """Chance that a weight visibly changes."""
-        return self.at_least(1)
+        return self._at_least(np.ones_like)
 
     def above(self, threshold: float) -> np.ndarray:
         """Chance of abs(D) > threshold."""
-        return self.at_least(np.floor(threshold / spacings(self.mantissa)) + 1)
+        return self._at_least(lambda u: np.floor(threshold / u) + 1)
 
     def below(self, threshold: float) -> np.ndarray:
         """Chance of abs(D) < threshold."""
-        level = np.ceil(threshold / spacings(self.mantissa))
-        return 1 - self.at_least(np.maximum(level, 1))
+        return 1 - self._at_least(lambda u: np.maximum(np.ceil(threshold / u), 1))
+
+    def _at_least(self, level: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Chance that abs(D) is at least ``level`` spacings, a whole number from 1 on."""
+        if self.s <= 0:
+            return np.zeros(BINS)
+        return self._mean(lambda u: _tail(level(u), u, self.s, self.on_grid))
+
+    def _mean(self, of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Mean of something that depends on the distance to the neighbours, [BINS]."""
+        u, half = spacings(self.mantissa), _halved(self.mantissa, self.on_grid)
+        return (1 - half) * of(u) + half * of(u / 2)
 
     def energy(self) -> np.ndarray:
         """Mean of D^2."""
-        return _energy(spacings(self.mantissa), self.s, self.on_grid)
+        return self._mean(lambda u: _energy(u, self.s, self.on_grid))
 
     def noise(self) -> np.ndarray:
         """Mean of (D - d)^2: what the cast adds to, or takes from, the update."""
-        u, s = spacings(self.mantissa), self.s
-        if s <= 0:
-            return np.zeros(BINS)
+        return self._mean(self._noise) if self.s > 0 else np.zeros(BINS)
+
+    def _noise(self, u: np.ndarray) -> np.ndarray:
+        s = self.s
         if not self.on_grid:
             return np.minimum(u**2 / 6, s**2)
         scale = math.sqrt(2 / math.pi) * s
@@ -82,12 +90,14 @@ class Null:
         if self.s <= 0:
             return [math.nan] * len(shares)
         values, weights = [], []
-        for bin in np.flatnonzero(counts):
-            u = max(spacings(self.mantissa)[bin], self.s * _GRAIN)
+        half = _halved(self.mantissa, self.on_grid)
+        shares_of_u = ((1.0, 1 - half), (0.5, half))
+        for bin, (part, share) in itertools.product(np.flatnonzero(counts), shares_of_u):
+            u = max(part * spacings(self.mantissa)[bin], self.s * _GRAIN)
             j = np.arange(1, math.ceil(_REACH * self.s / u) + 2)
             chance = _tail(j.astype(float), np.full(len(j), u), self.s, self.on_grid)
             values.append(j * u)
-            weights.append(counts[bin] * -np.diff(np.append(chance, 0.0)))
+            weights.append(share * counts[bin] * -np.diff(np.append(chance, 0.0)))
         value, weight = np.concatenate(values), np.concatenate(weights)
         order = np.argsort(-value)
         value, weight = value[order], weight[order]
@@ -97,6 +107,11 @@ class Null:
             return [math.nan] * len(shares)
         wanted = [math.ceil(share * counts.sum()) for share in shares]
         return [float(np.interp(k, number, energy) / energy[-1]) for k in wanted]
+
+
+def _halved(mantissa: int, on_grid: bool) -> float:
+    """Share of steps from a power of two down, where the next number is half as far."""
+    return 0.375 * 2.0**-mantissa if on_grid else 0.0
 
 
 def _tail(j: np.ndarray, u: np.ndarray, s: float, on_grid: bool) -> np.ndarray:
@@ -135,8 +150,9 @@ def solved(counts: np.ndarray, energy: float, mantissa: int, on_grid: bool) -> N
     """
     if energy <= 0:
         return Null(s=0.0, mantissa=mantissa, on_grid=on_grid)
-    here = np.flatnonzero(counts)
-    u, n = spacings(mantissa)[here], counts[here]
+    here, half = np.flatnonzero(counts), _halved(mantissa, on_grid)
+    u = np.concatenate([spacings(mantissa)[here], spacings(mantissa)[here] / 2])
+    n = np.concatenate([(1 - half) * counts[here], half * counts[here]])
     rms = math.sqrt(energy / counts.sum())
     low, high = math.log(rms / 64), math.log(rms + float(u.max()) * 4)
     for _ in range(48):

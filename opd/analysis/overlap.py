@@ -7,7 +7,7 @@ import torch
 
 from opd.analysis.counts import VISIBLE
 from opd.analysis.pair import Pair
-from opd.analysis.sides import Precision, Sides
+from opd.analysis.sides import PIECE, Precision, Sides
 from opd.mask.compare import Expected, Overlap
 from opd.mask.pieces import BINS, binades
 
@@ -24,7 +24,7 @@ def overlap_row(a: Sides, other: Pair | None) -> dict[str, Any]:
     if other.reason or other.trained is None:
         return {"overlap": {"status": other.reason}}
     trained = other.trained.read()
-    if not all(bool(torch.isfinite(part).all()) for part in trained.reshape(-1).split(1 << 20)):
+    if not all(bool(torch.isfinite(part).all()) for part in trained.reshape(-1).split(PIECE)):
         return {"overlap": {"status": "NaN or infinite values in the other model"}}
     b = Sides(base=a.base, trained=trained, precision=Precision.bf16)
     tables = {key: np.zeros((4, BINS), np.int64) for key in CHANGED}

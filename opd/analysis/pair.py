@@ -1,6 +1,5 @@
 """Two checkpoints tensor by tensor, under names that both share; what cannot be paired says why."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from opd.mask.delta import word
-from opd.tensors import Stored, model_folder, open_checkpoint
+from opd.tensors import Stored, model_config, model_folder, open_checkpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module\.|_orig_mod\.|^module\.)")
@@ -82,8 +81,7 @@ def canonical(name: str) -> str:
 
 def _config(folder: Path) -> dict[str, Any]:
     """The language model's settings: those under text_config, over the outer ones."""
-    file = folder / "config.json"
-    outer: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    outer = model_config(folder)
     return outer | (outer.get("text_config") or {})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 
 from opd.analysis.counts import THRESHOLDS
@@ -52,8 +53,17 @@ def drawn(
     return path
 
 
-def heat_map(rows: Sequence[Row], value: Callable[[Row], float], label: str, path: Path) -> Path:
-    """A number for each module type in each layer; matrices only, and none outside the layers."""
+def heat_map(
+    rows: Sequence[Row],
+    value: Callable[[Row], float],
+    label: str,
+    path: Path,
+    around: float | None = None,
+) -> Path:
+    """A number for each module type in each layer; matrices only, and none outside the layers.
+
+    ``around``: the value on whose two sides the colours are others.
+    """
     cells: dict[tuple[int, str], list[float]] = {}
     for row in rows:
         if row["layer"] is not None and len(row["shape"]) > 1:
@@ -70,6 +80,8 @@ def heat_map(rows: Sequence[Row], value: Callable[[Row], float], label: str, pat
     def draw(axes: list[Axes], figure: Figure) -> None:
         shown = np.ma.masked_invalid(grid)
         image = axes[0].imshow(shown, aspect="auto", cmap="viridis")
+        if around is not None:
+            image.set(cmap="RdBu_r", norm=CenteredNorm(around))
         axes[0].set_xticks(range(len(modules)), modules, rotation=35, ha="right")
         step = max(1, len(layers) // 16)
         axes[0].set_yticks(range(0, len(layers), step), [str(n) for n in layers[::step]])
@@ -160,9 +172,11 @@ def near_zero(rows: Sequence[Row], found: dict[str, Any], path: Path) -> Path:
             (0.2, "principal", "principal weights", "#93b4f5"),
         ):
             cells = [
-                [(found[p]["coverage"][mask][r]["1e-5"]["mean"] or 0) for r in RANK_KEYS]
+                [found[p]["coverage"][mask][r]["1e-5"]["mean"] for r in RANK_KEYS]
                 for p in ("paper", "null")
             ]
+            if None in (*cells[0], *cells[1]):
+                continue
             seen, null = (100 * np.array(c) / density for c in cells)
             axes[1].bar(at + offset, seen, width=0.36, color=colour, label=label)
             axes[1].scatter(
@@ -172,14 +186,15 @@ def near_zero(rows: Sequence[Row], found: dict[str, Any], path: Path) -> Path:
                 s=260,
                 color=NULL,
                 zorder=3,
-                label="null" if offset > 0 else None,
+                label="null" if offset < 0 else None,
             )
         axes[1].axhline(1, color=INK, linewidth=0.8, ls=":")
         axes[1].set_xticks(at, RANK_KEYS)
         axes[1].set(xlabel="size of the mask", ylabel="changes, times the mask's density")
         top = axes[1].get_ylim()[1]
         axes[1].set_ylim(0, 1.3 * top)
-        axes[1].legend(loc="upper left", ncols=3, columnspacing=1.0, handlelength=1.4)
+        if axes[1].containers:
+            axes[1].legend(loc="upper left", ncols=3, columnspacing=1.0, handlelength=1.4)
 
     return drawn(path, (8.4, 3.2), 2, draw)
 

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import numpy as np
 import torch
 
 from opd.analysis.counts import VISIBLE_KEY
 from opd.analysis.select import Largest, counted, large_first, small_first
-from opd.analysis.sides import Sides
+from opd.analysis.sides import Cut, Sides
 from opd.analysis.spectrum import RANKS, Directions, rank_of
 from opd.mask.pieces import BINS, binades
 
@@ -33,33 +34,36 @@ class Placement:
         return self.table[:, list(MASKS[mask])].sum(axis=1)
 
 
-def placements(sides: Sides, directions: Directions) -> list[Placement]:
+def placements(sides: Sides, directions: Directions | None) -> list[Placement]:
     """One table for each share r of RANKS.
 
     Principal: the ceil(r n) largest abs(P), P the rank floor(r min dim) reconstruction of W0; low
     magnitude: the ceil(r n) smallest abs(W0). Among equals the first in row-major order are taken.
+    Without directions no coordinate is principal.
     Masks are eight bits for each coordinate, so memory is a byte a weight.
     """
-    flags = np.zeros(sides.numel, np.uint8)
+    # mapped, so that it goes back to the system, and malloc does not learn to keep as much
+    flags = np.frombuffer(mmap(-1, sides.numel, flags=MAP_PRIVATE | MAP_ANONYMOUS), np.uint8)
     counts = [math.ceil(share * sides.numel) for share in RANKS]
     low = [Largest(count) for count in counts]
-    principal = [Largest(count) for count in counts]
-    rebuild = Rebuilt(sides, directions)
+    principal = [Largest(count) for count in counts if directions is not None]
+    rebuild = None if directions is None else Rebuilt(sides, directions)
     for part, cut in sides.rows():
         bins = counted(small_first(cut.base.reshape(-1).numpy()))
         for select in low:
             select.add(bins)
-        for select, keys in zip(principal, rebuild.keys(part, cut.base), strict=True):
+        for select, keys in zip(principal, _keys(rebuild, part, cut), strict=True):
             select.add(counted(keys))
     for part, cut in sides.rows():
         start, stop = part.start * sides.shape[1], part.stop * sides.shape[1]
         smallest = small_first(cut.base.reshape(-1).numpy())
-        for i, keys in enumerate(rebuild.keys(part, cut.base)):
+        for i, keys in enumerate(_keys(rebuild, part, cut)):
             flags[start:stop] |= principal[i].certain(keys, start).astype(np.uint8) << i
-            flags[start:stop] |= low[i].certain(smallest, start).astype(np.uint8) << (i + 4)
-    for i in range(len(RANKS)):
-        flags[principal[i].rest()] |= np.uint8(1 << i)
-        flags[low[i].rest()] |= np.uint8(1 << (i + 4))
+        for i, select in enumerate(low):
+            flags[start:stop] |= select.certain(smallest, start).astype(np.uint8) << (i + 4)
+    for shift, selects in ((0, principal), (4, low)):
+        for i, select in enumerate(selects):
+            flags[select.rest()] |= np.uint8(1 << (i + shift))
     return _tables(sides, flags)
 
 
@@ -79,6 +83,10 @@ def _tables(sides: Sides, flags: np.ndarray) -> list[Placement]:
         table = np.stack([by_flags[kind == k].sum(axis=0) for k in range(4)], axis=1)
         told.append(Placement(share=share, table=table))
     return told
+
+
+def _keys(rebuild: "Rebuilt | None", part: slice, cut: Cut) -> list[np.ndarray]:
+    return [] if rebuild is None else rebuild.keys(part, cut.base)
 
 
 class Rebuilt:

@@ -15,6 +15,7 @@ from opd.analysis.walk import Question
 from opd.analysis.words import HEADLINES, at, meaning, shown
 
 REPORT, APPENDIX = "report.html", "report.md"
+PRUNE_PICTURE = "prune.png"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,7 @@ def write_report(question: Question, rows: Sequence[Row], found: dict[str, Any],
         "blocks": found["block"],
         "modules": found["module"],
         "levels": found["overlap_levels"],
+        "accuracies": _accuracies(found["prune"]),
         "shown": shown,
     }
     for template, name in (("report.html.j2", REPORT), ("report.md.j2", APPENDIX)):
@@ -103,11 +105,11 @@ def _pictures(rows: Sequence[Row], found: dict[str, Any], out: Path) -> list[Sho
         Shown(
             title="Sparsity beyond the null",
             path=pictures.heat_map(
-                rows, over_null, "observed - null, points", out / "excess_map.png"
+                rows, over_null, "observed - null, points", out / "excess_map.png", around=0.0
             ),
             said="What is left of the picture above once rounding is taken off, in percentage "
-            "points. Near zero there is nothing to explain; positive cells concentrate their "
-            "movement on fewer weights than an even update of the same norm.",
+            "points. Pale cells leave nothing to explain; red ones concentrate their movement on "
+            "fewer weights than an even update of the same norm, blue ones spread it over more.",
         ),
         Shown(
             title="Where changes fall: small weights and principal weights",
@@ -133,7 +135,7 @@ def _pictures(rows: Sequence[Row], found: dict[str, Any], out: Path) -> list[Sho
             "this norm could show; what lies under the dotted edge cannot be told from rounding."
         )
         made.append(Shown(title="Spectra of the update", path=path, said=said))
-    return made + _overlap_picture(rows, out)
+    return made + _overlap_picture(rows, out) + _prune_picture(found["prune"], out)
 
 
 def _overlap_picture(rows: Sequence[Row], out: Path) -> list[Shown]:
@@ -151,3 +153,25 @@ def _overlap_picture(rows: Sequence[Row], out: Path) -> list[Shown]:
         "changes through: the black dot is that chance, and only what exceeds it is agreement."
     )
     return [Shown(title="Overlap of the two updates", path=path, said=said)]
+
+
+def _prune_picture(pruned: dict[str, Any] | None, out: Path) -> list[Shown]:
+    if pruned is None:
+        return []
+    said = (
+        "What the moves are for: a share of them goes back to the base's values, and the recipe's "
+        f"{pruned['questions']:,} questions are asked again. Where taking back the smallest changes "
+        "nothing, the largest do the work; the random curve is what any share of that size costs."
+    )
+    return [Shown(title="Which moves the model needs", path=out / PRUNE_PICTURE, said=said)]
+
+
+def _accuracies(pruned: dict[str, Any] | None) -> list[list[str]]:
+    """A line for each share taken back, a cell for each order; the first line names them."""
+    if pruned is None:
+        return []
+    lines = [["moves taken back", *(f"{order} first" for order in pruned["curves"])]]
+    for points in zip(*pruned["curves"].values(), strict=True):
+        cells = [f"{p['accuracy']:.3f} ({p['low']:.3f} to {p['high']:.3f})" for p in points]
+        lines.append([shown(points[0]["share"], "%"), *cells])
+    return lines

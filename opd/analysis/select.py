@@ -20,14 +20,16 @@ class Largest:
 
     All pieces are counted first; then, in the same order, ``certain`` marks what is surely in and
     remembers what lies in the boundary's bin, a 2^-7 step of magnitude; ``rest`` decides there.
+    What is remembered is laid down in one stretch: many small ones between the pieces' temporaries
+    would keep the memory of each piece from being used again.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._bins = np.zeros(1 << 16, np.int64)
-        self._edge, self._missing = -1, 0
-        self._where: list[np.ndarray] = []
-        self._keys: list[np.ndarray] = []
+        self._edge, self._missing, self._seen = -1, 0, 0
+        self._where = np.empty(0, np.int64)
+        self._low = np.empty(0, np.uint16)
 
     def add(self, bins: np.ndarray) -> None:
         """Count a piece: how many of its keys share their upper 16 bits, [65536]."""
@@ -36,27 +38,37 @@ class Largest:
     def certain(self, keys: np.ndarray, start: int) -> np.ndarray:
         """The coordinates of a piece, flat from ``start``, that are in whatever the boundary is."""
         if self._edge < 0:
-            above = np.cumsum(self._bins[::-1])
-            place = int(np.searchsorted(above, self.count))
-            self._edge = len(above) - 1 - place
-            self._missing = self.count - (int(above[place - 1]) if place else 0)
+            self._edge, self._missing = _reached(self._bins, self.count)
+            wide = np.uint32 if self._bins.sum() < 1 << 32 else np.int64
+            self._where = np.empty(self._bins[self._edge], wide)
+            self._low = np.empty(self._bins[self._edge], np.uint16)
         upper = keys >> np.uint32(16)
         near = np.flatnonzero(upper == self._edge)
-        self._where.append(near + start)
-        self._keys.append(keys[near])
+        held = slice(self._seen, self._seen + len(near))
+        self._where[held] = near + start
+        self._low[held] = keys[near] & np.uint32(0xFFFF)
+        self._seen = held.stop
         return upper > self._edge
 
     def rest(self) -> np.ndarray:
         """Flat coordinates at the boundary that are in too."""
-        return np.concatenate(self._where)[self._chosen()]
+        return self._where[self._chosen()]
 
     def boundary(self) -> np.ndarray:
         """Their keys."""
-        return np.concatenate(self._keys)[self._chosen()]
+        return np.uint32(self._edge << 16) | self._low[self._chosen()].astype(np.uint32)
 
     def _chosen(self) -> np.ndarray:
-        keys = np.concatenate(self._keys).astype(np.int64)
-        return np.argsort(-keys, kind="stable")[: self._missing]
+        edge, missing = _reached(np.bincount(self._low, minlength=1 << 16), self._missing)
+        ties = np.flatnonzero(self._low == edge)[:missing]
+        return np.concatenate([np.flatnonzero(self._low > edge), ties])
+
+
+def _reached(bins: np.ndarray, count: int) -> tuple[int, int]:
+    """The bin in which ``count`` is reached from above, and how many of it are needed."""
+    above = np.cumsum(bins[::-1])
+    place = int(np.searchsorted(above, count))
+    return len(bins) - 1 - place, count - (int(above[place - 1]) if place else 0)
 
 
 def counted(keys: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd.analysis.change import change, overlap_levels, spread, visible
+from opd.analysis.change import change, overlap_levels, spectrum, spread, visible
 from opd.analysis.measure import (
     CHANGED_KEYS,
     RANK_KEYS,
@@ -67,6 +67,7 @@ def summary(rows: Sequence[Row]) -> Tree:
         "change": {precision: change(sound, precision) for precision in ("bf16", "stored")},
         "visible_of_true": visible(sound),
         "s": spread(sound),
+        "spectrum": spectrum(sound),
         "overlap_levels": overlap_levels(sound),
         **{key: _groups(sound, key) for key in ("block", "module", "layer")},
         "tensors": {"measured": len(sound), "left_out": _left_out(rows)},
@@ -149,18 +150,20 @@ def _spectral(views: list[Tree]) -> Tree:
     """Mean and median over matrices. The null of shares and ranks is Marchenko and Pastur's law."""
     found = [view["spectrum"] for view in views]
 
+    whole = [s for s in found if "bound" not in s]
+
     def over(key: str) -> dict[str, Figure]:
-        return averages([Figure(s[key], s["isotropic"][key]) for s in found])
+        return averages([Figure(s[key], s["isotropic"][key]) for s in found if key in s])
 
     def rank_share(key: str) -> dict[str, Figure]:
         name = f"numerical_rank_{key}"
         return averages(
-            [Figure(s[name] / s["smaller"], s["isotropic"][name] / s["smaller"]) for s in found]
+            [Figure(s[name] / s["smaller"], s["isotropic"][name] / s["smaller"]) for s in whole]
         )
 
     def projection(key: str) -> dict[str, Figure]:
         parts = ("projection", "projection_null", "projection_sd")
-        return averages([Figure(*(s[part][key] for part in parts)) for s in found])
+        return averages([Figure(*(s[part][key] for part in parts)) for s in whole])
 
     return {
         "top_energy": {k: over(f"energy_{k}") for k in ("1", "8", "16")},
@@ -169,9 +172,9 @@ def _spectral(views: list[Tree]) -> Tree:
         "numerical_rank_share": {t: rank_share(t) for t in ("1e-6", "1e-5", "1e-4")},
         "principal_projection": {key: projection(key) for key in RANK_KEYS},
         "subspace_rotation": {
-            key: averages([Figure(s["rotation"][key]) for s in found]) for key in RANK_KEYS
+            key: averages([Figure(s["rotation"][key]) for s in whole]) for key in RANK_KEYS
         },
-        "spectral_drift": averages([Figure(s["drift"]) for s in found]),
+        "spectral_drift": averages([Figure(s["drift"]) for s in whole]),
     }
 
 
@@ -191,7 +194,8 @@ def averages(figures: list[Figure]) -> dict[str, Figure]:
 
 def coverage(views: list[Tree], mask: str, share: str, changed: str) -> dict[str, Figure]:
     """Mean, median, and the mean weighted by each matrix' number of changed coordinates."""
-    cells = [view["coverage"][share][mask][changed] for view in views]
+    masks = [view["coverage"][share] for view in views]
+    cells = [cells[mask][changed] for cells in masks if mask in cells]
     cells = [cell for cell in cells if cell["changed"]]
     found = averages([Figure(c["coverage"], c["null"], c["sd"]) for c in cells])
     total = sum(cell["changed"] for cell in cells)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,12 @@ import torch
 
 from opd.analysis.measure import Row, measured
 from opd.analysis.pair import Pair, paired
-from opd.mask.pieces import THREADS, Progress, in_order, quiet
-from opd.tensors import model_folder
+from opd.analysis.words import Spectrum
+from opd.mask.pieces import THREADS, Progress, quiet
+from opd.tensors import model_folder, weight_files
 
 ROWS = "tensors.jsonl"
-FORMAT = 1
-LARGE = 8
-"""A tensor with more than this part of the largest one's weights is measured alone."""
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,22 +26,19 @@ class Question:
     base: str
     trained: str
     other: str | None = None
+    spectrum: Spectrum = Spectrum.exact
 
     def header(self) -> dict[str, Any]:
         """What a file of rows belongs to: the models, and their files' sizes and times."""
         models = {"base": self.base, "trained": self.trained, "other": self.other}
-        return {"format": FORMAT} | {
+        return {"format": FORMAT, "spectrum": self.spectrum.value} | {
             side: None if model is None else {"model": model, "files": _stamps(model)}
             for side, model in models.items()
         }
 
 
 def _stamps(model: str) -> list[list[Any]]:
-    files = [
-        file
-        for pattern in ("*.safetensors", "pytorch_model*.bin")
-        for file in sorted(model_folder(model).glob(pattern))
-    ]
+    files = weight_files(model_folder(model))
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
@@ -66,7 +62,7 @@ def walked(question: Question, out: Path, progress: Progress = quiet) -> list[Ro
             rows.write(json.dumps(header) + "\n")
         missing = [pair for pair in pairs if pair.name not in done]
         seen = total - sum(pair.numel for pair in missing)
-        for pair, row in measured_all(missing, others):
+        for pair, row in measured_all(missing, others, question.spectrum):
             done[pair.name] = row
             rows.write(json.dumps(row) + "\n")
             rows.flush()
@@ -75,23 +71,26 @@ def walked(question: Question, out: Path, progress: Progress = quiet) -> list[Ro
     return [done[pair.name] for pair in pairs]
 
 
-def measured_all(pairs: Sequence[Pair], others: Mapping[str, Pair]) -> Iterator[tuple[Pair, Row]]:
-    """Rows of pairs: of the large ones one by one with all cores, then of the others, which would
-    leave cores idle, THREADS at a time with one core each.
+def measured_all(
+    pairs: Sequence[Pair], others: Mapping[str, Pair], spectrum: Spectrum = Spectrum.exact
+) -> Iterator[tuple[Pair, Row]]:
+    """Rows of pairs as they are done; THREADS at a time, the largest first, so that none is left
+    alone at the end. Each has its share of the cores: a tensor is looked at in pieces that are too
+    small for many.
     """
-    most = max((pair.numel for pair in pairs), default=0)
-    large = [pair for pair in pairs if LARGE * pair.numel > most]
-    small = [pair for pair in pairs if LARGE * pair.numel <= most]
 
     def work(pair: Pair) -> tuple[Pair, Row]:
-        return pair, measured(pair, others.get(pair.name))
+        return pair, measured(pair, others.get(pair.name), spectrum)
 
-    yield from map(work, large)
     cores = torch.get_num_threads()
+    share = (max(1, cores // THREADS),)
+    pool = ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=share)
     try:
-        with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from in_order(pool, work, small)
+        ordered = sorted(pairs, key=lambda pair: -pair.numel)
+        for done in as_completed([pool.submit(work, pair) for pair in ordered]):
+            yield done.result()
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
 
 
@@ -108,7 +107,7 @@ def _finished(file: Path, header: dict[str, Any]) -> Iterator[Row]:
         return
     if json.loads(lines[0]) != header:
         raise ValueError(
-            f"{file.parent} holds the analysis of another pair, or its models have changed since: "
-            "give another out=, or remove it"
+            f"{file.parent} holds the analysis of another pair, or its models or spectrum= have "
+            "changed since: give another out=, or remove it"
         )
     yield from (json.loads(line) for line in lines[1:])

@@ -2,7 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
+
+
+class Spectrum(StrEnum):
+    """``fast``: the leading singular values of updates, with bounds, and nothing that needs more."""
+
+    exact = "exact"
+    fast = "fast"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,7 @@ def meaning(found: Mapping[str, Any]) -> list[str]:
             f"In bf16 {shown(sparse[0], '%')} of the weights look unchanged; an update of the same "
             f"norm without any structure would show {shown(sparse[1], '%')}."
         )
+    told += _bounded(found["spectrum"])
     rank = [at(found[p], ("stable_rank", "median")) for p in ("paper", "null")]
     if None not in rank:
         lower = rank[0] < 0.8 * rank[1]
@@ -92,3 +101,16 @@ def meaning(found: Mapping[str, Any]) -> list[str]:
             f"(z = {shown(overlap[2], 'z')})."
         )
     return told
+
+
+def _bounded(spectrum: Mapping[str, Any]) -> list[str]:
+    """What ``spectrum=fast`` means for the figures."""
+    if spectrum["method"] != Spectrum.fast or not spectrum["bounds"]:
+        return []
+    energy, rank = (spectrum["bounds"][key] for key in ("energy_16", "stable_rank"))
+    return [
+        "Spectra are leading singular values between bounds (spectrum=fast): the mean energy in 16 "
+        f"directions may be up to {shown(energy['mean'], '%')} higher, the median stable rank up to "
+        f"{shown(rank['median'], '')} lower. Effective and numerical rank, drift, projection, rotation "
+        "and principal masks need whole spectra and are left out."
+    ]

@@ -2,15 +2,19 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from opd.analysis.words import HEADLINES, Spectrum, at, meaning, shown
 from opd.cli.deltas import final_model
 from opd.cli.masks import progress_bar
 from opd.cli.typed import explained, typed
+
+if TYPE_CHECKING:
+    from opd.cli.prune import Asked
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,6 +29,10 @@ class AnalyzeCommand:
     """Folder for tables, pictures and the report; the same command goes on with what is there."""
     other: str | None = None
     """A second model trained from the same base: how the two updates overlap."""
+    spectrum: Spectrum = Spectrum.exact
+    """fast: the 64 leading singular values of each update, with bounds, and no decompositions."""
+    prune: str | None = None
+    """Recipe whose examination is asked while moves are taken back; keys of `opd prune` may follow."""
 
 
 def add_analyze_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,7 +44,9 @@ def add_analyze_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
         epilog=f"Keys:\n{explained(AnalyzeCommand)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.usage = "opd analyze base=MODEL trained=MODEL out=DIR [other=MODEL]"
+    parser.usage = (
+        "opd analyze base=MODEL trained=MODEL out=DIR [other=MODEL] [spectrum=fast] [prune=RECIPE]"
+    )
     parser.set_defaults(run=_analyze)
 
 
@@ -44,10 +54,14 @@ def _analyze(parsed: argparse.Namespace, rest: list[str]) -> None:
     wrong = [word for word in rest if word.startswith("-")]
     if wrong:
         raise ValueError(f"unknown option {wrong[0]}: see opd analyze --help")
-    told = typed(AnalyzeCommand, rest)
+    own = {field.name for field in fields(AnalyzeCommand)}
+    prunes = any(word.startswith("prune=") for word in rest)
+    others = [word for word in rest if prunes and word.partition("=")[0] not in own]
+    told = typed(AnalyzeCommand, [word for word in rest if word not in others])
     out = Path(told.out)
     if out.is_file():
         raise ValueError(f"out={out} is a file: name a folder")
+    pruning = None if told.prune is None else _asked(told, others)
 
     from opd.analysis.report import write_report
     from opd.analysis.summary import summary
@@ -58,21 +72,35 @@ def _analyze(parsed: argparse.Namespace, rest: list[str]) -> None:
         base=final_model(told.base),
         trained=final_model(told.trained),
         other=None if told.other is None else final_model(told.other),
+        spectrum=told.spectrum,
     )
     with progress_bar() as progress:
         rows = walked(question, out, progress)
-    found = summary(rows)
+    found = summary(rows) | {"prune": None if pruning is None else _pruned(pruning)}
     (out / "summary.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     write_tables(rows, out)
     page = write_report(question, rows, found, out)
     _tell(found, page)
 
 
+def _asked(told: AnalyzeCommand, others: list[str]) -> "Asked":
+    from opd.cli.prune import asked
+
+    words = [f"base={told.base}", f"trained={told.trained}", f"recipe={told.prune}"]
+    return asked([*words, f"out={told.out}", *others])
+
+
+def _pruned(call: "Asked") -> dict[str, Any]:
+    from opd.cli.prune import print_curves, prune
+
+    result = prune(call)
+    print_curves(result)
+    return result
+
+
 def _tell(found: dict[str, Any], page: Path) -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from opd.analysis.words import HEADLINES, at, shown
 
     table = Table("bf16, as in the paper", box=None)
     for column in ("observed", "null", "excess", "z"):
@@ -83,6 +111,7 @@ def _tell(found: dict[str, Any], page: Path) -> None:
             cells = [shown(value, headline.unit) for value in parts[:3]]
             table.add_row(headline.name, *cells, shown(parts[3], "z"))
     Console().print(table)
+    print("\n".join(meaning(found)))
     for name, reason in found["tensors"]["left_out"].items():
         print(f"opd: left out {name}: {reason}")
     print(f"report: {page}")

@@ -189,9 +189,9 @@ def _rollout(parsed: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _prune(parsed: argparse.Namespace, rest: list[str]) -> None:
-    from opd.cli.prune import print_curves, prune
+    from opd.cli.prune import asked, print_curves, prune
 
-    print_curves(prune(_overrides(rest)))
+    print_curves(prune(asked(_overrides(rest))))
 
 
 def _report(parsed: argparse.Namespace, rest: list[str]) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opd import build
+from opd.analysis.report import PRUNE_PICTURE
 from opd.cli.compose import Composed, composed, find_recipe
 from opd.cli.examine import examined_apart
 from opd.cli.typed import typed
@@ -20,7 +21,7 @@ from opd.mask.prune import Moves, Order, wilson
 from opd.mask.rules import trained_weights
 from opd.tensors import open_checkpoint
 
-CURVE, PICTURE = "prune.json", "prune.png"
+CURVE = "prune.json"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,17 +44,32 @@ class PruneCommand:
     """Fixes the random order and the parting of equal moves."""
 
 
-def prune(words: Sequence[str]) -> dict[str, Any]:
-    """Examine each variant and leave curve and picture; returns what prune.json holds.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """Sound words of a call, and the recipe that they lead to."""
 
-    Moves are weights that differ in the rollout engine's number format. What was examined before
-    with the same words is not asked again. Raises ValueError for the user's mistakes.
-    """
+    told: PruneCommand
+    recipe: Composed
+    rest: list[str]
+
+
+def asked(words: Sequence[str]) -> Asked:
+    """What the words ask for. Raises ValueError for the user's mistakes, before any model is read."""
     own = {field.name for field in fields(PruneCommand)}
     told = typed(PruneCommand, [w for w in words if w.partition("=")[0] in own])
     rest = [w for w in words if w.partition("=")[0] not in own]
     recipe = composed(find_recipe(told.recipe), rest)
     _require_sound(told, recipe)
+    return Asked(told=told, recipe=recipe, rest=rest)
+
+
+def prune(call: Asked) -> dict[str, Any]:
+    """Examine each variant and leave curve and picture; returns what prune.json holds.
+
+    Moves are weights that differ in the rollout engine's number format. What was examined before
+    with the same words is not asked again. Raises ValueError for the user's mistakes.
+    """
+    told, recipe = call.told, call.recipe
     dtype = build.torch_dtype(build.engine_dtype(recipe.config))
     moves = Moves(
         base=open_checkpoint(told.base), trained=trained_weights(told.trained), dtype=dtype
@@ -67,7 +83,7 @@ def prune(words: Sequence[str]) -> dict[str, Any]:
         "base": told.base,
         "trained": told.trained,
         "recipe": told.recipe,
-        "overrides": rest,
+        "overrides": call.rest,
         "seed": told.seed,
         "dtype": str(dtype).removeprefix("torch."),
         "moved": moved,
@@ -88,7 +104,7 @@ def prune(words: Sequence[str]) -> dict[str, Any]:
         (out / CURVE).write_text(json.dumps(result, indent=1) + "\n")
     from opd.mask.pictures import prune_curve
 
-    prune_curve(result["curves"], moved, out / PICTURE)
+    prune_curve(result["curves"], moved, out / PRUNE_PICTURE)
     return result
 
 

@@ -1,4 +1,4 @@
-"""``opd prune``: from the trained accuracy to the base's, as moves are taken back."""
+"""``opd prune`` and ``opd analyze prune=``: from the trained accuracy to the base's."""
 
 import json
 import shutil
@@ -10,9 +10,7 @@ from command import opd
 from safetensors.torch import load_file, save_file
 
 SETTINGS = [
-    "recipe=quickstart",
     "orders=[smallest]",
-    "out=pruned",
     "rollout=transformers",
     "data.eval_limit=24",
     "eval.kl_prompts=0",
@@ -29,8 +27,8 @@ def test_a_broken_model_is_the_base_again_when_all_its_moves_are_back(
         n: t.float() + 0.3 * torch.randn(t.shape) for n, t in load_file(student / file).items()
     }
     save_file(weights, tmp_path / "broken" / file, metadata={"format": "pt"})
-    words = [f"base={student}", "trained=broken", *SETTINGS]
-    done = opd("prune", *words, "shares=[0,1]", cwd=tmp_path)
+    words = [f"base={student}", "trained=broken", "out=pruned", *SETTINGS]
+    done = opd("prune", *words, "recipe=quickstart", "shares=[0,1]", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "pruned" / "prune.json").read_text())
     broken, base = told["curves"]["smallest"]
@@ -41,6 +39,14 @@ def test_a_broken_model_is_the_base_again_when_all_its_moves_are_back(
     assert base["accuracy"] * told["questions"] == pytest.approx(round(24 * base["accuracy"]))
     logs = tmp_path / "pruned" / "logs"
     shutil.rmtree(logs)
-    again = opd("prune", *words, "shares=[0,1]", cwd=tmp_path)
+    again = opd("prune", *words, "recipe=quickstart", "shares=[0,1]", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert not logs.exists(), "what was examined before is not asked again"
+    asked = opd("analyze", *words, "prune=quickstart", "shares=[0,1]", cwd=tmp_path)
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    assert not logs.exists(), "the two commands share what they know"
+    summary = json.loads((tmp_path / "pruned" / "summary.json").read_text())
+    assert summary["prune"]["curves"] == told["curves"]
+    page = (tmp_path / "pruned" / "report.html").read_text()
+    assert "Which moves the model needs" in page
+    assert f"{base['accuracy']:.3f} ({base['low']:.3f} to {base['high']:.3f})" in page

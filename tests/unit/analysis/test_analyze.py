@@ -151,3 +151,21 @@ def test_a_folder_of_another_pair_is_refused(capsys: pytest.CaptureFixture[str])
     stored(Path("second"), stepped(weights(), seed=7))
     assert analyze("trained=second") == 2
     assert "out holds the analysis of another pair" in capsys.readouterr().err
+
+
+def test_a_mistake_in_pruning_is_said_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert analyze("trained=trained", "prune=nosuch") == 2
+    assert "there is no recipe named nosuch" in capsys.readouterr().err
+    assert analyze("trained=trained", "prune=quickstart", "shares=[2]") == 2
+    assert "allowed are numbers from 0 to 1" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("spectrum", ["exact", "fast"])
+def test_a_model_beside_itself_has_a_report(spectrum: str) -> None:
+    assert analyze("trained=base", f"spectrum={spectrum}") == 0
+    assert read()["paper"]["exact_zero"] == 1
+    assert Path("out/report.html").is_file()
