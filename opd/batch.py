@@ -24,7 +24,8 @@ class Reckoning:
 
     def kept(self, scored: Scored) -> int:
         """How many of the first tokens of a completion count."""
-        return max(1, math.ceil(self.first_share * len(scored.rollout.token_ids)))
+        share = self.first_share * len(scored.rollout.token_ids)
+        return max(1, math.ceil(share - 1e-9))  # 0.07 * 100 is 7.000000000000001
 
     def denominator(self, scored: Sequence[Scored]) -> float:
         """What these sequences add to the number that a step's sum is divided by."""
@@ -54,8 +55,8 @@ class Batch:
     ``weight_N`` multiplies each token's loss, None is 1; ``sequence_N`` is the row of its completion;
     ``engine_logp_N`` is NaN where no engine wrote the token; ``engine_ids_NK`` are the engine's
     likeliest ids where it was asked; ``advantage_N`` is its completion's, from a reward.
-    ``sequence_gap_N`` is the mean over its completion of learner less engine log-prob, filled by the
-    student for losses that want it. One ``teacher`` scored the whole batch.
+    ``sequence_gap_N`` is the mean over its completion's kept tokens of learner less engine log-prob,
+    filled by the student for losses that want it. One ``teacher`` scored the whole batch.
     """
 
     input_ids_BT: torch.Tensor

@@ -1,6 +1,6 @@
 """The student under its training engine."""
 
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,18 +86,23 @@ def build_learner(
     if isinstance(config.adapter, LoraConfig):
         model = with_lora(model, config.adapter)
     confinement = _confinement(config.mask, mask, model)
+    teachers = (
+        sorted(config.teacher.members) if isinstance(config.teacher, PoolTeacherConfig) else []
+    )
 
-    def teacher_head(name: str | None) -> torch.Tensor:
+    @lru_cache(maxsize=max(1, len(teachers)))
+    def heads(name: str | None, version: int) -> torch.Tensor:
         assert scorers.whole is not None, "hidden states come from a teacher"
         return torch.from_numpy(scorers.whole.head(name)).to(world.device)
 
-    vocab_size = min(text.vocab_size, scorers.training.info().vocab_size)
+    spoken = [s.info().vocab_size for s in (scorers.training, scorers.whole) if s is not None]
+    vocab_size = min(text.vocab_size, *spoken)
     student = Student(
         model,
         spec=head_spec(causal_lm(model).config, vocab_size),
         temperature=config.rollout.temperature,
         chunk_bytes=config.train.chunk_mib << 20,
-        teacher_head=teacher_head if scorers.moving else cache(teacher_head),
+        teacher_head=lambda name: heads(name, scorers.version()),
         sequence_gaps=wants_sequence_gaps(config.loss),
     ).to(world.device)
     optimizer = (
@@ -106,9 +111,6 @@ def build_learner(
         else build_optimizer(student, config.optim)
     )
     discount = config.loss.discount if isinstance(config.loss, PolicyGradientLossConfig) else 0.0
-    teachers = (
-        sorted(config.teacher.members) if isinstance(config.teacher, PoolTeacherConfig) else []
-    )
     engine = _training_engine(config, student, optimizer, confinement, world)
     learner = StudentLearner(
         engine,

@@ -39,14 +39,16 @@ class Scorers:
 
     ``training`` is asked what the loss wants, with rewards; ``whole`` for the full distribution and
     ``sampled`` for the tokens written, both None without a teacher. ``average`` follows the student.
-    ``moving``: its head changes while the run trains.
     """
 
     training: Teacher
     whole: Teacher | None = None
     sampled: Teacher | None = None
     average: "AveragedWeights | None" = None
-    moving: bool = False
+
+    def version(self) -> int:
+        """Counts up when the teacher's weights have moved."""
+        return 0 if self.average is None else self.average.version
 
 
 def build_scorers(
@@ -81,7 +83,6 @@ def build_scorers(
         whole=whole,
         sampled=sampled,
         average=average,
-        moving=average is not None,
     )
 
 

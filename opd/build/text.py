@@ -102,14 +102,19 @@ def build_prompts(config: Config, text: Text) -> Prompts:
         divergence = _read(config, text, config.eval.kl_data, longest - written, held_out=True)
     every = [*train, *held_out, *divergence]
     lengths = [len(p.token_ids) for p in every]
-    seen = [len(p.token_ids if p.teacher_ids is None else p.teacher_ids) for p in every]
     return Prompts(
         train=train,
         eval=held_out,
         divergence=divergence[: config.eval.kl_prompts],
         max_length=min(longest, max(lengths) + max(written, answered)),
-        teacher_max_length=max(seen) + written,
+        teacher_max_length=max(_longest_seen(every) + written, _longest_seen(held_out) + answered),
     )
+
+
+def _longest_seen(prompts: Sequence[Prompt]) -> int:
+    """Of the teacher's prompts."""
+    seen = (p.token_ids if p.teacher_ids is None else p.teacher_ids for p in prompts)
+    return max(map(len, seen), default=0)
 
 
 def _read(config: Config, text: Text, source: str, room: int, *, held_out: bool) -> list[Prompt]:

@@ -14,6 +14,7 @@ from opd.config import (
     ServerRolloutConfig,
     TransformersRolloutConfig,
     VllmRolloutConfig,
+    last_step,
 )
 from opd.interfaces import (
     Progress,
@@ -256,9 +257,12 @@ def build_hand_over(
     from opd.sync.averaged import FollowedSync
     from opd.sync.seldom import SeldomSync
 
+    examined = config.data.eval is not None or config.eval.kl_data is not None
+    every = [config.sync.verify_every, config.eval.every if examined else 0]
+
     def read(version: int) -> bool:
-        every = (config.eval.every, config.sync.verify_every)
-        return version == config.train.steps or any(n and version % n == 0 for n in every)
+        is_last = examined and version == last_step(config)
+        return is_last or any(n and version % n == 0 for n in every)
 
     if config.rollout.on_policy == 0:
         sync = SeldomSync(sync, read)

@@ -78,6 +78,8 @@ def check(composed: Composed, folder: Path) -> Checked:
     transport = None
     if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
         transport = _fitting_transport(config, text, prompts)
+    if isinstance(config.teacher, SelfTeacherConfig):
+        _teachers_prompts_fit(prompts, config.teacher.max_length or text.max_length)
     if isinstance(config.reward, MeasuredRewardConfig):
         build.build_reward(config)
     require_mask_fits(composed, folder)
@@ -181,6 +183,15 @@ def _fitting_transport(config: Config, text: build.Text, prompts: build.Prompts)
     sampling = build.sampling_of(config)
     wanted = build.wanted_of(config.loss, sampling.temperature)
     return build.transport_words(config.teacher, infos, student, wanted, sampling)
+
+
+def _teachers_prompts_fit(prompts: build.Prompts, most: int) -> None:
+    if prompts.teacher_max_length > most:
+        raise ValueError(
+            f"the teacher's prompt plus completion can reach {prompts.teacher_max_length} tokens, and "
+            f"the student, who is the teacher, takes at most {most}: shorten data.teacher_template or "
+            "lower rollout.max_tokens"
+        )
 
 
 def _members_are_named(pool: PoolTeacherConfig, prompts: Sequence[Prompt]) -> None:

@@ -108,6 +108,7 @@ def with_method(overrides: Sequence[str]) -> list[str]:
     choices = [entry for line in said.pop("defaults", []) for entry in line.items()]
     groups = [f"{key.removeprefix('override /')}={name}" for key, name in choices]
     del said["method"]
+    said["rollout"] = {"on_policy": 1.0} | said.get("rollout", {})
     values = [f"{room}.{key}={v}" for room, keys in said.items() for key, v in keys.items()]
     fresh = [o for o in [*groups, *values] if o not in overrides]
     return [*fresh, *overrides]

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "teacher.retries",
     "teacher.devices",
     "teacher.gpu_memory_fraction",
+    "teacher.replicas",
     "train.stop_after",
     "rollout.urls",
     "rollout.servers",
@@ -95,10 +96,16 @@ def _refuse_another_run(composed: Composed, written: Path) -> None:
     for key in sorted(old.keys() | new.keys()):
         if key.startswith(free) or key == "choice of tracking" or old.get(key) == new.get(key):
             continue
+        if key.startswith("teacher.members.") and _are_addresses(old.get(key), new.get(key)):
+            continue
         raise ValueError(
             f"the folder {written.parent} belongs to another run: it has {key}={old.get(key)}, "
             f"found {key}={new.get(key)}; give another run.dir, or the same settings"
         )
+
+
+def _are_addresses(*members: Any) -> bool:
+    return all(isinstance(m, str) and m.startswith(("http://", "https://")) for m in members)
 
 
 def _flat(node: Any, path: str = "") -> dict[str, Any]:

@@ -39,7 +39,7 @@ def train(recipe_name: str, overrides: Sequence[str], *, multirun: bool) -> None
 
     Under torchrun, accelerate launch or srun (RANK is set) this process is one rank of one job.
     """
-    recipe = find_recipe(recipe_name)
+    recipe, overrides = find_recipe(recipe_name), with_method(overrides)
     if "RANK" in os.environ:
         join(composed(recipe, overrides))
     prepare(recipe)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from opd import build
 from opd.cli import selfcheck
 from opd.cli.compose import Composed, composed, find_recipe, run_folder
-from opd.config import Config, Watched
+from opd.config import Config, Watched, last_step
 from opd.interfaces import Reader, Teacher
 from opd.types import Rollout
 
@@ -129,7 +129,7 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
         save=save,
         total=world.sum,
         sampling=sampling,
-        steps=min(config.train.steps, config.train.stop_after or config.train.steps),
+        steps=last_step(config),
         eval_every=config.eval.every,
         save_every=config.save.every,
         verify_every=config.sync.verify_every,

@@ -20,8 +20,8 @@ def write(recipe: Composed, *, model: str | None, out: str, right_only: bool) ->
 
     A line is the row it came from with ``uid`` and ``completion``, for data.completion_field. What was
     cut at rollout.max_tokens is left out, since it never ended; with ``right_only`` so is what the
-    recipe's grader finds wrong. Returns how many were written, kept, cut and wrong. Raises ValueError
-    for the user's mistakes.
+    recipe's grader finds wrong. Returns how many were written, cut, empty, wrong and kept. Raises
+    ValueError for the user's mistakes.
     """
     config = recipe.config
     chosen = model or config.teacher.model
@@ -32,15 +32,17 @@ def write(recipe: Composed, *, model: str | None, out: str, right_only: bool) ->
     if found:
         raise ValueError("\n".join(found))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    text, rollouts = _written(config, chosen)
-    counts = {"written": len(rollouts), "cut": 0, "wrong": 0, "kept": 0}
-    judge = _judge(config, right_only)
     rows = {str(row.get("uid", i)): row for i, row in enumerate(_rows(config))}
+    text, rollouts = _written(config, chosen)
+    counts = {"written": len(rollouts), "cut": 0, "empty": 0, "wrong": 0, "kept": 0}
+    judge = _judge(config, right_only)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with Path(out).open("w") as file:
         for rollout in rollouts:
             if rollout.finish_reason == FinishReason.length:
                 counts["cut"] += 1
+            elif len(rollout.token_ids) == 1:  # an end and nothing before it
+                counts["empty"] += 1
             elif judge(text.decode(rollout.token_ids.tolist()), rollout.prompt.answer) == 0:
                 counts["wrong"] += 1
             else:
@@ -75,7 +77,14 @@ def _rows(config: Config) -> Iterator[dict[str, Any]]:
 
     data = config.data
     rows = read_rows(data.train, split=data.split, subset=data.subset)
-    return (dict(row) for _, row in islice(rows, data.limit))
+    for place, row in islice(rows, data.limit):
+        try:
+            json.dumps(dict(row))
+        except TypeError as error:
+            raise ValueError(
+                f"{place}: cannot be written as JSON ({error}); drop that field"
+            ) from None
+        yield dict(row)
 
 
 def _line(rollout: Rollout, rows: dict[str, dict[str, Any]], text: build.Text) -> dict[str, Any]:

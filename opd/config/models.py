@@ -97,7 +97,10 @@ class SelfTeacher(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class SelfTeacherConfig(TeacherConfig):
-    """The student itself scores, usually with a prompt that says more (data.teacher_template)."""
+    """The student itself scores, usually with a prompt that says more (data.teacher_template).
+
+    dtype auto is float32 here; model is not read.
+    """
 
     weights: SelfTeacher = SelfTeacher.frozen
     """frozen: as it started (with adapters: switched off, no second copy); ema; or latest."""

@@ -11,6 +11,7 @@ from opd.config.losses import (
 )
 from opd.config.masks import DiscoverMaskConfig, FileMaskConfig
 from opd.config.models import (
+    DType,
     LocalTeacherConfig,
     LoraConfig,
     NoTeacherConfig,
@@ -84,6 +85,26 @@ def has_teacher(config: Config) -> bool:
         case PoolTeacherConfig(members=members):
             return bool(members)
     return config.teacher.model is not None
+
+
+def last_step(config: Config) -> int:
+    """The step after which this call of the run ends."""
+    return min(config.train.steps, config.train.stop_after or config.train.steps)
+
+
+def an_average_is_float32(config: Config) -> str | None:
+    """bfloat16 rounds steps of a hundredth of a weight away."""
+    teacher = config.teacher
+    if (
+        isinstance(teacher, SelfTeacherConfig)
+        and teacher.weights == SelfTeacher.ema
+        and teacher.dtype == DType.bfloat16
+    ):
+        return (
+            "teacher.weights=ema with teacher.dtype=bfloat16 would round its small steps away and "
+            "never move: use teacher.dtype=float32 (auto)"
+        )
+    return None
 
 
 def a_data_set_that_writes_has_completions(config: Config) -> str | None:
@@ -325,6 +346,7 @@ RULES = (
     a_data_set_answers_no_questions,
     rewards_are_compared_in_groups,
     adapters_switched_off_are_whole,
+    an_average_is_float32,
     a_weighting_has_what_it_weighs_by,
     advantages_need_a_reward,
     engines_are_corrected_for_once,

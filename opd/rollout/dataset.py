@@ -44,7 +44,9 @@ class MixedRollouts:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """See ``RolloutEngine``."""
         own = [p for p in prompts if _draw(p, sampling) < self._on_policy]
-        written = self._engine.generate(own, sampling) if own else []
+        written = self._engine.generate(
+            own, sampling
+        )  # asked even for none, so that it goes to sleep
         by_prompt: dict[str, list[Rollout]] = {}
         for rollout in written:
             by_prompt.setdefault(rollout.prompt.uid, []).append(rollout)

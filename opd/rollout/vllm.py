@@ -124,6 +124,8 @@ class VllmRollouts:
         self, requests: list[Any], params: list[Any], advance: Callable[[int], None]
     ) -> "list[RequestOutput]":
         """Outputs in the order of requests; vLLM numbers requests as they come."""
+        if not requests:
+            return []
         self.llm.enqueue(requests, params, use_tqdm=False)
         engine = self.llm.llm_engine
         outputs: list[RequestOutput] = []

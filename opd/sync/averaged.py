@@ -18,37 +18,38 @@ FILE = "averaged_teacher.safetensors"
 class AveragedWeights:
     """``module``'s weights become decay * themselves + (1 - decay) * what is pushed, once a version.
 
-    decay 0 follows at once. The first push is of weights that the module already has, and the same
-    version twice counts once, so a resumed run goes on as if nothing had happened.
+    ``version`` is the last one taken in. decay 0 follows at once. The first push is of weights that
+    the module already has, and the same version twice counts once, so a resumed run goes on as if
+    nothing had happened.
     """
 
     def __init__(self, module: torch.nn.Module, *, decay: float) -> None:
         self._parameters = dict(module.named_parameters())
         self._decay = decay
-        self._version = 0
+        self.version = 0
 
     def passing(self, weights: "Weights", version: int) -> "Iterator[tuple[str, torch.Tensor]]":
         """The same weights; each is taken in on its way."""
-        fresh = version != self._version
+        fresh = version != self.version
         for name, tensor in weights:
             if fresh:
                 with torch.no_grad():
                     own = self._parameters[name]
                     own.lerp_(tensor.to(own), 1.0 - self._decay)
             yield name, tensor
-        self._version = version
+        self.version = version
 
     def save(self, folder: str) -> None:
         """The average, for ``load`` of a resumed run."""
         tensors = {name: p.detach().contiguous() for name, p in self._parameters.items()}
-        save_file(tensors, Path(folder) / FILE, {"version": str(self._version)})
+        save_file(tensors, Path(folder) / FILE, {"version": str(self.version)})
 
     def load(self, folder: str, version: int) -> None:
         """Undo of ``save``."""
         with torch.no_grad():
             for name, tensor in load_file(Path(folder) / FILE).items():
                 self._parameters[name].copy_(tensor)
-        self._version = version
+        self.version = version
 
 
 class FollowedSync:

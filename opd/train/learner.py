@@ -6,6 +6,7 @@ Losses are sums over tokens; they are divided here, once, by a count over all ra
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -115,8 +116,12 @@ class StudentLearner:
         self._model.eval()
         with torch.no_grad():
             batches = self._batches(scored, EVERY_TOKEN)
-            for group, batch in zip(self._groups(scored), batches, strict=False):
+            # ghosts have no group: they are run for their collectives alone
+            for group, batch in zip_longest(self._groups(scored), batches, fillvalue=[]):
+                assert isinstance(batch, Batch)
                 logp_N = self._engine.forward(batch, None).total.float().cpu().numpy()
+                if not group:
+                    continue
                 ends = np.cumsum([len(s.rollout.token_ids) for s in group])[:-1]
                 for item, part in zip(group, np.split(logp_N, ends), strict=True):
                     found[order[id(item)]] = part
