@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from opd.tracking.compare import Comparison, Entry
-from opd.tracking.plots import NEUTRAL, Line, Panel
+from opd.tracking.plots import NEUTRAL, Line, Panel, Style
 from opd.tracking.runs import Run, Series
 
 _PHASES = ("rollout", "teacher", "learn", "sync", "eval")
@@ -45,7 +45,7 @@ _COMPARED = (
 
 def run_panels(run: Run) -> list[Panel]:
     """The pictures of one run's report."""
-    panels = [*_task_panels(run), _loss_panel(run)]
+    panels = [*_task_panels(run), _loss_panel(run), *_teacher_panels(run)]
     for title, note, metrics in _TRAINING:
         named = [(run.series(name), label) for name, label in metrics]
         if title == "Completion length":
@@ -62,6 +62,7 @@ def other_panels(run: Run) -> list[Panel]:
     for task in run.tasks:
         names = ("accuracy", "mean_at_k", "teacher_accuracy", "reverse_kl", "length")
         shown |= {f"eval/{task}/{name}" for name in names}
+    shown |= set(_of_teachers(run))
     elsewhere = ("loss/", "weights/")
     names = [name for name in run.metrics if name not in shown and not name.startswith(elsewhere)]
     return [Panel(title=name, lines=_lines([(run.series(name), name)])) for name in names]
@@ -157,6 +158,34 @@ def _loss_panel(run: Run) -> Panel:
     return Panel(title="Loss", note="per token", lines=_lines([(total, named), *others]))
 
 
+def _of_teachers(run: Run) -> dict[str, tuple[str, str]]:
+    """Teacher and what was measured of it, for each metric ``teacher/<name>/<measured>``."""
+    parts = {
+        name: name.removeprefix("teacher/").rpartition("/")
+        for name in run.metrics
+        if name.startswith("teacher/")
+    }
+    return {name: (who, what) for name, (who, _, what) in parts.items() if who}
+
+
+def _teacher_panels(run: Run) -> list[Panel]:
+    """One picture of each thing measured of several teachers, a curve for each of them."""
+    found = _of_teachers(run)
+    lines: dict[str, list[Line]] = {what: [] for _, what in found.values()}
+    teachers = sorted({who for who, _ in found.values()})
+    for name, (who, what) in sorted(found.items()):
+        series = run.series(name)
+        colour, style = _look(teachers.index(who))
+        lines[what].append(
+            Line(label=who, xs=series.steps, ys=series.values, colour=colour, style=style)
+        )
+    note = "per token of the prompts that name it"
+    return [
+        Panel(title=f"{what} of each teacher", note=note, lines=theirs)
+        for what, theirs in lines.items()
+    ]
+
+
 def _same(one: Series, other: Series) -> bool:
     return one.steps == other.steps and all(
         math.isclose(a, b, rel_tol=1e-6) or (math.isnan(a) and math.isnan(b))
@@ -232,9 +261,15 @@ def _overlaid(
 def run_line(
     index: int, entry: Entry, xs: Sequence[float], ys: Sequence[float], marked: bool = False
 ) -> Line:
-    """The curve of the comparison's run number ``index``: ten colours, then other dashes."""
-    style = ("solid", "dotted", "dashed")[index // NEUTRAL % 3]
-    return Line(label=entry.label, xs=xs, ys=ys, colour=index % NEUTRAL, style=style, marked=marked)
+    """The curve of the comparison's run number ``index``."""
+    colour, style = _look(index)
+    return Line(label=entry.label, xs=xs, ys=ys, colour=colour, style=style, marked=marked)
+
+
+def _look(index: int) -> tuple[int, Style]:
+    """Ten colours, then the same with other dashes."""
+    styles: tuple[Style, ...] = ("solid", "dotted", "dashed")
+    return index % NEUTRAL, styles[index // NEUTRAL % 3]
 
 
 def _teacher_levels(comparison: Comparison, task: str) -> list[Line]:

@@ -216,7 +216,8 @@ class Totals:
                 if name.startswith(("loss/", "teacher/")):
                     theirs = f"teacher/{teacher}/{name.rpartition('/')[2]}"
                     self._sums[theirs] += value if is_theirs else 0.0
-                    self._counts[theirs] += batch.tokens if is_theirs else 0
+                    counted = float(out.counts.get(name, batch.tokens))
+                    self._counts[theirs] += counted if is_theirs else 0.0
 
     def per_token(self, world: World, *, tokens: float, denominator: float) -> dict[str, float]:
         """Means over the tokens of all ranks, and maxima; what nothing was counted of is left out."""

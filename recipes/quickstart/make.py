@@ -23,6 +23,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ MAX_NEW_TOKENS = 48
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789+=;#-*/()<>.,:?! \nx"
 Sum = tuple[int, int]
+Pair = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,12 +134,30 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCa
     )
 
 
-def worked_examples(
-    sums: list[Sum], tokenizer: PreTrainedTokenizerFast, slip: float, rng: random.Random
+def fresh_sums(count: int, banned: set[Sum], slip: float) -> Callable[[random.Random], list[Pair]]:
+    """Draws `count` prompts with their written solutions."""
+
+    def batch(rng: random.Random) -> list[Pair]:
+        sums: list[Sum] = []
+        while len(sums) < count:
+            pair = draw(rng)
+            if pair not in banned:
+                sums.append(pair)
+        return [(f"{a}+{b}=", work(a, b, slip, rng)) for a, b in sums]
+
+    return batch
+
+
+def questions(sums: list[Sum]) -> list[Pair]:
+    """Prompts with their answers."""
+    return [(f"{a}+{b}=", str(a + b)) for a, b in sums]
+
+
+def as_tensors(
+    rows: list[Pair], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids, right-padded, and labels that are -100 on the prompt and the padding."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    rows = [(f"{a}+{b}=", work(a, b, slip, rng)) for a, b in sums]
     prompts = tokenizer([p for p, _ in rows])["input_ids"]
     answers = tokenizer([w for _, w in rows])["input_ids"]
     longest = max(len(p) + len(w) + 1 for p, w in zip(prompts, answers, strict=True))
@@ -151,32 +171,34 @@ def worked_examples(
 
 
 @torch.no_grad()
-def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, sums: list[Sum]) -> float:
-    """Share of sums whose number after ``#`` is right, decoded greedily."""
+def accuracy(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: list[Pair]
+) -> float:
+    """Share of prompts whose number after ``#`` is right, decoded greedily."""
     model.eval()
     right = 0
-    for start in range(0, len(sums), 256):
-        part = sums[start : start + 256]
-        inputs = tokenizer([f"{a}+{b}=" for a, b in part], return_tensors="pt", padding=True)
+    for start in range(0, len(asked), 256):
+        part = asked[start : start + 256]
+        inputs = tokenizer([prompt for prompt, _ in part], return_tensors="pt", padding=True)
         written = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
         )
-        for (a, b), ids in zip(part, written[:, inputs["input_ids"].shape[1] :], strict=True):
+        for (_, answer), ids in zip(part, written[:, inputs["input_ids"].shape[1] :], strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            right += text.partition("#")[2] == str(a + b)
+            right += text.partition("#")[2] == answer
     model.train()
-    return right / len(sums)
+    return right / len(asked)
 
 
 def pretrain(
     name: str,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
-    banned: set[Sum],
-    probe: list[Sum],
+    examples: Callable[[random.Random], list[Pair]],
+    probe: list[Pair],
     seed: int,
     every: int,
 ) -> Qwen3ForCausalLM:
@@ -189,12 +211,7 @@ def pretrain(
     )
     started = time.perf_counter()
     for step in range(1, recipe.steps + 1):
-        sums: list[Sum] = []
-        while len(sums) < recipe.batch:
-            pair = draw(rng)
-            if pair not in banned:
-                sums.append(pair)
-        ids, labels = worked_examples(sums, tokenizer, recipe.slip, rng)
+        ids, labels = as_tensors(examples(rng), tokenizer)
         loss = model(
             input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels
         ).loss
@@ -230,8 +247,8 @@ def write(
 
 def write_prompts(path: Path, split: str, sums: list[Sum]) -> None:
     lines = (
-        json.dumps({"uid": f"{split}-{i:05d}", "prompt": f"{a}+{b}=", "answer": str(a + b)})
-        for i, (a, b) in enumerate(sums)
+        json.dumps({"uid": f"{split}-{i:05d}", "prompt": prompt, "answer": answer})
+        for i, (prompt, answer) in enumerate(questions(sums))
     )
     path.write_text("\n".join(lines) + "\n")
 
@@ -252,17 +269,18 @@ def main() -> None:
     held_out = distinct(rng, arguments.eval_prompts, set())
     banned = both_orders(held_out)
     prompts = distinct(rng, arguments.train_prompts, banned)
-    probe = distinct(rng, 256, banned)
+    probe = questions(distinct(rng, 256, banned))
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_prompts(arguments.out / "eval.jsonl", "eval", held_out)
     write_prompts(arguments.out / "train.jsonl", "train", prompts)
     for name, recipe in (("student", STUDENT), ("teacher", TEACHER)):
-        model = pretrain(name, recipe, tokenizer, banned, probe, arguments.seed, arguments.every)
+        examples = fresh_sums(recipe.batch, banned, recipe.slip)
+        model = pretrain(name, recipe, tokenizer, examples, probe, arguments.seed, arguments.every)
         stored = write(model, tokenizer, arguments.out / name)
         size = sum(p.numel() for p in stored.parameters())
         print(
             f"{name}: {size:,} parameters, held-out accuracy "
-            f"{accuracy(stored, tokenizer, held_out):.3f}"
+            f"{accuracy(stored, tokenizer, questions(held_out)):.3f}"
         )
 
 

@@ -53,6 +53,7 @@ def test_a_run_learns_from_the_teachers_that_its_rows_name(tmp_path: Path) -> No
     assert "bytes a token" in (run / "logs" / "rank_0.log").read_text()
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"teacher/short/reverse_kl", "teacher/long/reverse_kl"} <= last.keys()
+    assert not any(name.endswith("outside_mass") for name in last), "matrices of one size"
 
 
 def test_a_row_that_names_nobody_is_refused_before_anything_starts(tmp_path: Path) -> None:

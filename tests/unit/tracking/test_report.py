@@ -74,6 +74,25 @@ def test_every_metric_of_a_run_is_in_some_picture(runs):
     assert [panel.title for panel in other_panels(run)] == ["ratio/clipped", "tokens/trained"]
 
 
+def test_the_teachers_of_a_pool_share_a_picture_of_each_thing_measured(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"config": {"seed": 0}}))
+    tracker = JsonlTracker(tmp_path)
+    for step in (1, 2, 3):
+        theirs = {"teacher/spelling/reverse_kl": 0.2, "teacher/maths/reverse_kl": 1 / step}
+        if step > 1:  # nobody named maths in the first step
+            theirs["teacher/maths/nll"] = 0.5
+        tracker.log(step, {"teacher/nll": 0.4, "teacher/outside_mass": 0.0, **theirs})
+    tracker.close()
+    run = read_run(tmp_path)
+    drawn = {panel.title: panel.lines for panel in run_panels(run)}
+    assert [line.label for line in drawn["reverse_kl of each teacher"]] == ["maths", "spelling"]
+    assert list(drawn["reverse_kl of each teacher"][0].ys) == [1, 1 / 2, pytest.approx(1 / 3)]
+    assert [list(line.xs) for line in drawn["nll of each teacher"]] == [[2, 3]]
+    assert len({line.colour for line in drawn["reverse_kl of each teacher"]}) == 2
+    assert [panel.title for panel in other_panels(run)] == ["teacher/outside_mass"]
+    assert "reverse_kl of each teacher" in write_report(tmp_path).read_text()
+
+
 def test_a_comparison_ranks_runs_and_names_what_differs(runs, tmp_path):
     page_path, csv_path = compare_runs(list(runs.values()), tmp_path / "out")
     assert_stands_alone(page_path.read_text())
