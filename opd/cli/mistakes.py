@@ -33,6 +33,11 @@ def _unknown_key(text: str) -> str:
     assert named is not None
     key = named.group(1)
     known = sorted(set(known_keys()))
+    if key in known:
+        return (
+            f"{key} is a setting of {_choices_with(key)}, not of the choice that was made: choose that "
+            "one too, or take the setting out"
+        )
     leaves = {k.split(".")[-1]: k for k in known}
     near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
     near += [leaves[n] for n in difflib.get_close_matches(key.split(".")[-1], leaves, n=2)]
@@ -40,6 +45,16 @@ def _unknown_key(text: str) -> str:
     meant = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
     allowed = f"allowed there: {', '.join(siblings)}; " if siblings else ""
     return f"{key} is not a setting of this choice: {meant}{allowed}see docs/configuration.md"
+
+
+def _choices_with(key: str) -> str:
+    group = key.split(".")[0]
+    names = [
+        f"{group}={name}"
+        for name, choice in GROUPS.get(group, {}).items()
+        if key in _keys(choice, f"{group}.")
+    ]
+    return " or ".join(names)
 
 
 def known_keys() -> Iterator[str]:

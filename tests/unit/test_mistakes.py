@@ -115,3 +115,10 @@ def test_a_launch_file_may_not_set_numerics(
 def test_an_unknown_recipe_lists_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert _answer(["train", "quickstrat"]) == 2
     assert "quickstart" in capsys.readouterr().err
+
+
+def test_a_setting_of_another_choice_is_said_to_be_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    complaint = said(capsys, "teacher=local", "teacher.retries=3")
+    assert "teacher.retries is a setting of teacher=server or teacher=pool, not of" in complaint
