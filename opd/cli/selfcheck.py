@@ -12,7 +12,6 @@ from opd.config import (
     DType,
     LossConfig,
     MaskConfig,
-    Precision,
     TrainingEngine,
     asks_a_teacher,
 )
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 TOKENS = 8
 SMALL = 2 << 30
 """Bytes of a checkpoint that `opd doctor` loads to compute something; larger ones wait for the run."""
-BOUND = {Precision.fp32: 1e-3, Precision.bf16: 0.15, Precision.pure_bf16: 0.15}
-"""Nats per token. float32 sums in another order; bfloat16 rounds each layer (see build.DEFAULT_GAP)."""
 
 
 def applies(config: Config) -> bool:
@@ -100,7 +97,7 @@ def self_loss(
     scored = [_written_out(said, backend, wanted) for said in itself.score([rollout])]
     loss: LossConfig = replace(config.loss, reward_weight=0.0)
     found = abs(learner.measure(scored, build.build_loss(loss))["loss/total"])
-    bound = BOUND[config.train.precision]
+    bound = build.DEFAULT_GAP[config.train.precision]
     if not found <= bound:
         raise ValueError(
             f"the student scored by itself has a loss of {found:.3g} nats a token, allowed is "

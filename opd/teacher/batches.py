@@ -1,10 +1,11 @@
-"""Cut a list of rollouts into requests, and show how many are answered."""
+"""Cut a list of rollouts into requests, send a few at once, and show how many are answered."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 
 from opd.interfaces import Progress
-from opd.types import Rollout
+from opd.types import Rollout, Scored
 
 
 def by_tokens(
@@ -36,3 +37,27 @@ def bar(
     if progress is None:
         return nullcontext(lambda _: None)
     return progress.track("teacher", len(rollouts))
+
+
+def at_once(
+    score: Callable[[Sequence[Rollout]], list[Scored]],
+    groups: Sequence[Sequence[Rollout]],
+    *,
+    most: int,
+    advance: Callable[[int], None],
+) -> list[Scored]:
+    """``score`` of every group, ``most`` under way at a time, in the order given.
+
+    The first group that fails ends the rest; ``advance`` is told of rollouts as groups come back.
+    """
+    scored: list[Scored] = []
+    with ThreadPoolExecutor(most) as pool:
+        waiting = [pool.submit(score, group) for group in groups]
+        try:
+            for future in waiting:
+                part = future.result()
+                scored += part
+                advance(len(part))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return scored

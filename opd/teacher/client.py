@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from safetensors.numpy import load
@@ -11,7 +10,7 @@ from opd.config import DType
 from opd.interfaces import Progress
 from opd.service.client import ServiceClient
 from opd.service.server import MEDIA_TYPE
-from opd.teacher.batches import bar, by_tokens
+from opd.teacher.batches import at_once, bar, by_tokens
 from opd.teacher.transport import bytes_per_target, transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
 from opd.teacher.wire import ScoreRequest, read_answer, request_bytes, request_of, scored_of
@@ -66,21 +65,10 @@ class ServerTeacher:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """See ``Teacher``."""
-        groups = self.groups(rollouts)
-        scored: list[Scored] = []
-        with (
-            ThreadPoolExecutor(self.connections) as pool,
-            bar(self.progress, rollouts) as advance,
-        ):
-            waiting = [pool.submit(self.score_group, group) for group in groups]
-            try:
-                for future in waiting:
-                    part = future.result()
-                    scored += part
-                    advance(len(part))
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-        return scored
+        with bar(self.progress, rollouts) as advance:
+            return at_once(
+                self.score_group, self.groups(rollouts), most=self.connections, advance=advance
+            )
 
     def info(self) -> TeacherInfo:
         """See ``Teacher``; asked once, when this client was made."""

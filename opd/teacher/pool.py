@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from opd.interfaces import Progress, Teacher
-from opd.teacher.batches import bar
+from opd.teacher.batches import at_once, bar
 from opd.teacher.client import ServerTeacher
 from opd.types import FloatArray, Rollout, Scored, TeacherInfo
 
@@ -121,21 +121,9 @@ class BalancedTeacher:
     def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """See ``Teacher``."""
         groups = self._first.groups(rollouts, servers=len(self._seats))
-        scored: list[Scored] = []
         width = self._first.connections * len(self._seats)
-        with (
-            ThreadPoolExecutor(width) as pool,
-            bar(self._progress, rollouts) as advance,
-        ):
-            waiting = [pool.submit(self._score_group, group) for group in groups]
-            try:
-                for future in waiting:
-                    part = future.result()
-                    scored += part
-                    advance(len(part))
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-        return scored
+        with bar(self._progress, rollouts) as advance:
+            return at_once(self._score_group, groups, most=width, advance=advance)
 
     def info(self) -> TeacherInfo:
         """See ``Teacher``."""
