@@ -56,7 +56,7 @@ def watched(work: Callable[[], Any]) -> dict[str, float]:
 def chosen(base: str, trained: str, layers: int) -> list[Any]:
     """Pairs of the first layers; all with 0."""
     from opd.analysis.pair import paired
-    from opd.mask.names import place
+    from opd.checkpoint.names import place
 
     pairs = paired(base, trained)
     return [p for p in pairs if not layers or (place(p.name).layer or 0) < layers]
@@ -74,7 +74,7 @@ def fast(base: str, trained: str, layers: int) -> None:
     """The same with spectrum=fast."""
     from opd.analysis.summary import summary
     from opd.analysis.walk import measured_all
-    from opd.analysis.words import Spectrum
+    from opd.analysis.formatting import Spectrum
 
     pairs = chosen(base, trained, layers)
     summary([row for _, row in measured_all(pairs, {}, Spectrum.fast)])
@@ -163,7 +163,7 @@ def step_taken(model: str, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from opd.tensors import open_checkpoint
+    from opd.checkpoint.tensors import open_checkpoint
 
     generator = torch.Generator().manual_seed(0)
     moved = {}

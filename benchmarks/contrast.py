@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from opd.tracking.arms import Arms, arms_table, measures_of, write_arms
+from opd.tracking.study_report import Arms, arms_table, measures_of, write_arms
 from opd.tracking.runs import Run, read_run
 
 ARMS = {

@@ -45,7 +45,7 @@ def measure(case: Case) -> dict[str, float]:
 
     from opd.batch import Batch
     from opd.head import HeadSpec, head_logps
-    from opd.losses import Divergence
+    from opd.losses.divergence import Divergence
     from opd.train.chunked import chunked_loss
 
     torch.manual_seed(0)

@@ -38,10 +38,10 @@ def anonymous() -> int:
 
 def measure(model: str, settings: dict[str, str | float], out: str) -> dict[str, float]:
     """Seconds, CPU seconds, MiB above the start, and kept weights of one discovery."""
-    from opd.cli.typed import typed
-    from opd.config import RuleConfig
+    from opd.config.arguments import typed
+    from opd.config.masks import RuleConfig
     from opd.mask.discover import discover_mask
-    from opd.tensors import open_checkpoint
+    from opd.checkpoint.tensors import open_checkpoint
 
     rule = typed(RuleConfig, [f"{key}={value}" for key, value in settings.items()])
     base = open_checkpoint(model)
@@ -72,7 +72,7 @@ def step_taken(model: str, folder: Path, scale: float) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from opd.tensors import open_checkpoint
+    from opd.checkpoint.tensors import open_checkpoint
 
     generator = torch.Generator().manual_seed(0)
     moved = {}
@@ -96,7 +96,7 @@ def main() -> None:
         print(json.dumps(measure(parsed.model, json.loads(settings), out)))
         return
 
-    from opd.tensors import open_checkpoint
+    from opd.checkpoint.tensors import open_checkpoint
 
     base = open_checkpoint(parsed.model)
     largest = max(stored.numel * stored.dtype.itemsize for stored in base.values()) / MIB

@@ -47,13 +47,14 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
     wire = _counted_collectives(dist)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from opd.config import AdamWConfig, Precision, SGDConfig
+    from opd.config.training import AdamWConfig, SGDConfig
+    from opd.config import Precision
     from opd.head import HeadSpec
-    from opd.losses import Divergence
+    from opd.losses.divergence import Divergence
     from opd.mask.mask import Mask, Origin
     from opd.tracking.console import SilentProgress
     from opd.train.compact import MaskedWeight
-    from opd.train.confine import CompactWeights, Unconfined
+    from opd.train.parameter_mask import CompactWeights, Unconfined
     from opd.train.engine import DeepSpeedEngine, merged_deepspeed
     from opd.train.learner import StudentLearner
     from opd.train.optimizers import build_optimizer

@@ -142,12 +142,13 @@ def opd_cases(
     import httpx
     from transformers import AutoTokenizer
 
-    from opd.config import DType
+    from opd.config.models import DType
     from opd.teacher.client import ServerTeacher
     from opd.teacher.launch import running_teacher
     from opd.teacher.options import TeacherServerOptions
     from opd.teacher.vocabulary import vocabulary_of
-    from opd.teacher.wire import MEDIA_TYPE, Want, read_answer, request_bytes, request_of
+    from opd.serving.server import MEDIA_TYPE
+    from opd.teacher.wire import Want, read_answer, request_bytes, request_of
     from opd.types import FinishReason, Prompt, Rollout, Wanted
 
     rollouts = [

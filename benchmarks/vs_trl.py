@@ -36,12 +36,13 @@ from safetensors.torch import load_file
 from vs_trl_page import BETAS, MOST, SIDES, THEIRS, VLLM, draw, losses_table, page
 
 from opd import build
-from opd.cli.compose import composed, find_recipe
-from opd.cli.worker import divergence_measure
-from opd.config import AdamWConfig, Config
+from opd.run.recipe import composed, find_recipe
+from opd.run.worker import divergence_measure
+from opd.config.training import AdamWConfig
+from opd.config.schema import Config
 from opd.teacher.vocabulary import vocabulary_of
 from opd.tracking.console import SilentProgress
-from opd.train.checkpoint import checkpoints
+from opd.train.checkpoints import checkpoints
 from opd.train.optimizers import lr_at
 from opd.types import Prompt, Rollout, Wanted
 from opd.world import join_world

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opd.config import AdamWConfig, Config
-from opd.tracking.arms import interval
+from opd.config.training import AdamWConfig
+from opd.config.schema import Config
+from opd.tracking.study_report import interval
 
 Rows = list[dict[str, Any]]
 

@@ -53,7 +53,7 @@ def receive(port_file: str) -> None:
     from typing import Any, cast
 
     from opd.rollout.app import Hosted, ServedModel, rollout_app
-    from opd.service.server import serve
+    from opd.serving.server import serve
     from opd.sync.sparse import WeightReceiver
 
     receiver = WeightReceiver(lambda tensors, changes, version: None)
@@ -77,8 +77,8 @@ def receive(port_file: str) -> None:
 
 def measured(arguments: argparse.Namespace) -> Iterator[dict[str, float | str]]:
     """One row a way of sending."""
-    from opd.service.client import ServiceClient
-    from opd.service.launch import running_service
+    from opd.serving.client import ServiceClient
+    from opd.serving.child import running_service
 
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -172,7 +172,7 @@ def way(
 
 def push(service, sender, weights: dict[str, torch.Tensor], version: int, held):
     """Seconds and bytes of one push."""
-    from opd.service.server import MEDIA_TYPE
+    from opd.serving.server import MEDIA_TYPE
     from opd.types import Held
 
     start = time.perf_counter()

@@ -25,7 +25,7 @@ def test_config_types_and_interfaces_need_no_torch() -> None:
 
 def test_the_command_line_starts_without_torch_or_vllm() -> None:
     code = (
-        "import sys, opd.cli.main, opd.cli.train; "
+        "import sys, opd.cli.main, opd.run.train; "
         "sys.exit(str({'torch', 'vllm', 'deepspeed', 'transformers'} & set(sys.modules)) "
         "if {'torch', 'vllm', 'deepspeed', 'transformers'} & set(sys.modules) else 0)"
     )

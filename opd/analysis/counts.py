@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from opd.analysis.select import Largest, counted, large_first
+from opd.analysis.largest import Largest, counted, large_first
 from opd.analysis.sides import PIECE, Cut, Precision, Sides
-from opd.mask.pieces import BINS, binades
+from opd.checkpoint.chunks import BINS, binades
 
 THRESHOLDS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 RELATIVE = (1e-4, 1e-3, 1e-2)

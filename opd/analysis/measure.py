@@ -24,9 +24,9 @@ from opd.analysis.pair import Pair
 from opd.analysis.placement import MASKS, Placement, placements
 from opd.analysis.sides import MANTISSA, Precision, Sides
 from opd.analysis.spectrum import RANKS, Spectra, rank_of, shape_of, spectra
-from opd.analysis.words import Spectrum
-from opd.mask.delta import word
-from opd.mask.names import place
+from opd.analysis.formatting import Spectrum
+from opd.delta.format import word
+from opd.checkpoint.names import place
 
 Row = dict[str, Any]
 _DRAWN = 64

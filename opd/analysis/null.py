@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opd.mask.pieces import BINS
+from opd.checkpoint.chunks import BINS
 
 _FINE = 1 / 4
 """Spacings below this part of s add their variance u^2 / 12 and nothing else (to e^-300)."""
@@ -28,7 +28,7 @@ _REACH = 9.0
 
 
 def spacings(mantissa: int) -> np.ndarray:
-    """Distance to the next number of a format in each binade bin of ``opd.mask.pieces``, [BINS]."""
+    """Distance to the next number of a format in each binade bin of ``opd.checkpoint.chunks``, [BINS]."""
     exponent = np.maximum(np.arange(BINS) - 128, -126)
     return np.exp2(exponent.astype(float) - mantissa)
 

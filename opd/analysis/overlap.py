@@ -9,7 +9,7 @@ from opd.analysis.counts import VISIBLE
 from opd.analysis.pair import Pair
 from opd.analysis.sides import PIECE, Precision, Sides
 from opd.mask.compare import Expected, Overlap
-from opd.mask.pieces import BINS, binades
+from opd.checkpoint.chunks import BINS, binades
 
 CHANGED = {"0": 0.0, "1e-5": VISIBLE}
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from opd.mask.delta import word
-from opd.tensors import Stored, model_config, model_folder, open_checkpoint
+from opd.delta.format import word
+from opd.checkpoint.tensors import Stored, model_config, model_folder, open_checkpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module\.|_orig_mod\.|^module\.)")

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from opd.analysis.counts import VISIBLE_KEY
-from opd.analysis.select import Largest, counted, large_first, small_first
+from opd.analysis.largest import Largest, counted, large_first, small_first
 from opd.analysis.sides import Cut, Sides
 from opd.analysis.spectrum import RANKS, Directions, rank_of
-from opd.mask.pieces import BINS, binades
+from opd.checkpoint.chunks import BINS, binades
 
 MASKS = {
     "principal": (False, True, False, True),

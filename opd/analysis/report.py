@@ -12,7 +12,7 @@ from opd.analysis import pictures
 from opd.analysis.measure import Row
 from opd.analysis.overlap import overlaps
 from opd.analysis.walk import Question
-from opd.analysis.words import HEADLINES, at, meaning, shown
+from opd.analysis.formatting import HEADLINES, at, meaning, shown
 
 REPORT, APPENDIX = "report.html", "report.md"
 PRUNE_PICTURE = "prune.png"

@@ -11,9 +11,9 @@ import torch
 
 from opd.analysis.measure import Row, measured
 from opd.analysis.pair import Pair, paired
-from opd.analysis.words import Spectrum
-from opd.mask.pieces import THREADS, Progress, quiet
-from opd.tensors import model_folder, weight_files
+from opd.analysis.formatting import Spectrum
+from opd.checkpoint.chunks import THREADS, Progress, quiet
+from opd.checkpoint.tensors import model_folder, weight_files
 
 ROWS = "tensors.jsonl"
 FORMAT = 2

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from opd.analysis.words import HEADLINES, Spectrum, at, meaning, shown
-from opd.cli.deltas import final_model
-from opd.cli.masks import progress_bar
-from opd.cli.typed import explained, typed
+from opd.analysis.formatting import HEADLINES, Spectrum, at, meaning, shown
+from opd.cli.mask_delta import final_model
+from opd.cli.mask import progress_bar
+from opd.config.arguments import explained, typed
 
 if TYPE_CHECKING:
-    from opd.cli.prune import Asked
+    from opd.run.prune import Asked
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,14 +84,14 @@ def _analyze(parsed: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _asked(told: AnalyzeCommand, others: list[str]) -> "Asked":
-    from opd.cli.prune import asked
+    from opd.run.prune import asked
 
     words = [f"base={told.base}", f"trained={told.trained}", f"recipe={told.prune}"]
     return asked([*words, f"out={told.out}", *others])
 
 
 def _pruned(call: "Asked") -> dict[str, Any]:
-    from opd.cli.prune import print_curves, prune
+    from opd.run.prune import print_curves, prune
 
     result = prune(call)
     print_curves(result)

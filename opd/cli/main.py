@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from opd.cli.analyze import add_analyze_command
-from opd.cli.masks import add_mask_commands
-from opd.cli.worker import DONE, FAILED, MISTAKE
+from opd.cli.mask import add_mask_commands
+from opd.run.worker import DONE, FAILED, MISTAKE
 
 RECIPE_HELP = "path of a recipe, or the name of one that came with opd"
 OVERRIDES_HELP = "settings as in Hydra: loss=jsd optim.lr=1e-4; see docs/configuration.md"
@@ -26,8 +26,8 @@ def _answer(arguments: Sequence[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from opd.cli.launch import WorkerFailed
-    from opd.cli.mistakes import sentence
+    from opd.run.launch import WorkerFailed
+    from opd.run.recipe_errors import sentence
 
     try:
         parsed, rest = _parser().parse_known_args(arguments)
@@ -106,7 +106,7 @@ def _recipe_command(
     run: Callable[[argparse.Namespace, list[str]], None],
     help: str,
 ) -> argparse.ArgumentParser:
-    from opd.cli.compose import packaged_recipes
+    from opd.run.recipe import packaged_recipes
 
     parser = commands.add_parser(
         name,
@@ -138,7 +138,7 @@ def _overrides(rest: Sequence[str]) -> list[str]:
 
 
 def _train(parsed: argparse.Namespace, rest: list[str]) -> None:
-    from opd.cli.train import print_config, train
+    from opd.run.train import print_config, train
 
     if parsed.cfg:
         print_config(parsed.recipe, _overrides(rest))
@@ -147,15 +147,15 @@ def _train(parsed: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _doctor(parsed: argparse.Namespace, rest: list[str]) -> None:
-    from opd.cli.train import doctor
+    from opd.run.train import doctor
 
     doctor(parsed.recipe, _overrides(rest))
 
 
 def _eval(parsed: argparse.Namespace, rest: list[str]) -> None:
-    from opd.cli.compose import composed, find_recipe
-    from opd.cli.examine import run_eval
-    from opd.cli.launch import restart_keeping_memory
+    from opd.run.recipe import composed, find_recipe
+    from opd.run.evaluate import run_eval
+    from opd.run.launch import restart_keeping_memory
 
     restart_keeping_memory()
     recipe = composed(find_recipe(parsed.recipe), _overrides(rest))
@@ -163,9 +163,9 @@ def _eval(parsed: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _write(parsed: argparse.Namespace, rest: list[str]) -> None:
-    from opd.cli.compose import composed, find_recipe
-    from opd.cli.launch import restart_keeping_memory
-    from opd.cli.write import write
+    from opd.run.recipe import composed, find_recipe
+    from opd.run.launch import restart_keeping_memory
+    from opd.run.generate import write
 
     restart_keeping_memory()
     recipe = composed(find_recipe(parsed.recipe), _overrides(rest))
@@ -181,21 +181,21 @@ def _teacher(parsed: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _rollout(parsed: argparse.Namespace, rest: list[str]) -> None:
-    from opd.cli.serve import main as serve
+    from opd.run.serve import main as serve
     from opd.rollout.options import RolloutServerOptions
-    from opd.service.options import parse_options
+    from opd.serving.options import parse_options
 
     serve(parse_options(RolloutServerOptions, "opd rollout", rest))
 
 
 def _prune(parsed: argparse.Namespace, rest: list[str]) -> None:
-    from opd.cli.prune import asked, print_curves, prune
+    from opd.run.prune import asked, print_curves, prune
 
     print_curves(prune(asked(_overrides(rest))))
 
 
 def _report(parsed: argparse.Namespace, rest: list[str]) -> None:
-    from opd.cli.train import print_comparison
+    from opd.run.train import print_comparison
 
     if _overrides(rest):
         raise ValueError(f"unknown argument {rest[0]}: see opd report --help")

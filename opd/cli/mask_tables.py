@@ -12,7 +12,7 @@ from opd.mask.compare import LEVELS, Comparison, Overlap
 from opd.mask.describe import Description, Share
 from opd.mask.discover import Summary
 from opd.mask.mask import Mask
-from opd.mask.names import place
+from opd.checkpoint.names import place
 
 EXTREMES = 5
 CHANCE = {

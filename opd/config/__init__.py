@@ -13,7 +13,7 @@ from opd.config.keeping import (
     WandbMode,
     WeightRecordConfig,
 )
-from opd.config.knobs import broken_bounds, knob
+from opd.config.fields import broken_bounds, knob
 from opd.config.losses import (
     DivergenceLossConfig,
     GrpoLossConfig,

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-from opd.config.knobs import knob
+from opd.config.fields import knob
 
 
 class DType(StrEnum):

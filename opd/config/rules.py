@@ -1,7 +1,7 @@
 """What must hold between settings."""
 
 from opd.config.keeping import WeightRecordConfig
-from opd.config.knobs import broken_bounds
+from opd.config.fields import broken_bounds
 from opd.config.losses import (
     DivergenceLossConfig,
     GrpoLossConfig,

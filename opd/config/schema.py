@@ -16,7 +16,7 @@ from opd.config.keeping import (
     WandbConfig,
     WeightRecordConfig,
 )
-from opd.config.knobs import knob
+from opd.config.fields import knob
 from opd.config.losses import (
     DivergenceLossConfig,
     GrpoLossConfig,

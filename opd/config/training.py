@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from opd.config.knobs import knob
+from opd.config.fields import knob
 
 
 class Precision(StrEnum):

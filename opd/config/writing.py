@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from opd.config.knobs import knob
+from opd.config.fields import knob
 from opd.config.models import DType
 
 

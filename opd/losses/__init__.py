@@ -1,11 +1,11 @@
 """What the student is asked to lower: pure functions of log-probs and a batch, sums out."""
 
 from opd.losses.divergence import Divergence
-from opd.losses.factors import Corrector, Factors, Weigher
+from opd.losses.token_weights import Corrector, Factors, Weigher
 from opd.losses.mismatch import mismatch_metrics
 from opd.losses.nll import NegativeLogLikelihood
 from opd.losses.policy_gradient import PolicyGradient
-from opd.losses.rewarded import Rewarded
+from opd.losses.with_reward import Rewarded
 from opd.types import Correction, DivergenceKind, Surrogate, Weighting
 
 __all__ = [

@@ -6,7 +6,7 @@ import torch
 
 from opd.batch import Batch, LossOutput
 from opd.losses.closed_form import with_gradients
-from opd.losses.factors import Factors
+from opd.losses.token_weights import Factors
 from opd.losses.support import (
     MAX_LOG_RATIO,
     spread,

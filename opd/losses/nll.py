@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from opd.batch import Batch, LossOutput
-from opd.losses.factors import Factors, at_target
+from opd.losses.token_weights import Factors, at_target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

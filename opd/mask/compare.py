@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from opd.mask.mask import Mask, held_by
-from opd.mask.names import place
-from opd.mask.pieces import BINS, Progress, binades, counts_by_binade, pieces, quiet, stretch
-from opd.tensors import Checkpoint
+from opd.checkpoint.names import place
+from opd.checkpoint.chunks import BINS, Progress, binades, counts_by_binade, pieces, quiet, stretch
+from opd.checkpoint.tensors import Checkpoint
 
 LEVELS = ("global", "tensor", "binade")
 """What chance keeps: both densities; both counts in each tensor; both in each binade of each tensor."""

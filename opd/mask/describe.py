@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from opd.mask.mask import Mask
-from opd.mask.names import BLOCKS, place
+from opd.checkpoint.names import BLOCKS, place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

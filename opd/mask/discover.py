@@ -7,12 +7,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from opd.config import RuleConfig
+from opd.config.masks import RuleConfig
 from opd.mask.mask import Origin, write_mask
-from opd.mask.pieces import Progress, quiet
+from opd.checkpoint.chunks import Progress, quiet
 from opd.mask.search import Search
 from opd.mask.settings import require_sound
-from opd.tensors import Checkpoint
+from opd.checkpoint.tensors import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

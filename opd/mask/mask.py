@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from opd.mask.stream import write_tensors
+from opd.checkpoint.writer import write_tensors
 
 FORMAT = "opd-mask-1"
 INT32_MOST = 2**31 - 1

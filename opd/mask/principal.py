@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opd.mask.pieces import PIECE, Piece, Progress, float32
-from opd.tensors import Checkpoint, Stored
+from opd.checkpoint.chunks import PIECE, Piece, Progress, float32
+from opd.checkpoint.tensors import Checkpoint, Stored
 
 
 def safe(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from opd.mask.pieces import Piece, float32, stretch
-from opd.tensors import Checkpoint, Stored, open_checkpoint, open_tensors
+from opd.checkpoint.chunks import Piece, float32, stretch
+from opd.checkpoint.tensors import Checkpoint, Stored, open_checkpoint, open_tensors
 
 Read = Callable[[Piece], np.ndarray]
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opd.config import MaskBudget, MaskRule, MaskStructure, RuleConfig
+from opd.config.masks import MaskBudget, MaskRule, MaskStructure, RuleConfig
 from opd.mask import rules
 from opd.mask.mask import Mask, read_mask
-from opd.mask.names import place
-from opd.mask.pieces import Piece, Progress, binades, counts_by_binade, stretch
+from opd.checkpoint.names import place
+from opd.checkpoint.chunks import Piece, Progress, binades, counts_by_binade, stretch
 from opd.mask.principal import safe
-from opd.mask.select import Contest, Cut, Read, Selection, cut_at
+from opd.mask.top_k import Contest, Cut, Read, Selection, cut_at
 from opd.mask.units import UnitSelection
-from opd.tensors import Checkpoint
+from opd.checkpoint.tensors import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from opd.config import MaskRule, RuleConfig
+from opd.config.masks import MaskRule, RuleConfig
 
 WATCHED = (
     MaskRule.early_delta,

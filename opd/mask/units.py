@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opd.config import MaskStructure
+from opd.config.masks import MaskStructure
 from opd.mask.mask import index_dtype
-from opd.mask.pieces import THREADS, Piece, Progress, in_order, pieces
-from opd.mask.select import tickets
+from opd.checkpoint.chunks import THREADS, Piece, Progress, in_order, pieces
+from opd.mask.top_k import tickets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from opd.interfaces import RolloutEngine
 from opd.rollout.options import TOKEN_VARIABLE
 from opd.rollout.wire import GenerateRequest, answer_bytes, read_request
-from opd.service.client import CONFLICT
-from opd.service.server import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
+from opd.serving.client import CONFLICT
+from opd.serving.server import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
 from opd.types import Held
 
 log = logging.getLogger("opd.rollout")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from opd.interfaces import Progress
 from opd.rollout.wire import GenerateRequest, read_answer, request_bytes
-from opd.service.client import ServiceClient
-from opd.service.server import MEDIA_TYPE
+from opd.serving.client import ServiceClient
+from opd.serving.server import MEDIA_TYPE
 from opd.types import Prompt, Rollout, Sampling
 
 REMEDY = "is it running? (start one with `opd rollout --model MODEL --port PORT`)"

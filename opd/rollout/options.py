@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from opd.config import DType
+from opd.config.models import DType
 
 TOKEN_VARIABLE = "OPD_ROLLOUT_TOKEN"
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from opd.service.client import ServiceClient
-from opd.service.server import MEDIA_TYPE
+from opd.serving.client import ServiceClient
+from opd.serving.server import MEDIA_TYPE
 from opd.sync.sparse import WeightSender
 from opd.types import Held
 from opd.world import World

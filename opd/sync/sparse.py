@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from opd.sync.codes import PlaceForm, ValueForm, encode_places, encode_values
+from opd.sync.encoding import PlaceForm, ValueForm, encode_places, encode_values
 from opd.sync.message import Entry, Header, Kind, Message, Record, read_message, write_message
-from opd.sync.mirror import DTYPES, INTEGERS, Change, Mirror, checked_kept, flat_bits
+from opd.sync.replica import DTYPES, INTEGERS, Change, Mirror, checked_kept, flat_bits
 from opd.types import Held
 
 if TYPE_CHECKING:

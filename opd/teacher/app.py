@@ -8,13 +8,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from safetensors.numpy import save
 
-from opd.service.server import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
-from opd.teacher.answer import require_answerable
+from opd.serving.server import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
+from opd.teacher.response import require_answerable
 from opd.teacher.options import TOKEN_VARIABLE
 from opd.teacher.scoring import folded_head
 from opd.teacher.transport import bytes_per_target
 from opd.teacher.wire import ScoreRequest, answer_bytes, read_request
-from opd.teacher.work import WorkQueue
+from opd.teacher.work_queue import WorkQueue
 
 log = logging.getLogger("opd.teacher")
 

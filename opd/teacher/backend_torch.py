@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd.config import DType
+from opd.config.models import DType
 from opd.head import HeadSpec
-from opd.teacher.checkpoint import longest, read_info, read_spec
+from opd.teacher.model_info import longest, read_info, read_spec
 from opd.types import IntArray, TeacherInfo
 
 

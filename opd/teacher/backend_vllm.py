@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from opd.config import DType
+from opd.config.models import DType
 from opd.head import HeadSpec
-from opd.teacher.checkpoint import read_head, read_info, read_spec
+from opd.teacher.model_info import read_head, read_info, read_spec
 from opd.types import IntArray, TeacherInfo
 
 QUIET = {"VLLM_LOGGING_LEVEL": "WARNING"}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 from safetensors.numpy import load
 
-from opd.config import DType
+from opd.config.models import DType
 from opd.interfaces import Progress
-from opd.service.client import ServiceClient
-from opd.service.server import MEDIA_TYPE
+from opd.serving.client import ServiceClient
+from opd.serving.server import MEDIA_TYPE
 from opd.teacher.batches import at_once, bar, by_tokens
 from opd.teacher.transport import bytes_per_target, transports
 from opd.teacher.vocabulary import Vocabulary, require_fit

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from opd.service.launch import RunningService, running_service
-from opd.service.options import arguments_of
+from opd.serving.child import RunningService, running_service
+from opd.serving.options import arguments_of
 from opd.teacher.options import TOKEN_VARIABLE, TeacherServerOptions
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from opd.config import DType
+from opd.config.models import DType
 from opd.interfaces import Progress
-from opd.teacher.answer import answer, hidden_of, require_answerable
+from opd.teacher.response import answer, hidden_of, require_answerable
 from opd.teacher.backend import Backend
 from opd.teacher.batches import bar, by_tokens
 from opd.teacher.scoring import folded_head

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from opd.config import DType
-from opd.service.options import parse_options
+from opd.config.models import DType
+from opd.serving.options import parse_options
 
 TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
 

@@ -6,11 +6,11 @@ import sys
 
 from fastapi import FastAPI
 
-from opd.service.server import serve
+from opd.serving.server import serve
 from opd.teacher.app import teacher_app
 from opd.teacher.backend import Backend
 from opd.teacher.options import TOKEN_VARIABLE, BackendName, TeacherServerOptions, parse
-from opd.teacher.work import WorkQueue
+from opd.teacher.work_queue import WorkQueue
 
 
 def main(options: TeacherServerOptions) -> None:

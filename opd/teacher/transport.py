@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from opd.config import DType
+from opd.config.models import DType
 from opd.teacher.wire import Want
 from opd.types import TeacherInfo, Wanted
 

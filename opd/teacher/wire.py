@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from opd.config import DType
+from opd.config.models import DType
 from opd.types import BFloat16Bits, FloatArray, IntArray, Rollout, Scored, SupportLogps, Wanted
 
 FORMAT = "opd-teacher-1"

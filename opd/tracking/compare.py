@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.tracking.runs import Run, flat, read_run
-from opd.tracking.words import number
+from opd.tracking.formatting import number
 
 # A run's own name is not a setting.
 _NOT_SETTINGS = ("run.dir",)

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from opd.tracking.words import number, tasks_of
+from opd.tracking.formatting import number, tasks_of
 
 _HEADER_EVERY = 20
 

@@ -12,8 +12,8 @@ from markupsafe import Markup
 from opd.tracking.compare import Comparison, compare, sentences, table, write_csv
 from opd.tracking.panels import comparison_panels, other_panels, run_line, run_panels
 from opd.tracking.runs import Run, read_started_run
-from opd.tracking.weights import weight_panels
-from opd.tracking.words import duration, number
+from opd.tracking.weight_panels import weight_panels
+from opd.tracking.formatting import duration, number
 
 REPORT = "report.html"
 COMPARISON = "comparison.html"

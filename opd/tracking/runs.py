@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
-from opd.tracking.words import tasks_of
+from opd.tracking.formatting import tasks_of
 
 CONFIG = "config.yaml"
 

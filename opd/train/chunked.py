@@ -18,7 +18,7 @@ from opd.head import (
     vocab_blocks,
 )
 from opd.interfaces import Loss
-from opd.losses import mismatch_metrics
+from opd.losses.mismatch import mismatch_metrics
 from opd.losses.closed_form import with_gradients
 
 

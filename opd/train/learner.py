@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from opd.batch import EVERY_TOKEN, Batch, LossOutput, Reckoning, collate, micro_batches
-from opd.config import OptimConfig, Watched
+from opd.config.training import OptimConfig, Watched
 from opd.interfaces import Loss, Progress
-from opd.tensors import Stored
-from opd.train.confine import Confinement
+from opd.checkpoint.tensors import Stored
+from opd.train.parameter_mask import Confinement
 from opd.train.engine import TrainingEngine
 from opd.train.optimizers import lr_at
 from opd.train.record import Recorder, Unrecorded
 from opd.train.student import causal_lm
-from opd.train.watch import scores
+from opd.train.mask_scores import scores
 from opd.train.weights import full_weights
 from opd.types import FloatArray, Rollout, Scored, StepReport
 from opd.world import World
@@ -134,7 +134,7 @@ class StudentLearner:
     def scores(
         self, watched: Watched, base: Mapping[str, Stored]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the run saw of every weight (see ``opd.train.watch``); collective."""
+        """What the run saw of every weight (see ``opd.train.mask_scores``); collective."""
         yield from scores(causal_lm(self._model), self._engine, watched, base)
 
     def save(self, folder: str) -> None:

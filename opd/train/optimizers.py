@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from opd.config import AdamWConfig, LearningRateSchedule, OptimConfig, SGDConfig
+from opd.config.training import AdamWConfig, LearningRateSchedule, OptimConfig, SGDConfig
 from opd.train.compact import matrices_and_vectors
 
 

@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 import torch
 
-from opd.change import Top, packed, subspace_similarity, top_directions, unpacked
-from opd.config import AdamWConfig
-from opd.mask.names import Place, place
-from opd.tensors import Stored
+from opd.train.weight_change import Top, packed, subspace_similarity, top_directions, unpacked
+from opd.config.training import AdamWConfig
+from opd.checkpoint.names import Place, place
+from opd.checkpoint.tensors import Stored
 from opd.train.compact import compact_ends
 from opd.train.engine import TrainingEngine
-from opd.train.measured import (
+from opd.train.record_row import (
     TOP,
     Moments,
     changes,

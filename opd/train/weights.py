@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from opd.config import LoraConfig
+from opd.config.models import LoraConfig
 from opd.train.compact import dense_parameters
 from opd.train.student import causal_lm
 

@@ -16,20 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from opd.batch import Reckoning
-from opd.build.losses import build_loss, wants_sequence_gaps
-from opd.config import (
-    DivergenceLossConfig,
-    GrpoLossConfig,
-    LossConfig,
-    NllLossConfig,
-    PolicyGradientLossConfig,
-    Precision,
-    SGDConfig,
-    Support,
-)
+from opd.assembly.loss import build_loss, wants_sequence_gaps
+from opd.config.losses import DivergenceLossConfig, GrpoLossConfig, LossConfig, NllLossConfig, PolicyGradientLossConfig, Support
+from opd.config import Precision
+from opd.config.training import SGDConfig
 from opd.head import HeadSpec
 from opd.tracking.console import SilentProgress
-from opd.train.confine import Unconfined
+from opd.train.parameter_mask import Unconfined
 from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
 from opd.train.learner import StudentLearner
 from opd.train.optimizers import build_optimizer

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from opd.batch import Batch
-from opd.losses import Divergence, DivergenceKind, PolicyGradient, Surrogate
+from opd.losses.divergence import Divergence
+from opd.types import DivergenceKind, Surrogate
+from opd.losses.policy_gradient import PolicyGradient
 
 DRAWS, V = 100_000, 50
 GROUPS = torch.arange(V) % 5

@@ -26,15 +26,12 @@ from loss_cases import (
 from opd.batch import Batch
 from opd.head import HeadSpec
 from opd.interfaces import Loss
-from opd.losses import (
-    Divergence,
-    DivergenceKind,
-    Factors,
-    NegativeLogLikelihood,
-    PolicyGradient,
-    Rewarded,
-    Surrogate,
-)
+from opd.losses.divergence import Divergence
+from opd.types import DivergenceKind, Surrogate
+from opd.losses.token_weights import Factors
+from opd.losses.nll import NegativeLogLikelihood
+from opd.losses.policy_gradient import PolicyGradient
+from opd.losses.with_reward import Rewarded
 from opd.train.chunked import chunked_loss
 
 KINDS_AND_SUPPORTS = list(itertools.product(KINDS, SUPPORTS))

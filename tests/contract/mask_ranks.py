@@ -18,19 +18,21 @@ from torch import nn
 from train_ranks import scores
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from opd.config import AdamWConfig, OptimConfig, Precision, SGDConfig, Watched
+from opd.config.training import AdamWConfig, OptimConfig, SGDConfig, Watched
+from opd.config import Precision
 from opd.head import HeadSpec
-from opd.losses import Divergence, DivergenceKind
+from opd.losses.divergence import Divergence
+from opd.types import DivergenceKind
 from opd.mask.mask import Mask, Origin
-from opd.tensors import Stored
+from opd.checkpoint.tensors import Stored
 from opd.tracking.console import SilentProgress
-from opd.train.confine import CompactWeights, RestoredWeights, Unconfined
+from opd.train.parameter_mask import CompactWeights, RestoredWeights, Unconfined
 from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
 from opd.train.learner import StudentLearner
 from opd.train.optimizers import build_optimizer
 from opd.train.record import WeightRecorder, Write
 from opd.train.student import Student
-from opd.train.watch import SquaredGradients
+from opd.train.mask_scores import SquaredGradients
 from opd.train.weights import named_weights
 from opd.world import World, join_world
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd.config import DType
+from opd.config.models import DType
 from opd.rollout.client import REMEDY, WHAT, ServerRollouts
 from opd.rollout.options import TOKEN_VARIABLE, EngineName, RolloutServerOptions
 from opd.rollout.vllm import VllmRollouts, VllmSettings, start_llm
-from opd.service.client import ServiceClient
-from opd.service.launch import RunningService, running_service
-from opd.service.options import arguments_of
+from opd.serving.client import ServiceClient
+from opd.serving.child import RunningService, running_service
+from opd.serving.options import arguments_of
 from opd.sync.colocated import VllmWeights
 from opd.sync.remote import ServerWeights
 from opd.sync.sparse import WeightSender
@@ -41,7 +41,7 @@ def options(model: Path, **changed) -> RolloutServerOptions:
 
 
 def command(model: Path, **changed) -> list[str]:
-    return ["-m", "opd.cli.serve", *arguments_of(options(model, **changed))]
+    return ["-m", "opd.run.serve", *arguments_of(options(model, **changed))]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_doors_are_shut_without_token_type_or_sense(server: RunningService) -> N
 def test_a_server_killed_while_a_run_wants_rollouts_comes_back_and_they_are_the_same(
     quickstart: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opd.service.client.LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr("opd.serving.client.LONGEST_PAUSE_S", 0.5)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

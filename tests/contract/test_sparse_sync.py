@@ -6,7 +6,7 @@ from test_sync import disturb, parts
 from transformers import Qwen3ForCausalLM
 from vllm import LLM
 
-from opd.sync.patched import loaded_whole
+from opd.sync.in_place import loaded_whole
 from opd.sync.sparse import WeightReceiver, WeightSender
 from opd.train.weights import full_weights
 

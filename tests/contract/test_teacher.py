@@ -17,9 +17,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from opd.config import DType
-from opd.service.launch import RunningService
-from opd.service.server import MEDIA_TYPE
+from opd.config.models import DType
+from opd.serving.child import RunningService
+from opd.serving.server import MEDIA_TYPE
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.client import ServerTeacher
 from opd.teacher.launch import running_teacher

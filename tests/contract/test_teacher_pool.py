@@ -18,9 +18,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opd import build
-from opd.cli.teachers import started_teachers
-from opd.config import Config, DType, PoolTeacherConfig
-from opd.service.launch import RunningService
+from opd.run.teacher_servers import started_teachers
+from opd.config.schema import Config
+from opd.config.models import DType, PoolTeacherConfig
+from opd.serving.child import RunningService
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.client import ServerTeacher
 from opd.teacher.launch import running_teacher

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.batch import collate
-from opd.config import DType
+from opd.config.models import DType
 from opd.head import HeadSpec
-from opd.losses import Divergence, DivergenceKind
+from opd.losses.divergence import Divergence
+from opd.types import DivergenceKind
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.client import ServerTeacher
 from opd.teacher.launch import running_teacher

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from opd.config import AdamWConfig, OptimConfig, Precision, SGDConfig
+from opd.config.training import AdamWConfig, OptimConfig, SGDConfig
+from opd.config import Precision
 from opd.head import HeadSpec
-from opd.losses import Divergence, DivergenceKind
+from opd.losses.divergence import Divergence
+from opd.types import DivergenceKind
 from opd.tracking.console import SilentProgress
-from opd.train.confine import Unconfined
+from opd.train.parameter_mask import Unconfined
 from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
 from opd.train.learner import StudentLearner
 from opd.train.optimizers import build_optimizer

@@ -10,7 +10,7 @@ from command import SMALL, opd
 from safetensors.torch import load_file
 
 from opd.mask.mask import read_mask
-from opd.tensors import open_checkpoint
+from opd.checkpoint.tensors import open_checkpoint
 
 pytestmark = pytest.mark.timeout(1500)  # the fixture is two runs
 MASKED = [

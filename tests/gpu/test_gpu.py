@@ -9,7 +9,7 @@ from command import SMALL, opd
 
 from opd.batch import Batch
 from opd.head import HeadSpec
-from opd.losses import Divergence
+from opd.losses.divergence import Divergence
 from opd.train.chunked import chunked_loss
 
 pytestmark = pytest.mark.gpu

@@ -12,13 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opd.batch import Batch, LossOutput, collate
 from opd.head import HeadSpec, head_logps
 from opd.interfaces import Loss
-from opd.losses import (
-    Divergence,
-    DivergenceKind,
-    NegativeLogLikelihood,
-    PolicyGradient,
-    Surrogate,
-)
+from opd.losses.divergence import Divergence
+from opd.types import DivergenceKind, Surrogate
+from opd.losses.nll import NegativeLogLikelihood
+from opd.losses.policy_gradient import PolicyGradient
 from opd.train.chunked import chunked_logps, chunked_loss
 from opd.types import FinishReason, Prompt, Rollout, Scored, SupportLogps
 

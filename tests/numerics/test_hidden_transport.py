@@ -11,9 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd.batch import Batch, collate
-from opd.config import DType
+from opd.config.models import DType
 from opd.head import HeadSpec, head_logps
-from opd.losses import Divergence, DivergenceKind
+from opd.losses.divergence import Divergence
+from opd.types import DivergenceKind
 from opd.teacher.local import LocalTeacher
 from opd.teacher.vocabulary import Vocabulary
 from opd.train.chunked import chunked_loss

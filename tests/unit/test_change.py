@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opd.change import (
+from opd.train.weight_change import (
     counts_within,
     packed,
     subspace_similarity,

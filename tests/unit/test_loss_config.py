@@ -2,11 +2,15 @@
 
 import pytest
 
-from opd.build import reckoning_of, sampling_of, wanted_of
-from opd.build.losses import build_loss, wants_sequence_gaps
-from opd.cli.compose import composed, packaged_recipes
-from opd.config import Config, problems
-from opd.losses import Divergence, PolicyGradient, Rewarded, Surrogate
+from opd.assembly.loss import reckoning_of, sampling_of, wanted_of
+from opd.assembly.loss import build_loss, wants_sequence_gaps
+from opd.run.recipe import composed, packaged_recipes
+from opd.config.schema import Config
+from opd.config.rules import problems
+from opd.losses.divergence import Divergence
+from opd.losses.policy_gradient import PolicyGradient
+from opd.losses.with_reward import Rewarded
+from opd.types import Surrogate
 from opd.types import Normalisation, Wanted
 
 

@@ -4,14 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from opd.cli.compose import composed, find_recipe, with_method
-from opd.config import (
-    GrpoLossConfig,
-    NllLossConfig,
-    PolicyGradientLossConfig,
-    SelfTeacherConfig,
-    problems,
-)
+from opd.run.recipe import composed, find_recipe, with_method
+from opd.config.losses import GrpoLossConfig, NllLossConfig, PolicyGradientLossConfig
+from opd.config.models import SelfTeacherConfig
+from opd.config.rules import problems
 
 CONTRAST = find_recipe("contrast_quickstart")
 

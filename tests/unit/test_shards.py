@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd.shards import shard_files
-from opd.tensors import open_checkpoint
+from opd.checkpoint.fsdp import shard_files
+from opd.checkpoint.tensors import open_checkpoint
 
 WRITE = """
 import os, sys, torch, torch.distributed as dist
@@ -32,7 +32,7 @@ dist.destroy_process_group()
 """
 READ = """
 import sys, torch
-from opd.tensors import open_checkpoint
+from opd.checkpoint.tensors import open_checkpoint
 tensors = {n: s.read() for n, s in open_checkpoint(sys.argv[1]).items()}
 torch.save(tensors, sys.argv[2])
 """

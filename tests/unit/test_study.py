@@ -4,17 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from opd.cli.compose import composed, find_recipe
-from opd.cli.study import jobs_of
-from opd.config import (
-    DiscoverMaskConfig,
-    MaskRule,
-    RuleConfig,
-    StudyArm,
-    StudyMaskConfig,
-    active_mask,
-    problems,
-)
+from opd.run.recipe import composed, find_recipe
+from opd.run.study import jobs_of
+from opd.config.masks import DiscoverMaskConfig, MaskRule, RuleConfig, StudyArm, StudyMaskConfig
+from opd.config.rules import active_mask, problems
 from opd.mask.settings import require_sound
 
 RECIPE = find_recipe("quickstart_subnetwork")

@@ -12,7 +12,7 @@ from opd.analysis.fast import _larger, _upper, _witnessed, leading
 from opd.analysis.sides import Precision, Sides
 from opd.analysis.summary import summary
 from opd.analysis.walk import Question, walked
-from opd.analysis.words import Spectrum, meaning
+from opd.analysis.formatting import Spectrum, meaning
 from opd.cli.main import _answer
 
 SHAPES = {

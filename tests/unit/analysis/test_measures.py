@@ -11,7 +11,7 @@ import torch
 from pairs import Tensors, renamed, stepped, stored, weights
 
 from opd.analysis.measure import Row
-from opd.analysis.select import Largest, counted, large_first
+from opd.analysis.largest import Largest, counted, large_first
 from opd.analysis.summary import summary
 from opd.analysis.walk import Question, walked
 

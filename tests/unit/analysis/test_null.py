@@ -12,7 +12,7 @@ from pairs import Tensors, stepped, stored, weights
 from opd.analysis.null import Null, isotropic_spectrum, solved
 from opd.analysis.summary import summary
 from opd.analysis.walk import Question, walked
-from opd.mask.pieces import BINS, binades
+from opd.checkpoint.chunks import BINS, binades
 
 SHAPES = {
     "model.embed_tokens.weight": (1200, 96),

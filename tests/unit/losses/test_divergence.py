@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from opd.batch import Batch, LossOutput
-from opd.losses import Divergence, DivergenceKind
+from opd.losses.divergence import Divergence
+from opd.types import DivergenceKind
 
 V = 7
 LOSSES = [Divergence(kind=kind) for kind in DivergenceKind]

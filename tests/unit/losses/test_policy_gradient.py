@@ -8,14 +8,10 @@ import pytest
 import torch
 
 from opd.batch import Batch
-from opd.losses import (
-    Correction,
-    Corrector,
-    Factors,
-    PolicyGradient,
-    Surrogate,
-    mismatch_metrics,
-)
+from opd.types import Correction, Surrogate
+from opd.losses.token_weights import Corrector, Factors
+from opd.losses.policy_gradient import PolicyGradient
+from opd.losses.mismatch import mismatch_metrics
 
 # Two ids; the target is id 0 with probability 1/2 under the learner, in every row.
 LOGP = math.log(0.5)

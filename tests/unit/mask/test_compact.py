@@ -8,7 +8,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from opd.mask.mask import Mask, Origin
 from opd.train.compact import MaskedWeight
-from opd.train.confine import CompactWeights
+from opd.train.parameter_mask import CompactWeights
 from opd.train.weights import full_weights, named_weights
 
 

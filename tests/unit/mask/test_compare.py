@@ -7,13 +7,13 @@ import pytest
 import torch
 from models import NUMEL, discovered, flat, stored, weights
 
-from opd.config import MaskRule, RuleConfig
+from opd.config.masks import MaskRule, RuleConfig
 from opd.mask.compare import Comparison, Expected, compare
 from opd.mask.describe import describe
 from opd.mask.mask import Mask
-from opd.mask.names import place
-from opd.mask.pictures import heat_map, overlap_bars
-from opd.tensors import open_checkpoint
+from opd.checkpoint.names import place
+from opd.mask.figures import heat_map, overlap_bars
+from opd.checkpoint.tensors import open_checkpoint
 
 
 @pytest.fixture(scope="module")

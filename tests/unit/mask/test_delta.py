@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from opd.cli.main import _answer
 from opd.mask import rebuild
-from opd.mask.delta import Delta, apply_delta, cast, export_delta, read_delta, undo_delta
+from opd.delta.format import Delta, apply_delta, cast, export_delta, read_delta, undo_delta
 from opd.mask.mask import Mask, Origin
-from opd.tensors import open_checkpoint
+from opd.checkpoint.tensors import open_checkpoint
 
 Weights = dict[str, torch.Tensor]
 Folder = Callable[[str, Weights], Path]
@@ -130,7 +130,7 @@ def test_everything_may_change(folder: Folder) -> None:
 
 
 def test_coordinates_count_through_pieces(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd.mask.delta.CHUNK", 7)
+    monkeypatch.setattr("opd.delta.format.CHUNK", 7)
     before = weights(torch.bfloat16)
     both_ways(folder("base", before), folder("trained", touched(before)))
 

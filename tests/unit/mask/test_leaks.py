@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from opd.config import AdamWConfig, OptimConfig, Precision, SGDConfig
+from opd.config.training import AdamWConfig, OptimConfig, SGDConfig
+from opd.config import Precision
 from opd.mask.mask import Mask, Origin
 from opd.train import confine
 from opd.train.compact import MaskedWeight
-from opd.train.confine import CompactWeights, RestoredWeights, Unconfined
+from opd.train.parameter_mask import CompactWeights, RestoredWeights, Unconfined
 from opd.train.engine import TorchEngine
 from opd.train.optimizers import build_optimizer
 from opd.train.weights import named_weights

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from opd.mask import mask as mask_module
-from opd.mask import pieces as pieces_module
-from opd.mask.pieces import Piece, in_order
-from opd.mask.select import Contest, Selection, sortable, tickets
+from opd.checkpoint.chunks import pieces as pieces_module
+from opd.checkpoint.chunks import Piece, in_order
+from opd.mask.top_k import Contest, Selection, sortable, tickets
 
 SHAPES = {"a": (70, 31), "b": (5,), "c": (400, 10), "nothing": (0, 4)}
 SIZES = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
@@ -83,7 +83,7 @@ def test_equal_tickets_are_parted_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def same(salt: str, name: str, coordinates: np.ndarray) -> np.ndarray:
         return np.full(len(coordinates), 9, np.uint64)
 
-    monkeypatch.setattr("opd.mask.select.tickets", same)
+    monkeypatch.setattr("opd.mask.top_k.tickets", same)
     chosen = kept(scored("few values"), 1234)
     assert sum(c.sum() for c in chosen.values()) == 1234
 

@@ -6,8 +6,8 @@ from typing import Any, cast
 from fastapi import Response
 
 from opd.rollout.app import Hosted, ServedModel, rollout_app
-from opd.service.server import serve
-from opd.sync.mirror import flat_bits
+from opd.serving.server import serve
+from opd.sync.replica import flat_bits
 from opd.sync.sparse import WeightReceiver
 
 

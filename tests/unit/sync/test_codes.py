@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from opd.sync.codes import (
+from opd.sync.encoding import (
     PlaceForm,
     ValueForm,
     decode_places,

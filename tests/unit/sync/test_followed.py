@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from opd.sync.averaged import AveragedWeights, FollowedSync
-from opd.sync.seldom import Nowhere, SeldomSync
+from opd.sync.ema import AveragedWeights, FollowedSync
+from opd.sync.periodic import Nowhere, SeldomSync
 
 
 class Engine:

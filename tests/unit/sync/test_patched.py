@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from opd.sync.mirror import Change
-from opd.sync.patched import patched_in_place
+from opd.sync.replica import Change
+from opd.sync.in_place import patched_in_place
 
 pytest.importorskip("vllm")
 

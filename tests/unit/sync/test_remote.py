@@ -13,8 +13,8 @@ import pytest
 import torch
 from trained import mask, state, train
 
-from opd.service.client import ServiceClient
-from opd.sync.mirror import flat_bits
+from opd.serving.client import ServiceClient
+from opd.sync.replica import flat_bits
 from opd.sync.remote import ServerWeights
 from opd.sync.sparse import WeightSender
 from opd.world import World

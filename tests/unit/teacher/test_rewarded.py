@@ -5,7 +5,7 @@ import pytest
 
 from opd.evaluate.grade import grader
 from opd.evaluate.reward import graded, named_function
-from opd.teacher.nobody import NoTeacher
+from opd.teacher.no_teacher import NoTeacher
 from opd.teacher.rewarded import RewardedTeacher, advantage
 from opd.types import FinishReason, Prompt, Rollout
 

@@ -15,10 +15,10 @@ import httpx
 import numpy as np
 import pytest
 
-from opd.config import DType
-from opd.service.launch import RunningService
-from opd.service.options import arguments_of
-from opd.service.server import MEDIA_TYPE
+from opd.config.models import DType
+from opd.serving.child import RunningService
+from opd.serving.options import arguments_of
+from opd.serving.server import MEDIA_TYPE
 from opd.teacher.client import ServerTeacher
 from opd.teacher.launch import running_teacher
 from opd.teacher.options import BackendName, TeacherServerOptions
@@ -149,7 +149,7 @@ def test_a_token_is_demanded_beyond_loopback(
 def test_the_client_tries_again_after_failures_that_may_pass(
     server: RunningService, student: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opd.service.client.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("opd.serving.client.FIRST_PAUSE_S", 0.01)
     answers = [503, 500, 200]
     info = httpx.get(f"{server.url}/info", headers={"Authorization": f"Bearer {server.token}"})
 
@@ -182,7 +182,7 @@ def test_a_killed_server_gives_a_clear_error(
     rollout: Rollout,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("opd.service.client.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("opd.serving.client.FIRST_PAUSE_S", 0.01)
     options = _options(checkpoint)
     with running_teacher(options, log_path=tmp_path / "log", wait_s=120) as running:
         served = ServerTeacher(

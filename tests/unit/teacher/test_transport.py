@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from opd.config import DType
-from opd.teacher.answer import answer, hidden_of
+from opd.config.models import DType
+from opd.teacher.response import answer, hidden_of
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.transport import arithmetic, bytes_per_target, transports
 from opd.teacher.wire import (

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from opd.teacher.checkpoint import read_head, read_info
+from opd.teacher.model_info import read_head, read_info
 from opd.teacher.vocabulary import (
     Vocabulary,
     common_vocab_size,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from opd.config import DType
-from opd.service.options import arguments_of
+from opd.config.models import DType
+from opd.serving.options import arguments_of
 from opd.teacher.batches import by_tokens
 from opd.teacher.options import BackendName, TeacherServerOptions, parse
 from opd.teacher.wire import (

@@ -9,7 +9,7 @@ import torch
 
 from opd.head import HeadSpec
 from opd.teacher.wire import ScoreRequest
-from opd.teacher.work import WorkQueue
+from opd.teacher.work_queue import WorkQueue
 from opd.types import IntArray, TeacherInfo
 
 INFO = TeacherInfo(

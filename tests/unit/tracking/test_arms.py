@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd.tracking.arms import Arms, interval, measures_of, write_arms
+from opd.tracking.study_report import Arms, interval, measures_of, write_arms
 from opd.tracking.runs import Run
 
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from opd.tracking.console import ConsoleProgress, ConsoleTracker, SilentProgress
-from opd.tracking.words import duration, number, tasks_of
+from opd.tracking.formatting import duration, number, tasks_of
 
 ROW = {
     "loss/total": 0.123456,

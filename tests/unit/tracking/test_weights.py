@@ -3,11 +3,11 @@
 import torch
 from made_runs import make_run
 
-from opd.mask.names import place
+from opd.checkpoint.names import place
 from opd.tracking.jsonl import WEIGHTS, WeightRecord, read_lines
 from opd.tracking.report import write_report
-from opd.tracking.weights import weight_panels
-from opd.train.measured import changes, columns, row_of
+from opd.tracking.weight_panels import weight_panels
+from opd.train.record_row import changes, columns, row_of
 
 NAMES = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight")
 

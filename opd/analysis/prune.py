@@ -1,0 +1,87 @@
+"""A trained model with some of its moves taken back, to see which of them it needs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from opd.checkpoint.chunks import Piece, float32, pieces, stretch
+from opd.delta.rebuild import copy_companions, require_free
+from opd.mask.rules import require_same
+from opd.mask.top_k import Contest, Selection
+from opd.checkpoint.writer import write_tensors
+from opd.checkpoint.tensors import Checkpoint, model_folder
+
+
+class Order(StrEnum):
+    """Which moves are taken back first."""
+
+    smallest = "smallest"
+    largest = "largest"
+    random = "random"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moves:
+    """The weights that differ between two models with both sides in ``dtype``: the moves.
+
+    Raises ValueError when the models have other parameters.
+    """
+
+    base: Checkpoint
+    trained: Checkpoint
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        require_same(self.base, self.trained, f"trained={self.trained.model}")
+
+    def count(self) -> int:
+        """How many there are."""
+        sizes = {name: stored.numel for name, stored in self.base.items()}
+        return sum(int(np.count_nonzero(self._size(p))) for p in pieces(sizes, self.base))
+
+    def reverted(self, count: int, order: Order, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The trained model's tensors with exactly ``count`` moves back at the base's values.
+
+        Equal moves are parted by lot; the seed fixes it. Weights that did not move stay as they are.
+        """
+
+        def score(piece: Piece) -> np.ndarray:
+            size = self._size(piece)
+            ranked = {Order.smallest: -size, Order.largest: size, Order.random: 0 * size}[order]
+            return np.where(size > 0, ranked, np.float32(-np.inf)).astype(np.float32)
+
+        selection = Selection(self.base.shapes, f"{seed} prune {order.value}")
+        contest = Contest(names=tuple(self.base), quotas=(count,), scores=score)
+        for name, index in selection.kept(contest, selection.cut(contest)):
+            tensor = self.trained[name].read().clone()
+            start = self.base[name].read().reshape(-1)
+            chosen = index.long()
+            tensor.view(-1)[chosen] = start[chosen].to(tensor.dtype)
+            yield name, tensor
+
+    def write(self, count: int, order: Order, seed: int, out: Path) -> None:
+        """``reverted`` as a Hugging Face folder, everything else as the trained model's."""
+        require_free(out)
+        out.mkdir(parents=True, exist_ok=True)
+        tensors = self.reverted(count, order, seed)
+        write_tensors(out / "model.safetensors", tensors, lambda: {"format": "pt"})
+        copy_companions(model_folder(self.trained.model), out)
+
+    def _size(self, piece: Piece) -> np.ndarray:
+        """abs(D), float32; the difference of two numbers is 0 only where they are equal."""
+        before, after = (
+            stretch(side[piece.name], piece).to(self.dtype) for side in (self.base, self.trained)
+        )
+        return np.abs(float32(after) - float32(before))
+
+
+def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share by Wilson's score; 95 % for the default z (Wilson 1927)."""
+    share, weight = right / asked, z * z / asked
+    middle = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * (share * (1 - share) / asked + weight / (4 * asked)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)

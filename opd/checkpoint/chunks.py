@@ -1,0 +1,85 @@
+"""Whole models a piece at a time: what every pass over the weights shares."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from opd.checkpoint.tensors import Stored
+
+PIECE = 1 << 18
+"""Coordinates looked at together: a few MiB of temporaries."""
+THREADS = 2
+AHEAD = 4
+"""Pieces under way; more would only hold results that wait."""
+
+Progress = Callable[[str, float], None]
+"""Told what is being done and which share of it is done."""
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Flat coordinates [start, stop) of one parameter."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def quiet(_doing: str, _done: float) -> None:
+    """Progress that nobody watches."""
+
+
+def pieces(sizes: Mapping[str, int], names: Iterable[str]) -> list[Piece]:
+    """The parameters of these names, cut up; empty ones have none."""
+    return [
+        Piece(name, start, min(start + PIECE, sizes[name]))
+        for name in names
+        for start in range(0, sizes[name], PIECE)
+    ]
+
+
+def in_order(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+    """``map`` over threads that never holds more than a few results."""
+    under_way: deque[Future[B]] = deque()
+    for item in items:
+        under_way.append(pool.submit(work, item))
+        if len(under_way) >= AHEAD:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
+
+
+def stretch(stored: Stored, piece: Piece) -> torch.Tensor:
+    """These coordinates of a tensor, as stored."""
+    return stored.read().reshape(-1)[piece.start : piece.stop]
+
+
+def float32(values: torch.Tensor) -> np.ndarray:
+    """As numpy float32; float64 is rounded."""
+    return values.float().numpy()
+
+
+BINS = 256
+"""Bins of ``binades``: zeros, subnormal numbers (one spacing, one bin), then each exponent."""
+
+
+def binades(values: torch.Tensor) -> np.ndarray:
+    """floor(log2|w|) of every weight as a bin number below ``BINS``, uint8; zeros are bin 0."""
+    bits = float32(values).view(np.uint32) & np.uint32(0x7FFFFFFF)
+    exponent = bits >> np.uint32(23)
+    return (exponent + ((bits > 0) & (exponent < BINS - 1))).astype(np.uint8)
+
+
+def counts_by_binade(stored: Stored, index: torch.Tensor) -> np.ndarray:
+    """How many of some coordinates of a parameter lie in each binade of its weights, [BINS]."""
+    weights, counts = stored.read().reshape(-1), np.zeros(BINS, np.int64)
+    for part in index.split(PIECE):
+        counts += np.bincount(binades(weights[part]), minlength=BINS)
+    return counts

@@ -1,0 +1,111 @@
+"""Whole Hugging Face checkpoints from a sparse one: the trained model's from the base's, and back."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from opd.delta.format import Delta, Side
+from opd.checkpoint.writer import write_tensors
+from opd.checkpoint.tensors import COMPANIONS, Checkpoint, model_folder, open_checkpoint
+
+SHARD_BYTES = 5 * 10**9
+
+
+def write_trained(base: Checkpoint, delta: Delta, out: Path) -> None:
+    """The trained model's folder: its weights bit for bit, everything else copied from the base's.
+
+    The folder appears whole or not at all. Raises ValueError for another base than the delta's, and
+    when ``out`` is not free.
+    """
+    _rebuild(base, delta, out, Side.base, Side.trained)
+
+
+def write_base(trained: Checkpoint, delta: Delta, out: Path) -> None:
+    """The base model's folder from the trained one's; as ``write_trained``."""
+    _rebuild(trained, delta, out, Side.trained, Side.base)
+
+
+def require_free(out: Path) -> None:
+    """ValueError when the folder is there and holds something."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"out={out} is there already: name a new folder, or remove it")
+
+
+def _rebuild(source: Checkpoint, delta: Delta, out: Path, start: Side, end: Side) -> None:
+    require_free(out)
+    delta.require(start, source.fingerprint(), source.model)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_shards(source, delta, partial, start)
+        copy_companions(model_folder(source.model), partial)
+        found = open_checkpoint(str(partial)).fingerprint()
+        if found != delta.ends[end].fingerprint:
+            raise ValueError(
+                f"{delta.path} does not lead to {delta.ends[end].model}: the result has fingerprint "
+                f"{found[:12]}, expected {delta.ends[end].fingerprint[:12]}; fetch or export it again"
+            )
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_shards(source: Checkpoint, delta: Delta, folder: Path, start: Side) -> None:
+    shards = list(_shards(source))
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+        where |= dict.fromkeys(names, file)
+        write_tensors(
+            folder / file, _tensors(source, delta, names, start), lambda: {"format": "pt"}
+        )
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(_bytes(source, name) for name in where)},
+            "weight_map": where,
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tensors(
+    source: Checkpoint, delta: Delta, names: Iterable[str], start: Side
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in names:
+        tensor = source[name].read()
+        yield name, delta.turned(name, tensor, start) if name in delta.changed else tensor
+
+
+def _shards(source: Checkpoint) -> Iterator[list[str]]:
+    names: list[str] = []
+    held = 0
+    for name in source:
+        size = _bytes(source, name)
+        if names and held + size > SHARD_BYTES:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    if names:
+        yield names
+
+
+def _bytes(source: Checkpoint, name: str) -> int:
+    return source[name].numel * source[name].dtype.itemsize
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Configuration, tokenizer and the like; no weights and no list of shards."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)

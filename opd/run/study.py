@@ -1,0 +1,138 @@
+"""The two-stage experiment: train everything, discover, retrain on the mask and on its controls."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from opd import build
+from opd.run.recipe import Composed, composed
+from opd.run.mask import RunJob
+from opd.run.teacher_servers import started_teachers
+from opd.config.masks import MaskRule, StudyArm, StudyMaskConfig
+from opd.tracking.study_report import Arms, arms_table, measures_of, write_arms
+from opd.tracking.runs import Run, read_run
+
+NO_RULE = (
+    "mask.density=null",
+    "mask.threshold=null",
+    "mask.budget=global",
+    "mask.structure=coordinates",
+    "mask.trained=null",
+    "mask.scores=null",
+    "mask.exclude=[]",
+)
+"""A control copies the counts of the mask that was discovered; its own rule decides nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run of the experiment."""
+
+    arm: StudyArm
+    seed: int
+    folder: Path
+    overrides: list[str]
+
+
+def jobs_of(recipe: Composed, folder: Path) -> list[Job]:
+    """The runs in their order: what a later one needs, an earlier one leaves.
+
+    Raises ValueError when an arm lacks the arm that its mask comes from.
+    """
+    mask = recipe.config.mask
+    assert isinstance(mask, StudyMaskConfig)
+    arms = [arm for arm in StudyArm if arm in mask.arms]
+    needs_full = mask.rule == MaskRule.delta and mask.trained is None
+    if StudyArm.discovered in arms and needs_full and StudyArm.full not in arms:
+        raise ValueError(
+            "mask.arms has discovered without full, whose update is the mask: add full"
+        )
+    controls = {StudyArm.random, StudyArm.magnitude_matched} & set(arms)
+    if controls and StudyArm.discovered not in arms:
+        raise ValueError(
+            f"mask.arms has {sorted(controls)[0]} without discovered, whose counts it copies: add it"
+        )
+    return [
+        Job(
+            arm=arm,
+            seed=seed,
+            folder=folder / f"seed_{seed}" / arm.value,
+            overrides=[
+                *recipe.overrides,
+                "mask.arms=[]",
+                f"seed={seed}",
+                f"mask.seed={seed}",
+                *_of_arm(arm, recipe, folder / f"seed_{seed}"),
+                *(
+                    []
+                    if (arm, seed) == (arms[0], mask.seeds[0])
+                    else ["eval.teacher_accuracy=false"]
+                ),
+            ],
+        )
+        for seed in mask.seeds
+        for arm in arms
+    ]
+
+
+def _of_arm(arm: StudyArm, recipe: Composed, seed_folder: Path) -> list[str]:
+    mask = recipe.config.mask
+    assert isinstance(mask, StudyMaskConfig)
+    like = seed_folder / StudyArm.discovered.value / build.RUN_MASK
+    lr = f"optim.lr={recipe.config.optim.lr * mask.lr_scale!r}"
+    masked = [lr] if mask.lr_scale != 1 else []
+    match arm:
+        case StudyArm.full:
+            return ["mask.enabled=false"]
+        case StudyArm.discovered:
+            full = seed_folder / StudyArm.full.value
+            comes_from_full = mask.rule == MaskRule.delta and mask.trained is None
+            return [*masked, *([f"mask.trained='{full}'"] if comes_from_full else [])]
+        case StudyArm.random | StudyArm.magnitude_matched:
+            return [*masked, *NO_RULE, f"mask.rule={arm.value}", f"mask.like='{like}'"]
+
+
+def run_study(recipe: Composed, folder: Path, run: RunJob) -> None:
+    """Every arm for every seed, then one table and one plot; what is finished is not run again."""
+    console = Console()
+    jobs = jobs_of(recipe, folder)
+    with _shared_teacher(recipe, folder / "logs") as teacher:
+        for number, job in enumerate(jobs, start=1):
+            console.rule(f"run {number} of {len(jobs)}: {job.arm.value}, seed {job.seed}")
+            run(composed(recipe.recipe, [*job.overrides, *teacher]), job.folder)
+    arms = arms_of(recipe, jobs)
+    console.print(arms_table(arms))
+    for difference in arms.differences():
+        console.print(f"- {difference.sentence}", highlight=False)
+    for path in write_arms(arms, folder, _title(recipe)):
+        console.print(f"{path.suffix.removeprefix('.'):5} {path}", highlight=False)
+
+
+def arms_of(recipe: Composed, jobs: list[Job]) -> Arms:
+    """What the runs left, by arm and seed; the mask is compared with each of the others."""
+    runs: dict[str, dict[int, Run]] = {}
+    for job in jobs:
+        runs.setdefault(job.arm.value, {})[job.seed] = read_run(job.folder)
+    mask = StudyArm.discovered.value
+    pairs = [(mask, arm) for arm in runs if arm != mask] if mask in runs else []
+    return Arms(runs=runs, measures=measures_of(recipe.config.eval.task), pairs=pairs)
+
+
+def _title(recipe: Composed) -> str:
+    mask = recipe.config.mask
+    assert isinstance(mask, StudyMaskConfig)
+    size = f"density {mask.density:g}" if mask.density else f"threshold {mask.threshold:g}"
+    return f"{recipe.config.run.name}: mask by {mask.rule.value}, {size}"
+
+
+@contextmanager
+def _shared_teacher(recipe: Composed, logs: Path) -> Iterator[list[str]]:
+    """The same servers for all runs; yields what tells them where they are."""
+    logs.mkdir(parents=True, exist_ok=True)
+    with started_teachers(recipe.config, logs) as teachers:
+        os.environ |= teachers.environment
+        yield teachers.settings

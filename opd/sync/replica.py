@@ -1,0 +1,171 @@
+"""The weights that both ends of the wire hold alike, and what a message says about them."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from opd.sync.encoding import Bits, PlaceForm, Places64, ValueForm, decode_places, decode_values
+from opd.sync.message import Entry, Kind, Message, Record
+
+INTEGERS = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+"""The integer that shows a number's bits."""
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in INTEGERS}
+SMALL_INDEX = 2**31
+
+Kept = dict[str, torch.Tensor | None]
+"""Flat coordinates that a mask keeps, [K] int32 or int64; None: all of the tensor's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """New bits at ``places_n`` of a flat tensor, or, where that is None, of all of it."""
+
+    name: str
+    places_n: Places64 | None
+    bits_n: Bits
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers themselves, [n], a copy."""
+        return torch.from_numpy(self.bits_n.copy()).view(dtype)
+
+
+class Mirror:
+    """Full tensors on the CPU, all in one number format, under their Hugging Face names."""
+
+    def __init__(self) -> None:
+        self.dtype = torch.float32
+        self.table: tuple[Entry, ...] = ()
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.fingerprint: str | None = None
+        self.kept: Kept = {}
+
+    @property
+    def numel(self) -> int:
+        """Coordinates of all tensors together."""
+        return sum(t.numel() for t in self.tensors.values())
+
+    def bits(self, name: str) -> Bits:
+        """The flat bits of a tensor; writing them writes the tensor."""
+        return flat_bits(self.tensors[name]).numpy()
+
+    def changes(self, message: Message) -> list[Change]:
+        """What an anchor or a patch changes, decoded and checked against this mirror, in table order.
+
+        Touches nothing. ``ValueError`` when the message does not fit.
+        """
+        header = message.header
+        if header.kind == Kind.anchor:
+            if header.dtype not in DTYPES:
+                raise ValueError(f"numbers are {header.dtype}, known are {', '.join(DTYPES)}")
+            if len(message.records) != len(header.table):
+                raise ValueError("an anchor must say something about each of its tensors")
+            return [
+                _whole(entry, record, DTYPES[header.dtype])
+                for entry, record in _paired(header.table, message.records)
+            ]
+        return [
+            self._change(entry, record, masked=header.mask is not None)
+            for entry, record in _paired(self.table, message.records)
+        ]
+
+    def mask_of(self, message: Message) -> Kept:
+        """The coordinates of a mask message, checked against this mirror's table."""
+        return {
+            entry.name: _kept(entry, record)
+            for entry, record in _paired(self.table, message.records)
+        }
+
+    def become(self, table: Sequence[Entry], dtype: torch.dtype) -> None:
+        """Hold these tensors, values undefined where they are new; another table forgets the mask."""
+        if tuple(table) == self.table and dtype == self.dtype:
+            return
+        self.table, self.dtype = tuple(table), dtype
+        self.tensors = {e.name: torch.empty(e.shape, dtype=dtype) for e in table}
+        self.forget_mask()
+
+    def forget_mask(self) -> None:
+        """Know of no mask."""
+        self.fingerprint, self.kept = None, {}
+
+    def apply(self, changes: Sequence[Change]) -> None:
+        """Overwrite; doing it twice does no harm."""
+        for change in changes:
+            own = self.bits(change.name)
+            own[slice(None) if change.places_n is None else change.places_n] = change.bits_n
+
+    def _change(self, entry: Entry, record: Record, *, masked: bool) -> Change:
+        own = self.bits(entry.name)
+        kept = self.kept.get(entry.name, _NOTHING) if masked else None
+        size = len(own) if kept is None else len(kept)
+        form = PlaceForm(record.place_form)
+        places_n = decode_places(form, memoryview(record.places), record.count, size)
+        if kept is not None:
+            places_n = kept.numpy()[places_n]
+        values = memoryview(record.values)
+        bits_n = decode_values(ValueForm(record.value_form), values, own[places_n])
+        return Change(entry.name, places_n, bits_n)
+
+
+_NOTHING = torch.zeros(0, dtype=torch.int32)
+
+
+def flat_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """[n] integers that share the memory of a contiguous tensor."""
+    return tensor.view(-1).view(INTEGERS[tensor.dtype])
+
+
+def checked_kept(kept: Mapping[str, torch.Tensor], mirror: Mirror) -> Kept:
+    """A mask as a mirror holds it; ``ValueError`` for a name, type, order or range that is wrong."""
+    checked: Kept = {}
+    unknown = kept.keys() - mirror.tensors.keys()
+    if unknown:
+        raise ValueError(f"the mask keeps coordinates of {min(unknown)}, which the student has not")
+    for name, index in kept.items():
+        size = mirror.tensors[name].numel()
+        if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"the mask's coordinates of {name} are {index.dtype} {list(index.shape)}: allowed "
+                "are flat int32 or int64 indices"
+            )
+        if len(index) and not (index[0] >= 0 and index[-1] < size and (index.diff() > 0).all()):
+            raise ValueError(
+                f"the mask's coordinates of {name} must rise and lie within its {size} weights"
+            )
+        checked[name] = None if len(index) == size else _small(index.cpu(), size)
+    return checked
+
+
+def _paired(table: Sequence[Entry], records: Sequence[Record]) -> Iterator[tuple[Entry, Record]]:
+    last = -1
+    for record in records:
+        if not last < record.tensor < len(table):
+            raise ValueError(f"record of tensor {record.tensor} behind {last}, of {len(table)}")
+        last = record.tensor
+        yield table[record.tensor], record
+
+
+def _whole(entry: Entry, record: Record, dtype: torch.dtype) -> Change:
+    kind = np.dtype(str(INTEGERS[dtype]).removeprefix("torch."))
+    values = memoryview(record.values)
+    if len(values) != math.prod(entry.shape) * kind.itemsize:
+        raise ValueError(f"{entry.name} of shape {list(entry.shape)} comes in {len(values)} bytes")
+    return Change(entry.name, None, np.frombuffer(values, kind))
+
+
+def _kept(entry: Entry, record: Record) -> torch.Tensor | None:
+    size, form = math.prod(entry.shape), PlaceForm(record.place_form)
+    if form == PlaceForm.whole:
+        return None
+    places_n = decode_places(form, memoryview(record.places), record.count, size)
+    return _small(torch.from_numpy(places_n), size)
+
+
+def _small(index: torch.Tensor, size: int) -> torch.Tensor:
+    return index.to(torch.int32 if size < SMALL_INDEX else torch.int64)

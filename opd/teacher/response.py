@@ -1,0 +1,104 @@
+"""A request into an answer: the one code path of the server and of the teacher in this process."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from opd.config.models import DType
+from opd.head import HeadSpec
+from opd.teacher.backend import Backend
+from opd.teacher.scoring import Pieces, Said, score_hidden
+from opd.teacher.wire import ScoreAnswer, ScoreRequest, Want
+from opd.types import BFloat16Bits, FloatArray, IntArray, TeacherInfo
+
+WIRE_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
+
+
+def require_answerable(request: ScoreRequest, info: TeacherInfo, spec: HeadSpec) -> None:
+    """``ValueError`` with one clear sentence when this teacher cannot answer."""
+    longest = int(request.lengths.max())
+    if longest > info.max_length:
+        raise ValueError(
+            f"a sequence has {longest} tokens, teacher {info.model} takes at most {info.max_length}"
+        )
+    if not 1 <= request.vocab_size <= info.vocab_size:
+        raise ValueError(
+            f"vocab_size is {request.vocab_size}, must be from 1 to {info.vocab_size}, "
+            f"the output rows of teacher {info.model}"
+        )
+    _require_ids("token_ids", request.token_ids, 0, info.vocab_size)
+    _require_ids("scored token_ids", request.targets(), 0, request.vocab_size)
+    if request.named_ids is not None:
+        _require_ids("named_ids", request.named_ids, -1, request.vocab_size)
+    if request.top_k > request.vocab_size:
+        raise ValueError(f"top_k is {request.top_k}, more than vocab_size {request.vocab_size}")
+    if not (math.isfinite(request.temperature) and request.temperature > 0):
+        raise ValueError(f"temperature is {request.temperature}, must be a positive number")
+    if request.want is Want.hidden and spec.softcap is not None:
+        raise ValueError(f"teacher {info.model} caps its logits: ask for full_logps, not hidden")
+
+
+def hidden_of(backend: Backend, requests: Sequence[ScoreRequest]) -> list[torch.Tensor]:
+    """For each request the hidden states [N, D] that predict its targets, in one backend call.
+
+    The last token of a sequence predicts nothing that was asked, so it is not run.
+    """
+    sequences = [sequence for request in requests for sequence in request.sequences()]
+    starts = [int(start) for request in requests for start in request.starts]
+    states = backend.hidden([sequence[:-1] for sequence in sequences])
+    kept = iter(state[start - 1 :] for state, start in zip(states, starts, strict=True))
+    return [torch.cat([next(kept) for _ in request.starts]) for request in requests]
+
+
+def answer(backend: Backend, request: ScoreRequest, hidden_ND: torch.Tensor) -> ScoreAnswer:
+    """Apply the head to a request's hidden states and say what it asked for."""
+    named = request.named_ids
+    pieces = Pieces(
+        top_k=request.top_k,
+        named_ids_NK=None if named is None else torch.from_numpy(named.astype(np.int64)),
+        full_logps=request.want is Want.full_logps,
+        hidden=request.want is Want.hidden,
+        hidden_dtype=WIRE_DTYPES[request.hidden_dtype],
+        outside=request.vocab_size < backend.info.vocab_size,
+        temperature=request.temperature,
+    )
+    spec = replace(backend.spec, vocab_size=request.vocab_size)
+    rows_VD = backend.head_VD[: backend.info.vocab_size]
+    targets = torch.from_numpy(request.targets().astype(np.int64))
+    return _answer_of(score_hidden(hidden_ND, rows_VD, spec, targets, pieces))
+
+
+def _answer_of(said: Said) -> ScoreAnswer:
+    return ScoreAnswer(
+        logps=said.logp_N.numpy(),
+        support_ids=_ids(said.support_ids_NK),
+        support_logps=_floats(said.support_logp_NK),
+        support_tail=_floats(said.support_tail_N),
+        full_logps=_floats(said.full_logp_NV),
+        hidden=_floats_or_bits(said.hidden_ND),
+        outside=_floats(said.outside_N),
+    )
+
+
+def _ids(tensor: torch.Tensor | None) -> IntArray | None:
+    return None if tensor is None else tensor.numpy().astype(np.int32)
+
+
+def _floats(tensor: torch.Tensor | None) -> FloatArray | None:
+    return None if tensor is None else tensor.numpy()
+
+
+def _floats_or_bits(tensor: torch.Tensor | None) -> FloatArray | BFloat16Bits | None:
+    if tensor is not None and tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    return _floats(tensor)
+
+
+def _require_ids(name: str, ids: IntArray, lowest: int, end: int) -> None:
+    if ids.size and not (lowest <= ids.min() and ids.max() < end):
+        raise ValueError(
+            f"{name} hold ids from {ids.min()} to {ids.max()}, allowed are {lowest} to {end - 1}"
+        )

@@ -1,0 +1,87 @@
+"""One thread that owns the model and answers, together, all requests that are waiting."""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from opd.teacher.response import answer, hidden_of
+from opd.teacher.backend import Backend
+from opd.teacher.wire import ScoreAnswer, ScoreRequest
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    request: ScoreRequest
+    done: Future[ScoreAnswer] = field(default_factory=Future)
+
+
+class WorkQueue:
+    """``submit`` from any thread; the model is built and used by one thread only.
+
+    Requests that wait together share one backend call, up to ``group_tokens`` tokens, which bounds
+    the hidden states held at once.
+    """
+
+    def __init__(self, build: Callable[[], Backend], *, group_tokens: int) -> None:
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._group_tokens = group_tokens
+        self._built: Future[Backend] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(build,), daemon=True, name="teacher"
+        )
+        self._thread.start()
+
+    def backend(self) -> Backend:
+        """Waits until the model is loaded; raises what loading raised."""
+        return self._built.result()
+
+    def submit(self, request: ScoreRequest) -> Future[ScoreAnswer]:
+        """The answer to come; the request must have passed ``require_answerable``."""
+        job = _Job(request)
+        self._jobs.put(job)
+        return job.done
+
+    def _run(self, build: Callable[[], Backend]) -> None:
+        try:
+            backend = build()
+        except BaseException as error:  # the caller of ``backend`` raises it, SystemExit included
+            self._built.set_exception(error)
+            return
+        self._built.set_result(backend)
+        first = None
+        while True:
+            group, first = self._waiting(first or self._jobs.get())
+            _work(backend, group)
+
+    def _waiting(self, first: _Job) -> tuple[list[_Job], _Job | None]:
+        """``first`` and what waits behind it, and the job that no longer fitted, if any."""
+        group, room = [first], self._group_tokens - len(first.request.token_ids)
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return group, None
+            room -= len(job.request.token_ids)
+            if room < 0:
+                return group, job
+            group.append(job)
+
+
+@torch.inference_mode()
+def _work(backend: Backend, group: Sequence[_Job]) -> None:
+    """Answers or fails every job; one that fails in the head leaves the others alone."""
+    try:
+        states = hidden_of(backend, [job.request for job in group])
+    except Exception as error:
+        for job in group:
+            job.done.set_exception(error)
+        return
+    for job, hidden_ND in zip(group, states, strict=True):
+        try:
+            job.done.set_result(answer(backend, job.request, hidden_ND))
+        except Exception as error:
+            job.done.set_exception(error)

@@ -1,0 +1,63 @@
+"""What a run saw of every weight: the scores that live mask rules rank by."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from opd.config.training import Watched
+from opd.checkpoint.tensors import Stored
+from opd.train.engine import TrainingEngine
+from opd.train.weights import named_weights
+
+
+class SquaredGradients(torch.optim.Optimizer):
+    """Moves nothing: sums the squares of each step's gradient in ``state[p]["squares"]``, float32.
+
+    After one step the square roots are the first gradient's magnitudes; over several, their sum is
+    the diagonal of the empirical Fisher matrix up to a factor.
+    """
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "squares" not in state:
+                    state["squares"] = torch.zeros_like(parameter, dtype=torch.float32)
+                state["squares"].add_(parameter.grad.float().square())
+
+
+def scores(
+    causal: torch.nn.Module,
+    engine: TrainingEngine,
+    watched: Watched,
+    base: Mapping[str, Stored],
+    eps: float = 1e-12,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, float32 score in the weight's shape) of every weight; collective.
+
+    early_delta: |W - W0| of the float32 masters. adam_saliency: |m| / sqrt(v), which is 1 where the
+    gradient kept its sign and 0 where there was none. fisher: sum of squared gradients.
+    first_gradient: its root.
+    """
+    for name, parameter in named_weights(causal):
+        match watched:
+            case Watched.early_delta:
+                master = engine.full_state(parameter, "master").cpu()
+                score = (master - base[name].read().to(torch.float32)).abs()
+            case Watched.adam_saliency:
+                first = engine.full_state(parameter, "exp_avg")
+                score = first.abs() / (engine.full_state(parameter, "exp_avg_sq").sqrt() + eps)
+            case Watched.fisher:
+                score = engine.full_state(parameter, "squares")
+            case Watched.first_gradient:
+                score = engine.full_state(parameter, "squares").sqrt()
+            case Watched.none:
+                raise AssertionError("nothing was watched")
+        yield name, score.float().cpu()
