@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from opd.tracking.study_report import Arms, arms_table, measures_of, write_arms
-from opd.tracking.runs import Run, read_run
+from opd.tracking.runs import RunRecord, read_run
 
 ARMS = {
     "sft": ["method=sft"],
@@ -62,13 +62,13 @@ def run_arm(arm: str, seed: int, out: Path) -> Path:
 
 
 def main() -> None:
-    """Run what is missing, then compare."""
+    """RunRecord what is missing, then compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/contrast"))
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
     given = parser.parse_args()
-    runs: dict[str, dict[int, Run]] = {arm: {} for arm in given.only}
+    runs: dict[str, dict[int, RunRecord]] = {arm: {} for arm in given.only}
     for seed in given.seeds:
         for arm in given.only:
             print(f"{arm}, seed {seed}", flush=True)

@@ -48,13 +48,13 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from opd.config.training import AdamWConfig, SGDConfig
-    from opd.config import Precision
+    from opd.config.training import Precision
     from opd.head import HeadSpec
     from opd.losses.divergence import Divergence
     from opd.mask.mask import Mask, Origin
     from opd.tracking.console import SilentProgress
     from opd.train.compact import MaskedWeight
-    from opd.train.parameter_mask import CompactWeights, Unconfined
+    from opd.train.parameter_mask import SparseTraining, DenseTraining
     from opd.train.engine import DeepSpeedEngine, merged_deepspeed
     from opd.train.learner import StudentLearner
     from opd.train.optimizers import build_optimizer
@@ -68,7 +68,7 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
     model: Any = LlamaForCausalLM(
         LlamaConfig(tie_word_embeddings=True, max_position_embeddings=512, **SIZES[args.size])
     )
-    confinement: Any = Unconfined(model)
+    parameter_mask: Any = DenseTraining(model)
     if way == "compact":
         shapes = {name: tuple(weight.shape) for name, weight in named_weights(model)}
         indices = {
@@ -77,7 +77,7 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
         }
         origin = Origin(rule="random", base="", model=args.size)
         mask = Mask(indices=indices, shapes=shapes, origin=origin)
-        confinement = CompactWeights(model, mask)
+        parameter_mask = SparseTraining(model, mask)
         del indices, mask
     vocab = model.config.vocab_size
     student = Student(
@@ -96,7 +96,7 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
         engine,
         model,
         Divergence(),
-        confinement=confinement,
+        parameter_mask=parameter_mask,
         optim=optim,
         steps=args.steps,
         micro_tokens=args.tokens // args.micro,
@@ -130,7 +130,7 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
 def _batch(tokens: int, vocab: int, width: int) -> list[Any]:
     import numpy as np
 
-    from opd.types import FinishReason, Prompt, Rollout, Scored
+    from opd.types import FinishReason, Prompt, Rollout, ScoredRollout
 
     draw = np.random.default_rng(0)
     rows = []
@@ -144,7 +144,7 @@ def _batch(tokens: int, vocab: int, width: int) -> list[Any]:
             version=0,
         )
         hidden = draw.normal(size=(48, width)).astype(np.float32)
-        rows.append(Scored(rollout=rollout, hidden=hidden))
+        rows.append(ScoredRollout(rollout=rollout, hidden=hidden))
     return rows
 
 

@@ -149,7 +149,7 @@ def opd_cases(
     from opd.teacher.vocabulary import vocabulary_of
     from opd.serving.server import MEDIA_TYPE
     from opd.teacher.wire import Want, read_answer, request_bytes, request_of
-    from opd.types import FinishReason, Prompt, Rollout, Wanted
+    from opd.types import FinishReason, Prompt, Rollout, ScoreRequest
 
     rollouts = [
         Rollout(
@@ -167,20 +167,20 @@ def opd_cases(
     )
     with running_teacher(options, log_path=Path(os.devnull)) as server:
 
-        def asking(wanted: Wanted) -> Score:
+        def asking(wanted: ScoreRequest) -> Score:
             teacher = ServerTeacher(
                 server.url, token=server.token, wanted=wanted, student=student, batch_tokens=4096
             )
             return lambda count: discard(teacher.score(rollouts[:count]))
 
         vocab = ServerTeacher(
-            server.url, token=server.token, wanted=Wanted(), student=student
+            server.url, token=server.token, wanted=ScoreRequest(), student=student
         ).vocab_size
 
         def all_logps(count: int) -> None:
             for start in range(0, count, 16):
                 group = rollouts[start : min(start + 16, count)]
-                request = request_of(group, Wanted(), want=Want.full_logps, vocab_size=vocab)
+                request = request_of(group, ScoreRequest(), want=Want.full_logps, vocab_size=vocab)
                 answer = httpx.post(
                     f"{server.url}/score",
                     content=request_bytes(request),
@@ -192,8 +192,8 @@ def opd_cases(
                 )
                 discard([read_answer(answer.raise_for_status().content)])
 
-        cases = {f"top {k}": asking(Wanted(top_k=k)) for k in sorted(arguments.k)}
-        full = {"full hidden": asking(Wanted(full=True)), "full logps": all_logps}
+        cases = {f"top {k}": asking(ScoreRequest(top_k=k)) for k in sorted(arguments.k)}
+        full = {"full hidden": asking(ScoreRequest(full=True)), "full logps": all_logps}
         yield server.pid, cases | full
 
 

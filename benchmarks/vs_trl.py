@@ -44,7 +44,7 @@ from opd.teacher.vocabulary import vocabulary_of
 from opd.tracking.console import SilentProgress
 from opd.train.checkpoints import checkpoints
 from opd.train.optimizers import lr_at
-from opd.types import Prompt, Rollout, Wanted
+from opd.types import Prompt, Rollout, ScoreRequest
 from opd.world import join_world
 
 LOG = Path(__file__).parent.parent / "docs" / "log"
@@ -87,7 +87,7 @@ class Bench:
         self.text = build.build_text(self.config.student.model, trust_remote_code=False)
         self.prompts = build.build_prompts(self.config, self.text)
         vocabulary = vocabulary_of(self.text.tokenizer, self.text.vocab_size)
-        wanted = [Wanted(full=True, temperature=self.config.rollout.temperature)]
+        wanted = [ScoreRequest(full=True, temperature=self.config.rollout.temperature)]
         progress = SilentProgress()
         (self.teacher,) = build.build_teacher(
             self.config.teacher, vocabulary, wanted, self.world, progress

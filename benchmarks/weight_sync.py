@@ -173,15 +173,15 @@ def way(
 def push(service, sender, weights: dict[str, torch.Tensor], version: int, held):
     """Seconds and bytes of one push."""
     from opd.serving.server import MEDIA_TYPE
-    from opd.types import Held
+    from opd.types import ReceiverState
 
     start = time.perf_counter()
     sender.prepare(weights.items(), version)
     encoded = time.perf_counter()
-    held, sent = held or Held(), []
+    held, sent = held or ReceiverState(), []
     while (message := sender.next_for(held)) is not None:
         answer = service.send("POST", "/weights", message, {"Content-Type": MEDIA_TYPE})
-        held = Held(**answer.json())
+        held = ReceiverState(**answer.json())
         assert held.refused is None or held.version is None, held.refused
         sent.append(len(message))
     arrived = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Scored -> Batch: padded tensors, and the one shift by one."""
+"""ScoredRollout -> Batch: padded tensors, and the one shift by one."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,40 +7,40 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
-from opd.types import FloatArray, IntArray, Normalisation, Scored
+from opd.types import FloatArray, IntArray, Reduction, ScoredRollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reckoning:
+class LossReduction:
     """Which tokens count, and how much.
 
-    The first ``first_share`` of each completion is kept, rounded up, at least a token. ``normalise``
+    The first ``first_share`` of each completion is kept, rounded up, at least a token. ``reduction``
     with ``max_tokens`` says what a step's sum is divided by.
     """
 
-    normalise: Normalisation = Normalisation.token
+    reduction: Reduction = Reduction.token
     first_share: float = 1.0
     max_tokens: int = 1
 
-    def kept(self, scored: Scored) -> int:
+    def kept(self, scored: ScoredRollout) -> int:
         """How many of the first tokens of a completion count."""
         share = self.first_share * len(scored.rollout.token_ids)
         return max(1, math.ceil(share - 1e-9))  # 0.07 * 100 is 7.000000000000001
 
-    def denominator(self, scored: Sequence[Scored]) -> float:
+    def denominator(self, scored: Sequence[ScoredRollout]) -> float:
         """What these sequences add to the number that a step's sum is divided by."""
-        match self.normalise:
-            case Normalisation.token:
+        match self.reduction:
+            case Reduction.token:
                 return float(sum(map(self.kept, scored)))
-            case Normalisation.sequence:
+            case Reduction.sequence:
                 return float(len(scored))
-            case Normalisation.constant:
+            case Reduction.constant:
                 return float(len(scored) * self.max_tokens)
 
-    def weights(self, scored: Scored) -> FloatArray:
+    def weights(self, scored: ScoredRollout) -> FloatArray:
         """The factor of each kept token's loss."""
         kept = self.kept(scored)
-        each = 1.0 / kept if self.normalise == Normalisation.sequence else 1.0
+        each = 1.0 / kept if self.reduction == Reduction.sequence else 1.0
         return np.full(kept, each, np.float32)
 
 
@@ -113,27 +113,27 @@ class LossOutput:
     counts: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-EVERY_TOKEN = Reckoning()
+TOKEN_MEAN = LossReduction()
 
 
 def collate(
-    scored: Sequence[Scored],
+    scored: Sequence[ScoredRollout],
     *,
     pad_id: int,
     discount: float = 0.0,
-    reckoning: Reckoning = EVERY_TOKEN,
+    reduction: LossReduction = TOKEN_MEAN,
 ) -> Batch:
     """Right-pad sequences to the longest and line up what engine and teacher said.
 
     ``discount`` > 0 fills ``future_N`` with sum over k >= 1 of discount^k (teacher - engine) log-prob of
     the tokens that follow, the part of a discounted reverse-KL return that lies ahead of each token;
     tokens that no engine wrote add nothing to it.
-    Tokens that ``reckoning`` does not keep are read by the model and are no targets.
+    Tokens that ``reduction`` does not keep are read by the model and are no targets.
     """
     assert scored, "a micro-batch has at least one sequence"
     assert len({s.rollout.prompt.teacher for s in scored}) == 1, "a batch has one teacher"
     lengths = [len(s.rollout.sequence) for s in scored]
-    keeps = [reckoning.kept(s) for s in scored]
+    keeps = [reduction.kept(s) for s in scored]
     width = max(lengths)
     ids_BT = np.full((len(scored), width), pad_id, np.int64)
     mask_BT = np.zeros((len(scored), width), np.int64)
@@ -163,7 +163,7 @@ def collate(
             [s.rollout.logps[:keep] for s, keep in zip(scored, keeps, strict=True)]
         ),
         engine_ids_NK=joined([_wide(s.rollout.support_ids) for s in scored]),
-        weight_N=_joined([reckoning.weights(s) for s in scored]),
+        weight_N=_joined([reduction.weights(s) for s in scored]),
         sequence_N=torch.from_numpy(rows),
         teacher=scored[0].rollout.prompt.teacher,
         teacher_logp_N=joined([s.logps for s in scored]),
@@ -183,15 +183,15 @@ def collate(
     )
 
 
-def micro_batches(scored: Sequence[Scored], *, tokens: int) -> list[list[Scored]]:
-    """Cut a rank's share into groups of at most ``tokens`` padded tokens, longest sequences first.
+def micro_batches(scored: Sequence[ScoredRollout], *, tokens: int) -> list[list[ScoredRollout]]:
+    """Threshold a rank's share into groups of at most ``tokens`` padded tokens, longest sequences first.
 
     A group has one teacher. A sequence longer than ``tokens`` gets a group of its own.
     """
-    by_teacher: dict[str | None, list[Scored]] = {}
+    by_teacher: dict[str | None, list[ScoredRollout]] = {}
     for item in sorted(scored, key=lambda s: -len(s.rollout.sequence)):
         by_teacher.setdefault(item.rollout.prompt.teacher, []).append(item)
-    groups: list[list[Scored]] = []
+    groups: list[list[ScoredRollout]] = []
     for items in by_teacher.values():
         width, room = len(items[0].rollout.sequence), 0
         for item in items:
@@ -211,7 +211,7 @@ def _from_bits(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.view(torch.bfloat16)
 
 
-def _future(item: Scored, discount: float) -> FloatArray:
+def _future(item: ScoredRollout, discount: float) -> FloatArray:
     assert item.logps is not None, "a discounted return needs the teacher's sampled log-probs"
     gain = np.nan_to_num((item.logps - item.rollout.logps).astype(np.float64))
     ahead = np.zeros(len(gain) + 1)

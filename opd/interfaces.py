@@ -10,7 +10,7 @@ from opd.types import (
     Prompt,
     Rollout,
     Sampling,
-    Scored,
+    ScoredRollout,
     StepReport,
     TeacherInfo,
 )
@@ -42,8 +42,8 @@ class RolloutEngine(Protocol):
 class Teacher(Protocol):
     """Scores every token that a student wrote."""
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """One ``Scored`` a rollout, in the order given."""
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """One ``ScoredRollout`` a rollout, in the order given."""
         ...
 
     def info(self) -> TeacherInfo:
@@ -51,7 +51,7 @@ class Teacher(Protocol):
         ...
 
     def head(self, name: str | None = None) -> FloatArray:
-        """The output head [V, D] that turns ``Scored.hidden`` into logits.
+        """The output head [V, D] that turns ``ScoredRollout.hidden`` into logits.
 
         ``name`` says whose, where prompts name one of several.
         """
@@ -69,7 +69,7 @@ class Loss(Protocol):
 class Learner(Protocol):
     """The student in training."""
 
-    def step(self, scored: Sequence[Scored]) -> StepReport:
+    def step(self, scored: Sequence[ScoredRollout]) -> StepReport:
         """One optimizer step on this rank's share; collective."""
         ...
 
@@ -86,14 +86,14 @@ class Learner(Protocol):
         ...
 
 
-class Reader(Protocol):
+class StudentScorer(Protocol):
     """Reads the student without moving it."""
 
     def logps(self, rollouts: Sequence[Rollout]) -> list[FloatArray]:
         """The learner's log-probs [T] of each rollout's tokens; collective."""
         ...
 
-    def measure(self, scored: Sequence[Scored], loss: Loss) -> dict[str, float]:
+    def measure(self, scored: Sequence[ScoredRollout], loss: Loss) -> dict[str, float]:
         """The loss's metrics per token over all ranks, no gradient; collective."""
         ...
 

@@ -1,10 +1,10 @@
-"""The nouns that flow: Prompt -> Rollout -> Scored -> Batch -> StepReport.
+"""The nouns that flow: Prompt -> Rollout -> ScoredRollout -> Batch -> StepReport.
 
 Legend of shape suffixes, used in every room:
     B rows (sequences)      T positions of a row     N kept target tokens, packed
     K ids of a support      V vocabulary             D hidden width     C a chunk of N
 
-Numpy arrays up to ``Scored`` (they cross processes); tensors from ``Batch`` (see ``batch.py``) on.
+Numpy arrays up to ``ScoredRollout`` (they cross processes); tensors from ``Batch`` (see ``batch.py``) on.
 All log-probs are natural logarithms in float32, after the sampling temperature.
 """
 
@@ -72,7 +72,7 @@ class Surrogate(StrEnum):
     plain = "plain"
 
 
-class Normalisation(StrEnum):
+class Reduction(StrEnum):
     """What the sum of a step's token losses is divided by.
 
     token: all kept tokens; sequence: each completion by its own kept tokens, then by completions;
@@ -187,7 +187,7 @@ class SupportLogps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class ScoredRollout:
     """A rollout and what the teacher said about each of its T completion tokens.
 
     ``logps`` [T]: the teacher's log-probs of the sampled tokens. Of the rest, what was wanted:
@@ -216,7 +216,7 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class ScoreRequest:
     """What to ask of a teacher besides the log-probs of the sampled tokens.
 
     ``top_k`` > 0: the teacher's k likeliest ids; ``rollout_support``: the log-probs of each rollout's
@@ -264,7 +264,7 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class ReceiverState:
     """What a receiver of weights answers: the weights it has, and why it took no others.
 
     ``run`` names the sender, ``version`` counts that sender's optimizer steps; both None: nothing yet.

@@ -12,7 +12,7 @@ from opd.types import (
     Prompt,
     Rollout,
     Sampling,
-    Scored,
+    ScoredRollout,
     StepReport,
     TeacherInfo,
 )
@@ -45,9 +45,9 @@ class Everybody:
             for p in prompts
         ]
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         self.calls.append("score")
-        return [Scored(rollout=r) for r in rollouts]
+        return [ScoredRollout(rollout=r) for r in rollouts]
 
     def info(self) -> TeacherInfo:
         raise AssertionError("the loop does not ask")
@@ -55,7 +55,7 @@ class Everybody:
     def head(self, name: str | None = None) -> Any:
         raise AssertionError("the loop does not ask")
 
-    def step(self, scored: Sequence[Scored]) -> StepReport:
+    def step(self, scored: Sequence[ScoredRollout]) -> StepReport:
         self.calls.append("learn")
         self.version += 1
         return StepReport(version=self.version, metrics={"loss/total": 1.0})

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from opd.analysis.largest import Largest, counted, large_first
-from opd.analysis.sides import PIECE, Cut, Precision, Sides
+from opd.analysis.sides import PIECE, UpdateChunk, NumberFormat, Sides
 from opd.checkpoint.chunks import BINS, binades
 
 THRESHOLDS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
@@ -97,7 +97,7 @@ def _squares(values: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64) ** 2)
 
 
-def _count_changed(sides: Sides, part: slice, cut: Cut, counts: Counts) -> None:
+def _count_changed(sides: Sides, part: slice, cut: UpdateChunk, counts: Counts) -> None:
     """Bits that differ, the relative rule, and spacings moved; nothing else needs a look."""
     before, after = (t.reshape(-1)[part] for t in (sides.base, sides.trained))
     before, after = sides.pair(before, after)
@@ -166,8 +166,8 @@ def _buckets(spaces: np.ndarray) -> np.ndarray:
 def visible_and_true(base: torch.Tensor, trained: torch.Tensor) -> dict[str, float]:
     """Energy of the bf16-visible update over the stored one's, and the cosine of the two."""
     seen = true = both = 0.0
-    bf16 = Sides(base=base, trained=trained, precision=Precision.bf16)
-    stored = Sides(base=base, trained=trained, precision=Precision.stored)
+    bf16 = Sides(base=base, trained=trained, precision=NumberFormat.bf16)
+    stored = Sides(base=base, trained=trained, precision=NumberFormat.stored)
     for (_, a), (_, b) in zip(bf16.flat(), stored.flat(), strict=True):
         x, y = a.update.double(), b.update.double()
         seen, true, both = seen + float(x @ x), true + float(y @ y), both + float(x @ y)

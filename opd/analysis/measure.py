@@ -22,7 +22,7 @@ from opd.analysis.null import Null, isotropic_spectrum, noise_edge, solved
 from opd.analysis.overlap import overlap_row
 from opd.analysis.pair import Pair
 from opd.analysis.placement import MASKS, Placement, placements
-from opd.analysis.sides import MANTISSA, Precision, Sides
+from opd.analysis.sides import MANTISSA, NumberFormat, Sides
 from opd.analysis.spectrum import RANKS, Spectra, rank_of, shape_of, spectra
 from opd.analysis.formatting import Spectrum
 from opd.delta.format import word
@@ -67,7 +67,7 @@ def measured(pair: Pair, other: Pair | None = None, spectrum: Spectrum = Spectru
     assert pair.base is not None
     assert pair.trained is not None
     base, trained = pair.base.read(), pair.trained.read()
-    sides = Sides(base=base, trained=trained, precision=Precision.bf16)
+    sides = Sides(base=base, trained=trained, precision=NumberFormat.bf16)
     bad = bad_numbers(sides)
     if bad:
         return row | {"status": bad}
@@ -88,7 +88,7 @@ def _numbers(sides: Sides, spectrum: Spectrum) -> Row:
     if both == {torch.bfloat16}:
         found["stored"] = found["bf16"]
     else:
-        stored = Sides(base=sides.base, trained=sides.trained, precision=Precision.stored)
+        stored = Sides(base=sides.base, trained=sides.trained, precision=NumberFormat.stored)
         found["stored"] = _view(stored, None, spectrum)
     return found
 

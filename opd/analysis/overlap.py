@@ -7,7 +7,7 @@ import torch
 
 from opd.analysis.counts import VISIBLE
 from opd.analysis.pair import Pair
-from opd.analysis.sides import PIECE, Precision, Sides
+from opd.analysis.sides import PIECE, NumberFormat, Sides
 from opd.mask.compare import Expected, Overlap
 from opd.checkpoint.chunks import BINS, binades
 
@@ -26,7 +26,7 @@ def overlap_row(a: Sides, other: Pair | None) -> dict[str, Any]:
     trained = other.trained.read()
     if not all(bool(torch.isfinite(part).all()) for part in trained.reshape(-1).split(PIECE)):
         return {"overlap": {"status": "NaN or infinite values in the other model"}}
-    b = Sides(base=a.base, trained=trained, precision=Precision.bf16)
+    b = Sides(base=a.base, trained=trained, precision=NumberFormat.bf16)
     tables = {key: np.zeros((4, BINS), np.int64) for key in CHANGED}
     for (_, ours), (_, theirs) in zip(a.flat(), b.flat(), strict=True):
         bins = binades(ours.base)

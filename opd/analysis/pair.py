@@ -101,7 +101,7 @@ def _experts(name: str, stored: Stored) -> Iterator[tuple[str, Stored]]:
         return
     stem = name.removesuffix(found[1])
     for expert in range(stored.shape[0]):
-        yield f"{stem}{expert}.{found[1]}.weight", _cut(stored, expert, stored.shape[1:])
+        yield f"{stem}{expert}.{found[1]}.weight", _chunk(stored, expert, stored.shape[1:])
 
 
 def _unfused(name: str, stored: Stored, config: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
@@ -112,7 +112,7 @@ def _unfused(name: str, stored: Stored, config: dict[str, Any]) -> Iterator[tupl
     start = 0
     for part, rows in split.items():
         shape = (rows, *stored.shape[1:])
-        yield part, _cut(stored, slice(start, start + rows), shape)
+        yield part, _chunk(stored, slice(start, start + rows), shape)
         start += rows
 
 
@@ -136,7 +136,7 @@ def _rows(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> dict[str
     return rows if sum(rows.values()) == shape[0] else {}
 
 
-def _cut(stored: Stored, part: int | slice, shape: tuple[int, ...]) -> Stored:
+def _chunk(stored: Stored, part: int | slice, shape: tuple[int, ...]) -> Stored:
     read: Callable[[], torch.Tensor] = stored.read
     return Stored(shape=tuple(shape), dtype=stored.dtype, read=lambda: read()[part])
 

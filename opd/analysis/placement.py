@@ -9,7 +9,7 @@ import torch
 
 from opd.analysis.counts import VISIBLE_KEY
 from opd.analysis.largest import Largest, counted, large_first, small_first
-from opd.analysis.sides import Cut, Sides
+from opd.analysis.sides import UpdateChunk, Sides
 from opd.analysis.spectrum import RANKS, Directions, rank_of
 from opd.checkpoint.chunks import BINS, binades
 
@@ -85,7 +85,7 @@ def _tables(sides: Sides, flags: np.ndarray) -> list[Placement]:
     return told
 
 
-def _keys(rebuild: "Rebuilt | None", part: slice, cut: Cut) -> list[np.ndarray]:
+def _keys(rebuild: "Rebuilt | None", part: slice, cut: UpdateChunk) -> list[np.ndarray]:
     return [] if rebuild is None else rebuild.keys(part, cut.base)
 
 

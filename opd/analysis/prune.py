@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opd.checkpoint.chunks import Piece, float32, pieces, stretch
+from opd.checkpoint.chunks import Chunk, float32, pieces, stretch
 from opd.delta.rebuild import copy_companions, require_free
 from opd.mask.rules import require_same
-from opd.mask.top_k import Contest, Selection
+from opd.mask.top_k import TopKQuery, Selection
 from opd.checkpoint.writer import write_tensors
 from opd.checkpoint.tensors import Checkpoint, model_folder
 
@@ -49,14 +49,14 @@ class Moves:
         Equal moves are parted by lot; the seed fixes it. Weights that did not move stay as they are.
         """
 
-        def score(piece: Piece) -> np.ndarray:
+        def score(piece: Chunk) -> np.ndarray:
             size = self._size(piece)
             ranked = {Order.smallest: -size, Order.largest: size, Order.random: 0 * size}[order]
             return np.where(size > 0, ranked, np.float32(-np.inf)).astype(np.float32)
 
         selection = Selection(self.base.shapes, f"{seed} prune {order.value}")
-        contest = Contest(names=tuple(self.base), quotas=(count,), scores=score)
-        for name, index in selection.kept(contest, selection.cut(contest)):
+        query = TopKQuery(names=tuple(self.base), quotas=(count,), scores=score)
+        for name, index in selection.kept(query, selection.cut(query)):
             tensor = self.trained[name].read().clone()
             start = self.base[name].read().reshape(-1)
             chosen = index.long()
@@ -71,7 +71,7 @@ class Moves:
         write_tensors(out / "model.safetensors", tensors, lambda: {"format": "pt"})
         copy_companions(model_folder(self.trained.model), out)
 
-    def _size(self, piece: Piece) -> np.ndarray:
+    def _size(self, piece: Chunk) -> np.ndarray:
         """abs(D), float32; the difference of two numbers is 0 only where they are equal."""
         before, after = (
             stretch(side[piece.name], piece).to(self.dtype) for side in (self.base, self.trained)

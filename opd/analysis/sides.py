@@ -10,7 +10,7 @@ PIECE = 1 << 17
 """Coordinates looked at together: a few MiB of temporaries."""
 
 
-class Precision(StrEnum):
+class NumberFormat(StrEnum):
     """The number format of the comparison.
 
     ``bf16``: both sides are cast to bfloat16 and subtracted in it, as the paper does. ``stored``:
@@ -22,7 +22,7 @@ class Precision(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class UpdateChunk:
     """W0, W1 and D = W1 - W0 of some coordinates, float32."""
 
     base: torch.Tensor
@@ -36,7 +36,7 @@ class Sides:
 
     base: torch.Tensor
     trained: torch.Tensor
-    precision: Precision
+    precision: NumberFormat
 
     @property
     def numel(self) -> int:
@@ -52,7 +52,7 @@ class Sides:
     @property
     def is_bf16(self) -> bool:
         """Whether D holds bfloat16 numbers."""
-        return self.precision == Precision.bf16
+        return self.precision == NumberFormat.bf16
 
     @property
     def mantissa(self) -> int:
@@ -62,38 +62,38 @@ class Sides:
 
     def pair(self, base: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Some coordinates of both in the format of the comparison."""
-        if self.precision == Precision.bf16:
+        if self.precision == NumberFormat.bf16:
             return base.bfloat16(), trained.bfloat16()
         if base.dtype == trained.dtype and base.dtype in MANTISSA:
             return base, trained
         return base.float(), trained.float()
 
-    def _cut(self, base: torch.Tensor, trained: torch.Tensor) -> Cut:
+    def _chunk(self, base: torch.Tensor, trained: torch.Tensor) -> UpdateChunk:
         before, after = self.pair(base, trained)
-        if self.precision == Precision.bf16:
-            return Cut(before.float(), after.float(), (after - before).float())
-        return Cut(before.float(), after.float(), after.float() - before.float())
+        if self.precision == NumberFormat.bf16:
+            return UpdateChunk(before.float(), after.float(), (after - before).float())
+        return UpdateChunk(before.float(), after.float(), after.float() - before.float())
 
-    def flat(self) -> Iterator[tuple[slice, Cut]]:
+    def flat(self) -> Iterator[tuple[slice, UpdateChunk]]:
         """Flat coordinates in order."""
         before, after = self.base.reshape(-1), self.trained.reshape(-1)
         for start in range(0, self.numel, PIECE):
             part = slice(start, min(start + PIECE, self.numel))
-            yield part, self._cut(before[part], after[part])
+            yield part, self._chunk(before[part], after[part])
 
     def base_pieces(self) -> Iterator[torch.Tensor]:
         """W0 alone, flat, in the format of the comparison."""
         for part in self.base.reshape(-1).split(PIECE):
             yield self.pair(part, part)[0]
 
-    def rows(self) -> Iterator[tuple[slice, Cut]]:
+    def rows(self) -> Iterator[tuple[slice, UpdateChunk]]:
         """Rows of a matrix in order."""
         step = max(1, PIECE // self.shape[1])
         for start in range(0, self.shape[0], step):
             part = slice(start, min(start + step, self.shape[0]))
-            yield part, self._cut(self.base[part], self.trained[part])
+            yield part, self._chunk(self.base[part], self.trained[part])
 
-    def tall(self) -> Iterator[Cut]:
+    def tall(self) -> Iterator[UpdateChunk]:
         """The matrix, turned so that its longer side is cut: pieces [some, shorter side]."""
         rows, columns = self.shape
         before, after = self.base, self.trained
@@ -101,7 +101,7 @@ class Sides:
             before, after = before.T, after.T
         step = max(1, PIECE // min(rows, columns), min(rows, columns) // 8)
         for start in range(0, max(rows, columns), step):
-            yield self._cut(before[start : start + step], after[start : start + step])
+            yield self._chunk(before[start : start + step], after[start : start + step])
 
 
 MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}

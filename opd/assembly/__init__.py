@@ -5,7 +5,7 @@ from opd.assembly.learner import RUN_MASK, build_learner, read_run_mask
 from opd.assembly.loss import build_loss, reckoning_of, sampling_of, wanted_of, wants_sequence_gaps
 from opd.assembly.numbers import compute_dtype, torch_dtype
 from opd.assembly.pool import TEACHER_URLS, pool_models, pool_teachers, urls_of
-from opd.assembly.scorers import Live, Scorers, build_reward, build_scorers
+from opd.assembly.scorers import Live, Teachers, build_reward, build_scorers
 from opd.assembly.teacher import (
     TEACHER_URL,
     build_teacher,
@@ -44,7 +44,7 @@ __all__ = [
     "VERIFY_PROMPTS",
     "Live",
     "Prompts",
-    "Scorers",
+    "Teachers",
     "Text",
     "build_console",
     "build_engine",

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opd.assembly.loss import build_loss, reckoning_of, wants_sequence_gaps
-from opd.assembly.scorers import Scorers
+from opd.assembly.scorers import Teachers
 from opd.assembly.text import Text
 from opd.config.training import AdamWConfig, Watched
 from opd.config.schema import Config
 from opd.config.masks import DiscoverMaskConfig, FileMaskConfig, MaskConfig, MaskTraining
 from opd.config.models import LoraConfig, PoolTeacherConfig
 from opd.config.losses import PolicyGradientLossConfig
-from opd.config import Precision, TrainingEngine
+from opd.config.training import Precision, LaunchEngine
 from opd.config.keeping import WeightRecordConfig
 from opd.config.rules import active_mask
 from opd.interfaces import (
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from opd.mask.mask import Mask
-    from opd.train.parameter_mask import Confinement
+    from opd.train.parameter_mask import ParameterMask
     from opd.train.engine import TrainingEngine as Engine
     from opd.train.learner import StudentLearner
     from opd.train.record import Recorder, Write
@@ -47,7 +47,7 @@ def read_run_mask(config: Config, folder: Path) -> "Mask | None":
 def build_learner(
     config: Config,
     mask: "Mask | None",
-    scorers: Scorers,
+    scorers: Teachers,
     text: Text,
     world: "World",
     progress: Progress,
@@ -77,7 +77,7 @@ def build_learner(
         model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
     if isinstance(config.adapter, LoraConfig):
         model = with_lora(model, config.adapter)
-    confinement = _confinement(config.mask, mask, model)
+    parameter_mask = _confinement(config.mask, mask, model)
     teachers = (
         sorted(config.teacher.members) if isinstance(config.teacher, PoolTeacherConfig) else []
     )
@@ -103,12 +103,12 @@ def build_learner(
         else build_optimizer(student, config.optim)
     )
     discount = config.loss.discount if isinstance(config.loss, PolicyGradientLossConfig) else 0.0
-    engine = _training_engine(config, student, optimizer, confinement, world)
+    engine = _training_engine(config, student, optimizer, parameter_mask, world)
     learner = StudentLearner(
         engine,
         model,
         build_loss(config.loss),
-        confinement=confinement,
+        parameter_mask=parameter_mask,
         optim=config.optim,
         steps=config.train.steps,
         micro_tokens=config.train.micro_tokens,
@@ -117,7 +117,7 @@ def build_learner(
         teachers=teachers,
         world=world,
         progress=progress,
-        reckoning=reckoning_of(config),
+        reduction=reckoning_of(config),
         recorder=_recorder(config, causal_lm(model), engine, world, write),
     )
     return learner, model
@@ -151,33 +151,33 @@ def _recorder(
 
 def _confinement(
     config: MaskConfig, mask: "Mask | None", model: "torch.nn.Module"
-) -> "Confinement":
-    from opd.train.parameter_mask import CompactWeights, RestoredWeights, Unconfined
+) -> "ParameterMask":
+    from opd.train.parameter_mask import SparseTraining, RestoredTraining, DenseTraining
 
     if mask is None:
-        return Unconfined(model)
+        return DenseTraining(model)
     assert isinstance(config, FileMaskConfig | DiscoverMaskConfig)
     match config.training:
         case MaskTraining.compact:
-            return CompactWeights(model, mask)
+            return SparseTraining(model, mask)
         case MaskTraining.restore:
-            return RestoredWeights(model, mask)
+            return RestoredTraining(model, mask)
 
 
 def _training_engine(
     config: Config,
     student: "Student",
     optimizer: "torch.optim.Optimizer",
-    confinement: "Confinement",
+    parameter_mask: "ParameterMask",
     world: "World",
 ) -> "Engine":
     from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
 
-    if config.launch.engine == TrainingEngine.torch:
+    if config.launch.engine == LaunchEngine.torch:
         return TorchEngine(
             student,
             optimizer,
-            gradients=confinement.gradients,
+            gradients=parameter_mask.gradients,
             precision=config.train.precision,
             clip=config.optim.clip,
             device=world.device,

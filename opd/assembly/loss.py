@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from opd.config.schema import Config
 from opd.config.losses import DivergenceLossConfig, GrpoLossConfig, LossConfig, NllLossConfig, PolicyGradientLossConfig, Support
 from opd.interfaces import Loss
-from opd.types import Correction, Sampling, Surrogate, Wanted
+from opd.types import Correction, Sampling, Surrogate, ScoreRequest
 
 if TYPE_CHECKING:
-    from opd.batch import Reckoning
-    from opd.losses.token_weights import Corrector, Factors
+    from opd.batch import LossReduction
+    from opd.losses.token_weights import ImportanceCorrection, TokenWeights
 
 
 def build_loss(config: LossConfig) -> Loss:
@@ -54,17 +54,17 @@ def build_loss(config: LossConfig) -> Loss:
     raise AssertionError(f"no loss for {type(config).__name__}")
 
 
-def _factors(config: LossConfig) -> "Factors":
-    from opd.losses.token_weights import Factors, Weigher
+def _factors(config: LossConfig) -> "TokenWeights":
+    from opd.losses.token_weights import TokenWeights, TokenWeighting
 
-    weigher = Weigher(weighting=config.weighting, gap_clip=config.gap_clip)
-    return Factors(weigher=weigher, corrector=_corrector(config))
+    weighting = TokenWeighting(weighting=config.weighting, gap_clip=config.gap_clip)
+    return TokenWeights(weighting=weighting, correction=_corrector(config))
 
 
-def _corrector(config: LossConfig) -> "Corrector":
-    from opd.losses.token_weights import Corrector
+def _corrector(config: LossConfig) -> "ImportanceCorrection":
+    from opd.losses.token_weights import ImportanceCorrection
 
-    return Corrector(
+    return ImportanceCorrection(
         correction=config.correction,
         cap=config.cap,
         band_low=config.band_low,
@@ -74,7 +74,7 @@ def _corrector(config: LossConfig) -> "Corrector":
 
 def _with_reward(loss: Loss, config: LossConfig) -> Loss:
     """``loss`` and the reward beside it, which a weighting of tokens by the teacher does not touch."""
-    from opd.losses.token_weights import Factors
+    from opd.losses.token_weights import TokenWeights
     from opd.losses.policy_gradient import PolicyGradient
     from opd.losses.with_reward import Rewarded
 
@@ -87,16 +87,16 @@ def _with_reward(loss: Loss, config: LossConfig) -> Loss:
         reward_weight=config.reward_weight,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
-        factors=Factors(corrector=_corrector(config)),
+        factors=TokenWeights(correction=_corrector(config)),
     )
     return Rewarded(loss=loss, policy=policy)
 
 
-def reckoning_of(config: Config) -> "Reckoning":
+def reckoning_of(config: Config) -> "LossReduction":
     """Which tokens count, and what a step's sum is divided by."""
-    from opd.batch import Reckoning
+    from opd.batch import LossReduction
 
-    return Reckoning(
+    return LossReduction(
         normalise=config.loss.normalise,
         first_share=config.loss.first_share,
         max_tokens=config.rollout.max_tokens,
@@ -108,21 +108,21 @@ def wants_sequence_gaps(loss: LossConfig) -> bool:
     return loss.correction in (Correction.sequence_truncate, Correction.sequence_mask)
 
 
-def wanted_of(loss: LossConfig, temperature: float) -> Wanted:
+def wanted_of(loss: LossConfig, temperature: float) -> ScoreRequest:
     """What the teacher must say for this loss."""
     match loss:
         case NllLossConfig() | GrpoLossConfig(kl=0.0):
-            return Wanted(sampled=False, temperature=temperature)
+            return ScoreRequest(sampled=False, temperature=temperature)
         case DivergenceLossConfig(support=Support.full):
-            return Wanted(full=True, temperature=temperature)
+            return ScoreRequest(full=True, temperature=temperature)
         case DivergenceLossConfig(support=support, k=k):
-            return Wanted(
+            return ScoreRequest(
                 top_k=0 if support == Support.student_top_k else k,
                 # an intersection needs the teacher's ids only: the engine's are in the rollouts
                 rollout_support=support in (Support.student_top_k, Support.union),
                 temperature=temperature,
             )
-    return Wanted(temperature=temperature)
+    return ScoreRequest(temperature=temperature)
 
 
 def sampling_of(config: Config) -> Sampling:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from opd.config.schema import Config
 from opd.config.models import DType
-from opd.config import Precision
+from opd.config.training import Precision
 
 if TYPE_CHECKING:
     import torch

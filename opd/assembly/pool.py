@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from opd.assembly.teacher import server_client
 from opd.config.models import PoolTeacherConfig
 from opd.interfaces import Progress, Teacher
-from opd.types import Wanted
+from opd.types import ScoreRequest
 
 if TYPE_CHECKING:
     from opd.teacher.vocabulary import Vocabulary
@@ -31,7 +31,7 @@ def pool_models(members: Mapping[str, str]) -> list[str]:
 
 
 def pool_teachers(
-    config: PoolTeacherConfig, student: "Vocabulary", wanted: Sequence[Wanted], progress: Progress
+    config: PoolTeacherConfig, student: "Vocabulary", wanted: Sequence[ScoreRequest], progress: Progress
 ) -> list[Teacher]:
     """One pool behind as many clients as there are things to ask.
 
@@ -43,7 +43,7 @@ def pool_teachers(
     started = json.loads(os.environ.get(TEACHER_URLS, "{}"))
     servers = {name: _servers(name, member, started) for name, member in config.members.items()}
     distinct = tuple(dict.fromkeys(servers.values()))
-    sizes = [_teacher(config, urls, student, Wanted(), progress).info() for urls in distinct]
+    sizes = [_teacher(config, urls, student, ScoreRequest(), progress).info() for urls in distinct]
     common = min(student.matrix_size, *(info.vocab_size for info in sizes))
     student = replace(student, matrix_size=common)
     pools: list[Teacher] = []
@@ -68,7 +68,7 @@ def _teacher(
     config: PoolTeacherConfig,
     urls: Sequence[str],
     student: "Vocabulary",
-    wanted: Wanted,
+    wanted: ScoreRequest,
     progress: Progress,
 ) -> Teacher:
     from opd.teacher.pool import BalancedTeacher

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opd.mask.mask import Mask
     from opd.rollout.options import RolloutServerOptions
     from opd.serving.client import ServiceClient
-    from opd.sync.ema import AveragedWeights
+    from opd.sync.ema import EMAWeights
     from opd.world import World
 
 
@@ -49,12 +49,12 @@ def build_engine(
     Of a ``mask`` only the kept values travel.
     """
     from opd.rollout.dataset import DatasetRollouts
-    from opd.sync.periodic import Nowhere
+    from opd.sync.periodic import NoSync
 
     rollout, dtype = config.rollout, engine_dtype(config)
     match rollout:
         case DatasetRolloutConfig():
-            return DatasetRollouts(), Nowhere()
+            return DatasetRollouts(), NoSync()
         case ServerRolloutConfig():
             return _server(config, rollout, dtype, mask, text, max_length, world, progress)
         case VllmRolloutConfig():
@@ -245,11 +245,11 @@ def build_writer(config: Config, engine: RolloutEngine) -> RolloutEngine:
 
 
 def build_hand_over(
-    config: Config, sync: WeightSync, average: "AveragedWeights | None"
+    config: Config, sync: WeightSync, average: "EMAWeights | None"
 ) -> WeightSync:
     """The way of the weights: seldom where nobody writes with them, past an average if there is one."""
-    from opd.sync.ema import FollowedSync
-    from opd.sync.periodic import SeldomSync
+    from opd.sync.ema import EMASync
+    from opd.sync.periodic import PeriodicSync
 
     examined = config.data.eval is not None or config.eval.kl_data is not None
     every = [config.sync.verify_every, config.eval.every if examined else 0]
@@ -259,5 +259,5 @@ def build_hand_over(
         return is_last or any(n and version % n == 0 for n in every)
 
     if config.rollout.on_policy == 0:
-        sync = SeldomSync(sync, read)
-    return sync if average is None else FollowedSync(sync, average)
+        sync = PeriodicSync(sync, read)
+    return sync if average is None else EMASync(sync, average)

@@ -12,12 +12,12 @@ from opd.config.models import DType, LoraConfig, SelfTeacher, SelfTeacherConfig
 from opd.config.rewards import FunctionRewardConfig, GraderRewardConfig, MeasuredRewardConfig
 from opd.config.rules import has_teacher
 from opd.interfaces import Progress, Teacher
-from opd.types import Rollout, Wanted
+from opd.types import Rollout, ScoreRequest
 
 if TYPE_CHECKING:
     import torch
 
-    from opd.sync.ema import AveragedWeights
+    from opd.sync.ema import EMAWeights
     from opd.teacher.backend import Backend
     from opd.teacher.vocabulary import Vocabulary
     from opd.world import World
@@ -27,7 +27,7 @@ Live = Callable[[], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scorers:
+class Teachers:
     """One teacher behind three clients.
 
     ``training`` is asked what the loss wants, with rewards; ``whole`` for the full distribution and
@@ -37,7 +37,7 @@ class Scorers:
     training: Teacher
     whole: Teacher | None = None
     sampled: Teacher | None = None
-    average: "AveragedWeights | None" = None
+    average: "EMAWeights | None" = None
 
     def version(self) -> int:
         """Counts up when the teacher's weights have moved."""
@@ -48,21 +48,21 @@ def build_scorers(
     config: Config,
     text: Text,
     student: "Vocabulary",
-    wanted: Wanted,
+    wanted: ScoreRequest,
     world: "World",
     progress: Progress,
     live: Live,
-) -> Scorers:
+) -> Teachers:
     """Everybody who says something about what was written; ValueError if a teacher does not fit."""
     from opd.teacher.no_teacher import NoTeacher
 
     nobody = NoTeacher(vocab_size=text.vocab_size, max_length=text.max_length)
     if not has_teacher(config):
-        return Scorers(training=_rewarded(config, nobody, text))
+        return Teachers(training=_rewarded(config, nobody, text))
     asked = [
         wanted,
-        Wanted(full=True, temperature=wanted.temperature),
-        Wanted(temperature=wanted.temperature),
+        ScoreRequest(full=True, temperature=wanted.temperature),
+        ScoreRequest(temperature=wanted.temperature),
     ]
     average = None
     if isinstance(config.teacher, SelfTeacherConfig):
@@ -71,7 +71,7 @@ def build_scorers(
     else:
         teachers = build_teacher(config.teacher, student, asked, world, progress)
     training, whole, sampled = teachers
-    return Scorers(
+    return Teachers(
         training=_rewarded(config, training if wanted.sampled else nobody, text),
         whole=whole,
         sampled=sampled,
@@ -82,7 +82,7 @@ def build_scorers(
 def _clients(
     backend: "Backend",
     config: SelfTeacherConfig,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[ScoreRequest],
     student: "Vocabulary",
     progress: Progress,
 ) -> list[Teacher]:
@@ -103,9 +103,9 @@ def _clients(
 
 def _itself(
     config: Config, teacher: SelfTeacherConfig, world: "World", live: Live
-) -> tuple["Backend", "AveragedWeights | None"]:
+) -> tuple["Backend", "EMAWeights | None"]:
     """The student's model as a back end, and what lets it follow the student."""
-    from opd.sync.ema import AveragedWeights
+    from opd.sync.ema import EMAWeights
     from opd.teacher.model_info import longest, read_info, read_spec
     from opd.teacher.self_teacher import ModuleBackend
 
@@ -128,7 +128,7 @@ def _itself(
     if teacher.weights == SelfTeacher.frozen:
         return backend, None
     decay = teacher.decay if teacher.weights == SelfTeacher.ema else 0.0
-    return backend, AveragedWeights(copy, decay=decay)
+    return backend, EMAWeights(copy, decay=decay)
 
 
 def _copy(config: Config, teacher: SelfTeacherConfig) -> "torch.nn.Module":

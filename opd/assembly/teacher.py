@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from opd.assembly.numbers import torch_dtype
 from opd.config.models import DType, LocalTeacherConfig, PoolTeacherConfig, ServedTeacherConfig, ServerTeacherConfig, TeacherConfig
 from opd.interfaces import Progress, Teacher
-from opd.types import Sampling, TeacherInfo, Wanted
+from opd.types import Sampling, TeacherInfo, ScoreRequest
 
 if TYPE_CHECKING:
     from opd.teacher.client import ServerTeacher
@@ -24,7 +24,7 @@ TEACHER_URL = "OPD_TEACHER_URL"
 def build_teacher(
     config: TeacherConfig,
     student: "Vocabulary",
-    wanted: Sequence[Wanted],
+    wanted: Sequence[ScoreRequest],
     world: "World",
     progress: Progress,
 ) -> list[Teacher]:
@@ -47,7 +47,7 @@ def server_client(
     config: ServedTeacherConfig,
     url: str,
     student: "Vocabulary",
-    wanted: Wanted,
+    wanted: ScoreRequest,
     progress: Progress | None = None,
 ) -> "ServerTeacher":
     """A client of one server, with the run's token and patience."""
@@ -70,7 +70,7 @@ def transport_words(
     config: TeacherConfig,
     infos: Sequence[TeacherInfo],
     student: "Vocabulary",
-    wanted: Wanted,
+    wanted: ScoreRequest,
     sampling: Sampling,
 ) -> str:
     """How the answers of these teachers travel and what that costs, a line for each way."""
@@ -93,7 +93,7 @@ def transport_words(
 def _local_teachers(
     config: LocalTeacherConfig,
     student: "Vocabulary",
-    wanted: Sequence[Wanted],
+    wanted: Sequence[ScoreRequest],
     world: "World",
     progress: Progress,
 ) -> list[Teacher]:
@@ -169,7 +169,7 @@ def _served_info(
 ) -> TeacherInfo:
     brief = replace(config, timeout=10, retries=1)
     try:
-        return server_client(brief, url, student, Wanted()).info()
+        return server_client(brief, url, student, ScoreRequest()).info()
     except ConnectionError as error:
         raise ValueError(
             f"{setting}={url} cannot be reached ({error}): start one with "

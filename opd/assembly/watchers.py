@@ -8,12 +8,12 @@ from opd.assembly.loss import sampling_of
 from opd.assembly.text import Prompts, Text
 from opd.config.schema import Config
 from opd.config.writing import DatasetRolloutConfig
-from opd.config import Precision
+from opd.config.training import Precision
 from opd.config.keeping import WandbConfig, WeightRecordConfig
 from opd.interfaces import (
     Evaluator,
     Progress,
-    Reader,
+    StudentScorer,
     RolloutEngine,
     Teacher,
     Tracker,
@@ -87,7 +87,7 @@ DEFAULT_GAP = {Precision.fp32: 1e-3, Precision.bf16: 0.15, Precision.pure_bf16: 
 
 
 def build_sync_check(
-    config: Config, prompts: Prompts, engine: RolloutEngine, learner: Reader, world: "World"
+    config: Config, prompts: Prompts, engine: RolloutEngine, learner: StudentScorer, world: "World"
 ) -> Callable[[], dict[str, float]]:
     """Compares engine and learner on a few training prompts of each rank, where there is an engine."""
     from opd.sync.verify import SyncCheck

@@ -24,7 +24,7 @@ B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """Flat coordinates [start, stop) of one parameter."""
 
     name: str
@@ -36,10 +36,10 @@ def quiet(_doing: str, _done: float) -> None:
     """Progress that nobody watches."""
 
 
-def pieces(sizes: Mapping[str, int], names: Iterable[str]) -> list[Piece]:
+def pieces(sizes: Mapping[str, int], names: Iterable[str]) -> list[Chunk]:
     """The parameters of these names, cut up; empty ones have none."""
     return [
-        Piece(name, start, min(start + PIECE, sizes[name]))
+        Chunk(name, start, min(start + PIECE, sizes[name]))
         for name in names
         for start in range(0, sizes[name], PIECE)
     ]
@@ -56,7 +56,7 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterable[A
         yield under_way.popleft().result()
 
 
-def stretch(stored: Stored, piece: Piece) -> torch.Tensor:
+def stretch(stored: Stored, piece: Chunk) -> torch.Tensor:
     """These coordinates of a tensor, as stored."""
     return stored.read().reshape(-1)[piece.start : piece.stop]
 

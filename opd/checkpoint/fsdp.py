@@ -66,7 +66,7 @@ def read_shards(files: Sequence[Path]) -> dict[str, Sharded]:
     return {name: _joined(name, [state[name] for state in states]) for name in states[0]}
 
 
-class _Held:
+class _Pickled:
     """What a pickled object says about itself, as attributes."""
 
     def __init__(self, *args: Any) -> None:
@@ -102,7 +102,7 @@ def _state(file: Path) -> dict[str, Any]:
 
 def _stand_in(name: str) -> type:
     last = name.rpartition(".")[2]
-    return _LocalTensor if last == _TENSOR else type(last, (_Held,), {})
+    return _LocalTensor if last == _TENSOR else type(last, (_Pickled,), {})
 
 
 def _joined(name: str, parts: list[Any]) -> Sharded:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from opd.mask.compare import LEVELS, Comparison, Overlap
+from opd.mask.compare import LEVELS, MaskComparison, Overlap
 from opd.mask.describe import Description, Share
 from opd.mask.discover import Summary
 from opd.mask.mask import Mask
@@ -100,7 +100,7 @@ def description_json(mask: Mask, described: Description) -> dict[str, Any]:
     }
 
 
-def comparison_tables(comparison: Comparison, names: tuple[str, str]) -> Iterator[Table]:
+def comparison_tables(comparison: MaskComparison, names: tuple[str, str]) -> Iterator[Table]:
     """Observed overlap beside chance."""
     whole = comparison.whole
     levels = [level for level in LEVELS if level in whole.expected]
@@ -152,7 +152,7 @@ def _cell(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
 
 
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
+def comparison_json(comparison: MaskComparison) -> dict[str, Any]:
     """The same numbers; what is not defined is null."""
 
     def told(row: Overlap) -> dict[str, Any]:

@@ -1,13 +1,18 @@
-"""A setting with bounds, and whether it keeps them."""
+"""A setting with bounds, whether it keeps them, and how it is explained to a reader."""
 
+import ast
+import inspect
+import json
 from collections.abc import Iterator
-from dataclasses import field, fields, is_dataclass
-from typing import Any
+from dataclasses import MISSING as UNSET
+from dataclasses import Field, field, fields, is_dataclass
+from enum import Enum
+from typing import Any, get_args
 
 from omegaconf import MISSING
 
 
-def knob(
+def bounded(
     default: Any = MISSING,
     *,
     least: float | None = None,
@@ -35,6 +40,13 @@ def broken_bounds(node: Any, path: str = "") -> Iterator[str]:
             yield from _broken_bound(name, value, f.metadata)
 
 
+def require_bounds(node: Any, path: str = "") -> None:
+    """ValueError when a dataclass has a field that is not set or out of bounds."""
+    broken = list(broken_bounds(node, path))
+    if broken:
+        raise ValueError("; ".join(broken))
+
+
 def _broken_bound(name: str, value: float, bounds: Any) -> Iterator[str]:
     if "least" in bounds and not value >= bounds["least"]:
         yield f"{name}={value}: allowed is {bounds['least']} or more"
@@ -44,3 +56,72 @@ def _broken_bound(name: str, value: float, bounds: Any) -> Iterator[str]:
         yield f"{name}={value}: allowed is less than {bounds['below']}"
     if "most" in bounds and not value <= bounds["most"]:
         yield f"{name}={value}: allowed is {bounds['most']} or less"
+
+
+def expected(field: Field[Any]) -> str:
+    """What a value of a field may be, as text."""
+    kind = next((k for k in get_args(field.type) if k is not type(None)), field.type)
+    if kind is str and get_args(field.type) and not _is_optional(field):
+        return """a list such as '["*norm*","lm_head.weight"]', in quotes against the shell"""
+    nothing = " or null" if _is_optional(field) else ""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"one of {', '.join(str(choice.value) for choice in kind)}"
+    types = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    bounds = allowed(field)
+    return f"{types.get(kind, 'a value')}{f' {bounds}' if bounds else ''}{nothing}"
+
+
+def _is_optional(field: Field[Any]) -> bool:
+    return type(None) in get_args(field.type)
+
+
+def explained(kind: type) -> str:
+    """Every key with its default, what is allowed and its sentence: the text behind --help."""
+    lines: list[str] = []
+    for field in fields(kind):
+        limits = allowed(field)
+        lines.append(f"  {field.name}={default(field)}{f'   ({limits})' if limits else ''}")
+        lines.append(f"      {sentence(kind, field.name)}")
+    return "\n".join(lines)
+
+
+def sentence(kind: type, name: str) -> str:
+    """The string under a field, the class's own or the nearest ancestor's."""
+    for ancestor in kind.__mro__[:-1]:
+        found = _sentences(ancestor)
+        if name in found:
+            return found[name]
+    return ""
+
+
+def _sentences(kind: type) -> dict[str, str]:
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        node.target.id: str(under.value.value)
+        for node, under in zip(body.body, body.body[1:], strict=False)
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and isinstance(under, ast.Expr)
+        and isinstance(under.value, ast.Constant)
+    }
+
+
+def default(field: Field[Any]) -> str:
+    """The default as one types it."""
+    value = field.default if field.default is not UNSET else None
+    if field.default is UNSET and field.default_factory is not UNSET:
+        value = field.default_factory()
+    if isinstance(value, Enum):
+        return str(value.value)
+    if value == MISSING:
+        return "*required*"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def allowed(field: Field[Any]) -> str:
+    """Choices of an enumeration, or bounds."""
+    if isinstance(field.type, type) and issubclass(field.type, Enum):
+        return ", ".join(str(choice.value) for choice in field.type)
+    signs = {"least": "≥", "above": ">", "most": "≤", "below": "<"}
+    return ", ".join(f"{signs[name]} {bound:g}" for name, bound in field.metadata.items())

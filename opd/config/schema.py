@@ -1,62 +1,43 @@
-"""The whole configuration of one run, and the choices of each group."""
+"""The whole configuration of one run, the choices of each group, and what must hold between settings."""
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
-from opd.config.keeping import (
-    EvalConfig,
-    RecordConfig,
-    RunConfig,
-    SaveConfig,
-    SyncConfig,
-    TrackingConfig,
-    WandbConfig,
-    WeightRecordConfig,
+from opd.config import (
+    adapter as adapter_group,
+    data as data_group,
+    eval as eval_group,
+    launch as launch_group,
+    loss as loss_group,
+    mask as mask_group,
+    optim as optim_group,
+    record as record_group,
+    reward as reward_group,
+    rollout as rollout_group,
+    teacher as teacher_group,
+    tracking as tracking_group,
 )
-from opd.config.fields import knob
-from opd.config.losses import (
-    DivergenceLossConfig,
-    GrpoLossConfig,
-    LossConfig,
-    NllLossConfig,
-    PolicyGradientLossConfig,
-    Support,
-)
-from opd.config.masks import DiscoverMaskConfig, FileMaskConfig, MaskConfig, StudyMaskConfig
-from opd.config.models import (
-    AdapterConfig,
-    LocalTeacherConfig,
-    LoraConfig,
-    NoTeacherConfig,
-    PoolTeacherConfig,
-    SelfTeacherConfig,
-    ServerTeacherConfig,
-    StudentConfig,
-    TeacherConfig,
-)
-from opd.config.rewards import FunctionRewardConfig, GraderRewardConfig, RewardConfig
-from opd.config.training import AdamWConfig, LaunchConfig, OptimConfig, SGDConfig, TrainingConfig
-from opd.config.writing import (
-    DataConfig,
-    DatasetRolloutConfig,
-    RolloutConfig,
-    ServerRolloutConfig,
-    TransformersRolloutConfig,
-    VllmRolloutConfig,
-)
-from opd.types import DivergenceKind
-
-
-class Method(StrEnum):
-    opd = "opd"
-    opd_pg = "opd_pg"
-    self_distill = "self_distill"
-    offline = "offline"
-    sft = "sft"
-    grpo = "grpo"
+from opd.config.teacher import TeacherConfig
+from opd.config.rollout import RolloutConfig
+from opd.config.data import DataConfig
+from opd.config.loss import LossConfig
+from opd.config.reward import RewardConfig
+from opd.config.optim import OptimConfig
+from opd.config.adapter import AdapterConfig
+from opd.config.mask import MaskConfig
+from opd.config.eval import EvalConfig
+from opd.config.launch import LaunchConfig
+from opd.config.record import RecordConfig
+from opd.config.tracking import TrackingConfig
+from opd.config.fields import bounded, broken_bounds
+from opd.config.method import Method
+from opd.config.run import RunConfig
+from opd.config.save import SaveConfig
+from opd.config.student import StudentConfig
+from opd.config.sync import SyncConfig
+from opd.config.train import TrainConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,7 +45,7 @@ class Config:
     """One run of on-policy distillation."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    seed: int = knob(0, least=0)
+    seed: int = bounded(0, least=0)
     """Fixes the prompt order and every sample drawn."""
     method: Method = Method.opd
     """Name of a choice of writer, scorer and loss; each of these can still be set by itself."""
@@ -75,8 +56,8 @@ class Config:
     loss: LossConfig = MISSING
     reward: RewardConfig = MISSING
     optim: OptimConfig = MISSING
-    train: TrainingConfig = field(default_factory=TrainingConfig)
-    zero: int = knob(1, least=0, most=3)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    zero: int = bounded(1, least=0, most=3)
     """DeepSpeed ZeRO stage: what is sharded over processes (0 nothing, 1 states, 2 gradients, 3 weights)."""
     adapter: AdapterConfig = MISSING
     mask: MaskConfig = MISSING
@@ -91,48 +72,74 @@ class Config:
 
 
 GROUPS: dict[str, dict[str, Any]] = {
-    "teacher": {
-        "server": ServerTeacherConfig,
-        "local": LocalTeacherConfig,
-        "pool": PoolTeacherConfig,
-        "self": SelfTeacherConfig,
-        "none": NoTeacherConfig,
-    },
-    "rollout": {
-        "vllm": VllmRolloutConfig,
-        "server": ServerRolloutConfig,
-        "transformers": TransformersRolloutConfig,
-        "dataset": DatasetRolloutConfig,
-    },
-    "loss": {
-        **{kind.value: DivergenceLossConfig(kind=kind) for kind in DivergenceKind},
-        "topk_forward_kl": DivergenceLossConfig(
-            kind=DivergenceKind.forward_kl, support=Support.teacher_top_k
-        ),
-        "topk_reverse_kl": DivergenceLossConfig(
-            kind=DivergenceKind.reverse_kl, support=Support.teacher_top_k
-        ),
-        "policy_gradient": PolicyGradientLossConfig,
-        "grpo": GrpoLossConfig,
-        "nll": NllLossConfig,
-    },
-    "reward": {
-        "none": RewardConfig,
-        "grader": GraderRewardConfig,
-        "function": FunctionRewardConfig,
-    },
-    "optim": {"adamw": AdamWConfig, "sgd": SGDConfig},
-    "adapter": {"none": AdapterConfig, "lora": LoraConfig},
-    "mask": {
-        "none": MaskConfig,
-        "file": FileMaskConfig,
-        "discover": DiscoverMaskConfig,
-        "study": StudyMaskConfig,
-    },
-    "record": {"none": RecordConfig, "weights": WeightRecordConfig},
-    "tracking": {"none": TrackingConfig, "wandb": WandbConfig},
+    "teacher": teacher_group.CHOICES,
+    "rollout": rollout_group.CHOICES,
+    "loss": loss_group.CHOICES,
+    "reward": reward_group.CHOICES,
+    "optim": optim_group.CHOICES,
+    "adapter": adapter_group.CHOICES,
+    "mask": mask_group.CHOICES,
+    "record": record_group.CHOICES,
+    "tracking": tracking_group.CHOICES,
 }
 """Group choices: ``loss=jsd`` on the command line picks ``GROUPS["loss"]["jsd"]``."""
+
+RULES = (
+    *data_group.RULES,
+    *loss_group.RULES,
+    *eval_group.RULES,
+    *rollout_group.RULES,
+    *teacher_group.RULES,
+    *record_group.RULES,
+    *mask_group.RULES,
+    *launch_group.RULES,
+    *optim_group.RULES,
+)
+"""What must hold between settings: each returns a sentence when it does not."""
+
+FORMER_NAMES = {
+    "adapter.alpha": "adapter.lora_alpha",
+    "adapter.dropout": "adapter.lora_dropout",
+    "adapter.rank": "adapter.r",
+    "adapter.targets": "adapter.target_modules",
+    "loss.band_high": "loss.correction_max",
+    "loss.band_low": "loss.correction_min",
+    "loss.cap": "loss.correction_cap",
+    "loss.clip": "loss.token_clip",
+    "loss.clip_high": "loss.clip_ratio_high",
+    "loss.clip_low": "loss.clip_ratio_low",
+    "loss.first_share": "loss.prefix_fraction",
+    "loss.kl": "loss.kl_coef",
+    "loss.normalise": "loss.reduction",
+    "optim.clip": "optim.max_grad_norm",
+    "reward.scale": "reward.scale_rewards",
+    "rollout.eager": "rollout.enforce_eager",
+    "rollout.gpu_memory_fraction": "rollout.gpu_memory_utilization",
+    "rollout.kv_cache_mib": "rollout.kv_cache_memory_bytes",
+    "rollout.max_length": "rollout.max_model_len",
+    "rollout.sleep": "rollout.enable_sleep_mode",
+    "student.attention": "student.attn_implementation",
+    "sync.anchor_every": "sync.snapshot_every",
+    "teacher.batch_tokens": "teacher.max_num_batched_tokens",
+    "teacher.decay": "teacher.ema_decay",
+    "teacher.gpu_memory_fraction": "teacher.gpu_memory_utilization",
+    "teacher.max_length": "teacher.max_model_len",
+    "teacher.tensor_parallel": "teacher.tensor_parallel_size",
+    "train.activation_checkpointing": "train.gradient_checkpointing",
+    "train.micro_tokens": "train.max_tokens_per_micro_batch",
+    "train.scores": "train.mask_scores",
+}
+"""Settings that were renamed; the former name is refused with the present one."""
+
+
+def problems(config: Config) -> list[str]:
+    """Every broken bound and rule, one sentence each; empty when the config is valid."""
+    found = [*broken_bounds(config)]
+    for rule in RULES:
+        sentence = rule(config)
+        if sentence is not None:
+            found.append(sentence)
+    return found
 
 
 def register() -> None:

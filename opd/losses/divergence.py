@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from opd.batch import Batch, LossOutput
+from opd.config.fields import require_bounds
+from opd.config.loss import DivergenceLossConfig, Support
 from opd.losses.closed_form import with_gradients
-from opd.losses.token_weights import Factors
+from opd.losses.token_weights import TokenWeights
 from opd.losses.support import (
     MAX_LOG_RATIO,
     spread,
@@ -19,23 +21,23 @@ from opd.types import DivergenceKind
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Divergence:
-    """Sum over tokens of factor times the divergence between teacher p and student q, in nats.
+    """Sum over tokens of weight times the divergence between teacher p and student q, in nats.
 
     forward_kl       sum_v p log(p / q)
     reverse_kl       sum_v q log(q / p)
     jsd              beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q;
                      beta 0 and 1 are forward and reverse KL themselves (GKD, arXiv 2306.13649)
     skew_kl          KL(p || skew p + (1 - skew) q) (DistiLLM, arXiv 2402.03898)
-    skew_reverse_kl  KL(q || skew q + (1 - skew) p), its mirror
+    skew_reverse_kl  KL(q || skew q + (1 - skew) p), its replica
 
     v runs over the vocabulary when the batch carries ``teacher_logp_NV``. Otherwise it runs over
-    the ids of its support (``intersect``: those of them that are in ``engine_ids_NK`` too) and one
+    the ids of its support (support=intersection: those of them that are in ``engine_ids_NK`` too) and one
     more bucket, **the tail**: all other ids together. With it the sum is a divergence (never
     negative, at most the full one); without it a top-k "KL" is neither.
 
-    ``clip`` holds each token's divergence at that many nats: beyond, it has no gradient.
+    ``token_clip`` holds each token's divergence at that many nats: beyond, it has no gradient.
 
     Value and slope are closed forms of d = log p - log q, and no graph over [N, V] is kept. Slopes
     are those of the same divergences between measures that need not sum to one (KL + sum q - sum p):
@@ -44,37 +46,28 @@ class Divergence:
     ids must not repeat in a row; teacher ids that the student lacks count to the tail.
     """
 
-    kind: DivergenceKind = DivergenceKind.reverse_kl
-    beta: float = 0.5
-    skew: float = 0.1
-    clip: float | None = None
-    intersect: bool = False
-    factors: Factors = field(default_factory=Factors)
+    config: DivergenceLossConfig = field(default_factory=DivergenceLossConfig)
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.beta <= 1.0:
-            raise ValueError(f"loss beta is {self.beta}; it must lie in [0, 1]")
-        if not 0.0 <= self.skew < 1.0:
-            raise ValueError(f"loss skew is {self.skew}; it must lie in [0, 1)")
-        if self.clip is not None and not self.clip > 0.0:
-            raise ValueError(f"loss clip is {self.clip}; it must be positive")
+        require_bounds(self.config, "loss.")
 
     def __call__(self, student_logp_NV: torch.Tensor, batch: Batch) -> LossOutput:
+        config = self.config
         with torch.no_grad():
-            if self.intersect and batch.teacher_logp_NV is None:
+            if config.support == Support.intersection and batch.teacher_logp_NV is None:
                 batch = replace(batch, support_ids_NK=within_engine_ids(batch))
-            factor_N, sums = self.factors(student_logp_NV, batch)
+            weight_N, sums = TokenWeights(config)(student_logp_NV, batch)
             value_N, slope_NV, tails = self._measured(student_logp_NV, batch)
-            sums |= tails | {f"loss/{self.kind}": value_N.sum()}
+            sums |= tails | {f"loss/{config.kind}": value_N.sum()}
             if batch.teacher_logp_N is not None:
                 sums["teacher/nll"] = -batch.teacher_logp_N.clamp(min=-MAX_LOG_RATIO).sum()
-            pull_N = factor_N
-            if self.clip is not None:
-                beyond_N = value_N > self.clip
+            pull_N = weight_N
+            if config.token_clip is not None:
+                beyond_N = value_N > config.token_clip
                 sums["loss/kl_clip_share"] = beyond_N.float().sum()
-                value_N = value_N.clamp(max=self.clip)
-                pull_N = factor_N.masked_fill(beyond_N, 0.0)
-            total = (factor_N * value_N).sum()
+                value_N = value_N.clamp(max=config.token_clip)
+                pull_N = weight_N.masked_fill(beyond_N, 0.0)
+            total = (weight_N * value_N).sum()
             slope_NV.mul_(pull_N[:, None])
         return LossOutput(total=with_gradients(total, (student_logp_NV, slope_NV)), sums=sums)
 
@@ -96,25 +89,26 @@ class Divergence:
 
     def _value_and_slope(self, s: torch.Tensor, t: torch.Tensor) -> Pair:
         """Sums [N] over the columns, and their derivative by ``s``; s, t are log q, log p."""
-        match self.kind:
+        config = self.config
+        match config.kind:
             case DivergenceKind.forward_kl:
                 return _forward_kl(s, t)
             case DivergenceKind.reverse_kl:
                 return _reverse_kl(s, t)
-            case DivergenceKind.jsd if self.beta == 0.0:
+            case DivergenceKind.jsd if config.beta == 0.0:
                 return _forward_kl(s, t)
-            case DivergenceKind.jsd if self.beta == 1.0:
+            case DivergenceKind.jsd if config.beta == 1.0:
                 return _reverse_kl(s, t)
             case DivergenceKind.jsd:
-                return _jsd(s, t, self.beta)
-            case DivergenceKind.skew_kl if self.skew == 0.0:
+                return _jsd(s, t, config.beta)
+            case DivergenceKind.skew_kl if config.skew == 0.0:
                 return _forward_kl(s, t)
             case DivergenceKind.skew_kl:
-                return _skew_kl(s, t, self.skew)
-            case DivergenceKind.skew_reverse_kl if self.skew == 0.0:
+                return _skew_kl(s, t, config.skew)
+            case DivergenceKind.skew_reverse_kl if config.skew == 0.0:
                 return _reverse_kl(s, t)
             case DivergenceKind.skew_reverse_kl:
-                return _skew_reverse_kl(s, t, self.skew)
+                return _skew_reverse_kl(s, t, config.skew)
 
 
 def _log_ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -5,17 +5,18 @@ from dataclasses import dataclass, field
 import torch
 
 from opd.batch import Batch, LossOutput
-from opd.losses.token_weights import Factors, at_target
+from opd.config.loss import LossConfig, NllLossConfig
+from opd.losses.token_weights import TokenWeights, at_target
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class NegativeLogLikelihood:
-    """Sum over tokens of factor times -log q(target), in nats. Asks nothing of a teacher."""
+    """Sum over tokens of weight times -log q(target), in nats. Asks nothing of a teacher."""
 
-    factors: Factors = field(default_factory=Factors)
+    config: LossConfig = field(default_factory=NllLossConfig)
 
     def __call__(self, student_logp_NV: torch.Tensor, batch: Batch) -> LossOutput:
-        factor_N, sums = self.factors(student_logp_NV, batch)
+        weight_N, sums = TokenWeights(self.config)(student_logp_NV, batch)
         nll_N = -at_target(student_logp_NV, batch)
         sums["loss/nll"] = nll_N.detach().sum()
-        return LossOutput(total=(factor_N * nll_N).sum(), sums=sums)
+        return LossOutput(total=(weight_N * nll_N).sum(), sums=sums)

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 import torch
 
 from opd.batch import Batch, LossOutput
-from opd.losses.token_weights import Factors, at_target
+from opd.config.fields import require_bounds
+from opd.config.loss import PolicyGradientLossConfig
+from opd.losses.token_weights import TokenWeights, at_target
 from opd.losses.support import MAX_LOG_RATIO
 from opd.types import Surrogate
 
@@ -13,19 +15,19 @@ MAX_GAIN = 20.0
 """Nats; k3's exp(log p - log q) is held here, as elsewhere in the field."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class PolicyGradient:
-    """Sum over tokens of factor times a surrogate whose gradient is that of an expected reward.
+    """Sum over tokens of weight times a surrogate whose gradient is that of an expected reward.
 
     A = teacher_weight * [log p(y) - log q(y) + ``future_N`` where the batch has it, cut to
     plus and minus advantage_clip nats] + reward_weight * ``advantage_N``. Written by the student
     itself, the expected gradient of the teacher's part is that of the exact reverse KL. Per token,
     with A held fixed and r = q(y) / engine(y), 1 where no engine wrote y:
 
-    clip   -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)     (PPO, arXiv 1707.06347)
-    plain  -A log q                                              (times ``factors``' correction)
+    clip   -min(r A, clip(r, 1 - clip_ratio_low, 1 + clip_ratio_high) A)     (PPO, arXiv 1707.06347)
+    plain  -A log q                                              (times the importance correction)
 
-    ``kl`` adds kl * k3, k3 = p / q - 1 - log(p / q), the reference policy in the teacher's place:
+    ``kl_coef`` adds kl_coef * k3, k3 = p / q - 1 - log(p / q), the reference policy in the teacher's place:
     with teacher_weight 0 and reward_weight 1 this is GRPO (arXiv 2402.03300).
 
     The value is a surrogate: only its gradient means something. What the teacher's part stands for is
@@ -34,66 +36,52 @@ class PolicyGradient:
     ``loss/teacher_advantage`` and ``loss/reward_advantage`` are sizes of the two parts of A.
     """
 
-    surrogate: Surrogate = Surrogate.clip
-    teacher_weight: float = 1.0
-    reward_weight: float = 0.0
-    kl: float = 0.0
-    advantage_clip: float | None = None
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    factors: Factors = field(default_factory=Factors)
+    config: PolicyGradientLossConfig = field(default_factory=PolicyGradientLossConfig)
 
     def __post_init__(self) -> None:
-        if self.advantage_clip is not None and self.advantage_clip <= 0.0:
-            raise ValueError(f"loss advantage_clip is {self.advantage_clip}; it must be positive")
-        if not (0.0 <= self.clip_low <= 1.0 and self.clip_high >= 0.0):
-            raise ValueError(
-                f"loss clip range is {self.clip_low}, {self.clip_high}; "
-                "clip_low must lie in [0, 1] and clip_high must not be negative"
-            )
-        if self.kl < 0.0:
-            raise ValueError(f"loss kl is {self.kl}; it must not be negative")
+        require_bounds(self.config, "loss.")
 
     def __call__(self, student_logp_NV: torch.Tensor, batch: Batch) -> LossOutput:
-        factor_N, sums = self.factors(student_logp_NV, batch)
+        config = self.config
+        weight_N, sums = TokenWeights(config)(student_logp_NV, batch)
         logp_N = at_target(student_logp_NV, batch)
         advantage_N = torch.zeros_like(logp_N)
         cost_N = torch.zeros_like(logp_N)
-        if self.teacher_weight or self.kl:
+        if config.teacher_weight or config.kl_coef:
             assert batch.teacher_logp_N is not None, "this needs the teacher's log-probs"
             teacher_N = batch.teacher_logp_N.clamp(min=-MAX_LOG_RATIO)
             gain_N = teacher_N - logp_N.detach()
             sums |= _estimates(gain_N) | {"teacher/nll": -teacher_N.sum()}
-            if self.kl:
-                cost_N = self.kl * _k3(gain_N, logp_N)
-            if self.teacher_weight:
+            if config.kl_coef:
+                cost_N = config.kl_coef * _k3(gain_N, logp_N)
+            if config.teacher_weight:
                 part_N = self._teacher_part(gain_N, batch, sums)
                 sums["loss/teacher_advantage"] = part_N.abs().sum()
                 advantage_N += part_N
-        if self.reward_weight:
+        if config.reward_weight:
             assert batch.advantage_N is not None, (
                 "a reward's advantage is needed on every completion"
             )
-            part_N = self.reward_weight * batch.advantage_N
+            part_N = config.reward_weight * batch.advantage_N
             sums["loss/reward_advantage"] = part_N.abs().sum()
             advantage_N += part_N
-        match self.surrogate:
+        match config.surrogate:
             case Surrogate.plain:
                 raised_N = advantage_N * logp_N
             case Surrogate.clip:
                 raised_N, held_N = self._clipped(logp_N, batch.engine_logp_N, advantage_N)
                 sums["loss/clip_share"] = held_N.float().sum()
-        return LossOutput(total=(factor_N * (cost_N - raised_N)).sum(), sums=sums)
+        return LossOutput(total=(weight_N * (cost_N - raised_N)).sum(), sums=sums)
 
     def _teacher_part(
         self, gain_N: torch.Tensor, batch: Batch, sums: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         advantage_N = gain_N if batch.future_N is None else gain_N + batch.future_N
-        if self.advantage_clip is not None:
-            cut_N = advantage_N.clamp(-self.advantage_clip, self.advantage_clip)
+        if self.config.advantage_clip is not None:
+            cut_N = advantage_N.clamp(-self.config.advantage_clip, self.config.advantage_clip)
             sums["loss/advantage_clip_share"] = (cut_N != advantage_N).float().sum()
             advantage_N = cut_N
-        return self.teacher_weight * advantage_N
+        return self.config.teacher_weight * advantage_N
 
     def _clipped(
         self, logp_N: torch.Tensor, engine_logp_N: torch.Tensor, advantage_N: torch.Tensor
@@ -102,7 +90,7 @@ class PolicyGradient:
         wrote_N = torch.where(engine_logp_N.isnan(), logp_N.detach(), engine_logp_N)
         ratio_N = (logp_N - wrote_N).exp()
         plain_N = ratio_N * advantage_N
-        cut_N = ratio_N.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * advantage_N
+        cut_N = ratio_N.clamp(1.0 - self.config.clip_ratio_low, 1.0 + self.config.clip_ratio_high) * advantage_N
         return torch.minimum(plain_N, cut_N), cut_N.detach() < plain_N.detach()
 
 

@@ -78,7 +78,7 @@ class Overlap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class MaskComparison:
     """Two masks: over the whole model and by module type, in the model's order."""
 
     whole: Overlap
@@ -92,7 +92,7 @@ def ratio(part: float, of: float) -> float:
 
 def compare(
     a: Mask, b: Mask, base: Checkpoint | None = None, progress: Progress = quiet
-) -> Comparison:
+) -> MaskComparison:
     """Coverage both ways, Jaccard and their expectations, a tensor at a time.
 
     The level ``binade`` needs the base's weights. ValueError when the masks, or the base, do not
@@ -107,7 +107,7 @@ def compare(
     modules: dict[str, list[_Cell]] = {}
     for cell in cells:
         modules.setdefault(place(cell.name).module, []).append(cell)
-    return Comparison(
+    return MaskComparison(
         whole=_overlap("all", cells),
         modules=tuple(_overlap(module, mine) for module, mine in modules.items()),
     )

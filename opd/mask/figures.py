@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from opd.mask.compare import Comparison, Overlap
+from opd.mask.compare import MaskComparison, Overlap
 from opd.mask.describe import Description
 
 CURVES = ("#4c78a8", "#e45756", "#7a7a7a")
@@ -77,7 +77,7 @@ def _rest(described: Description) -> str:
     return ", ".join([*parts, *(f"{s.name} {100 * s.density:.3g} %" for s in outside)])
 
 
-def overlap_bars(comparison: Comparison, names: tuple[str, str], path: Path) -> None:
+def overlap_bars(comparison: MaskComparison, names: tuple[str, str], path: Path) -> None:
     """Coverage of A by B for the whole model and each module type, with chance marked on each bar."""
     rows: Sequence[Overlap] = [
         comparison.whole,

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opd.checkpoint.chunks import PIECE, Piece, Progress, float32
+from opd.checkpoint.chunks import PIECE, Chunk, Progress, float32
 from opd.checkpoint.tensors import Checkpoint, Stored
 
 
 def safe(
     base: Checkpoint, rank_share: float, spool: Path, progress: Progress
-) -> Callable[[Piece], np.ndarray]:
+) -> Callable[[Chunk], np.ndarray]:
     """-min(rank of |W0|, rank of |P|) within each matrix, both as shares from 0 to 1.
 
     P is the reconstruction of W0 from its ceil(rank_share * min dim) largest singular directions.
@@ -34,7 +34,7 @@ def safe(
                 progress("decomposing matrices", written / total)
     held = np.memmap(spool, np.float32, "r")
 
-    def read(piece: Piece) -> np.ndarray:
+    def read(piece: Chunk) -> np.ndarray:
         start = starts[piece.name]
         return np.array(held[start + piece.start : start + piece.stop])
 

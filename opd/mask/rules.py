@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from opd.checkpoint.chunks import Piece, float32, stretch
+from opd.checkpoint.chunks import Chunk, float32, stretch
 from opd.checkpoint.tensors import Checkpoint, Stored, open_checkpoint, open_tensors
 
-Read = Callable[[Piece], np.ndarray]
+Read = Callable[[Chunk], np.ndarray]
 
 
 def delta(base: Checkpoint, other: Checkpoint, trained: str) -> Read:
@@ -18,7 +18,7 @@ def delta(base: Checkpoint, other: Checkpoint, trained: str) -> Read:
     """
     require_same(base, other, f"trained={trained}")
 
-    def read(piece: Piece) -> np.ndarray:
+    def read(piece: Chunk) -> np.ndarray:
         before, after = (stretch(side[piece.name], piece).bfloat16() for side in (base, other))
         return _sound(np.abs(float32(after) - float32(before)), piece.name, f"|D| of {trained}")
 
@@ -28,7 +28,7 @@ def delta(base: Checkpoint, other: Checkpoint, trained: str) -> Read:
 def near_zero(base: Checkpoint) -> Read:
     """-|W0|: the smallest weights first."""
 
-    def read(piece: Piece) -> np.ndarray:
+    def read(piece: Chunk) -> np.ndarray:
         return _sound(-np.abs(float32(stretch(base[piece.name], piece))), piece.name, base.model)
 
     return read
@@ -39,7 +39,7 @@ def scores(base: Checkpoint, file: str) -> Read:
     given = open_tensors(Path(file))
     require_same(base, given, f"scores={file}")
 
-    def read(piece: Piece) -> np.ndarray:
+    def read(piece: Chunk) -> np.ndarray:
         return _sound(float32(stretch(given[piece.name], piece)), piece.name, file)
 
     return read

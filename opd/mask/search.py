@@ -13,9 +13,9 @@ from opd.config.masks import MaskBudget, MaskRule, MaskStructure, RuleConfig
 from opd.mask import rules
 from opd.mask.mask import Mask, read_mask
 from opd.checkpoint.names import place
-from opd.checkpoint.chunks import Piece, Progress, binades, counts_by_binade, stretch
+from opd.checkpoint.chunks import Chunk, Progress, binades, counts_by_binade, stretch
 from opd.mask.principal import safe
-from opd.mask.top_k import Contest, Cut, Read, Selection, cut_at
+from opd.mask.top_k import TopKQuery, Threshold, Read, Selection, cut_at
 from opd.mask.units import UnitSelection
 from opd.checkpoint.tensors import Checkpoint
 
@@ -46,7 +46,7 @@ class Search:
             self._like.require_base(fingerprint, base.model)
             self._like.require_parameters(base.shapes)
         self._scores, source = self._ranking(spool)
-        # masks of other sources draw other tickets: their ties must not coincide
+        # masks of other sources draw other tiebreak: their ties must not coincide
         self._salt = f"{rule.seed} {rule.rule.value} {source}"
         self._open = tuple(
             name for name in base if not any(fnmatchcase(name, p) for p in rule.exclude)
@@ -63,8 +63,8 @@ class Search:
         if self._like is not None:
             yield from self._as_in(self._like)
         elif self._rule.threshold is not None:
-            contest = Contest(names=self._open, quotas=(0,), scores=self._scores)
-            yield from self._selection(1).kept(contest, cut_at(self._rule.threshold))
+            query = TopKQuery(names=self._open, quotas=(0,), scores=self._scores)
+            yield from self._selection(1).kept(query, cut_at(self._rule.threshold))
         else:
             groups = self._groups()
             if self._rule.structure == MaskStructure.coordinates:
@@ -98,12 +98,12 @@ class Search:
         selection = self._selection(3 if self._scores is None else 5)
         unmoved = 0
         for group in groups:
-            contest = Contest(names=group.names, quotas=(group.quota,), scores=self._scores)
-            cut = selection.cut(contest)
+            query = TopKQuery(names=group.names, quotas=(group.quota,), scores=self._scores)
+            cut = selection.cut(query)
             self.tied += cut.tied
             self.tied_kept += cut.tied_kept
-            unmoved += self._kept_unmoved(selection, contest, cut)
-            yield from selection.kept(contest, cut)
+            unmoved += self._kept_unmoved(selection, query, cut)
+            yield from selection.kept(query, cut)
         if unmoved:
             self.warnings.append(
                 f"density={self._rule.density} asks for more weights than have changed: {unmoved:,} of "
@@ -111,12 +111,12 @@ class Search:
                 "threshold=1e-5"
             )
 
-    def _kept_unmoved(self, selection: Selection, contest: Contest, cut: Cut) -> int:
+    def _kept_unmoved(self, selection: Selection, query: TopKQuery, cut: Threshold) -> int:
         zero = int(cut_at(0.0).score[0])
         if self._rule.rule != MaskRule.delta or int(cut.score[0]) > zero:
             return 0
-        assert contest.scores is not None
-        return contest.quotas[0] - selection.count_above(contest.names, contest.scores, 0.0)
+        assert query.scores is not None
+        return query.quotas[0] - selection.count_above(query.names, query.scores, 0.0)
 
     def _units(self, groups: list[Group]) -> Iterator[tuple[str, torch.Tensor]]:
         shapes = self._base.shapes
@@ -134,10 +134,10 @@ class Search:
             if matched:
                 quotas = tuple(counts_by_binade(self._base[name], index).tolist())
                 classes = self._binades
-            contest = Contest(names=(name,), quotas=quotas, classes=classes)
-            yield from selection.kept(contest, selection.cut(contest))
+            query = TopKQuery(names=(name,), quotas=quotas, classes=classes)
+            yield from selection.kept(query, selection.cut(query))
 
-    def _binades(self, piece: Piece) -> np.ndarray:
+    def _binades(self, piece: Chunk) -> np.ndarray:
         return binades(stretch(self._base[piece.name], piece))
 
     def _groups(self) -> list[Group]:

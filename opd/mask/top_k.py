@@ -1,6 +1,6 @@
 """The highest scores of a model, exactly as many as asked, without holding the scores.
 
-Radix selection: coordinates are ordered by the pair (score, ticket), where the ticket is a
+Radix selection: coordinates are ordered by the pair (score, tiebreak), where the tiebreak is a
 pseudo-random number of 32 bits that depends on a salt, the parameter's name and the coordinate
 alone. Each pass over the weights counts one field of 16 bits of that pair among the coordinates
 that agree with the boundary so far; four passes know the boundary, a last one writes. Equal scores
@@ -16,19 +16,19 @@ import numpy as np
 import torch
 
 from opd.mask.mask import index_dtype
-from opd.checkpoint.chunks import THREADS, Piece, Progress, in_order, pieces, quiet
+from opd.checkpoint.chunks import THREADS, Chunk, Progress, in_order, pieces, quiet
 
-Read = Callable[[Piece], np.ndarray]
+Read = Callable[[Chunk], np.ndarray]
 BEYOND = 1 << 32
-"""Above every score and every ticket: nothing is kept."""
+"""Above every score and every tiebreak: nothing is kept."""
 ALL = 1 << 62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contest:
+class TopKQuery:
     """Parameters whose coordinates compete for ``quotas[class]`` places in each class.
 
-    ``scores`` reads float32 scores, the higher the better; None makes all equal, and tickets alone
+    ``scores`` reads float32 scores, the higher the better; None makes all equal, and tiebreak alone
     decide. ``classes`` reads the class of each coordinate; None is one class.
     """
 
@@ -43,15 +43,15 @@ class Contest:
 
 
 @dataclass(slots=True, kw_only=True)
-class Cut:
-    """Where each class is cut: kept are the pairs above (score, ticket) and ``places`` equal to it.
+class Threshold:
+    """Where each class is cut: kept are the pairs above (score, tiebreak) and ``places`` equal to it.
 
     ``tied`` coordinates have the score of the boundary and only ``tied_kept`` of them are kept;
     both are 0 when no equal scores had to be parted.
     """
 
     score: np.ndarray
-    ticket: np.ndarray
+    tiebreak: np.ndarray
     places: np.ndarray
     tied: int = 0
     tied_kept: int = 0
@@ -59,7 +59,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """``width`` bits of the score or the ticket, above the lowest ``shift``."""
+    """``width`` bits of the score or the tiebreak, above the lowest ``shift``."""
 
     of_score: bool
     shift: int
@@ -78,7 +78,7 @@ def sortable(scores: np.ndarray) -> np.ndarray:
     return bits ^ np.where(bits >> np.uint32(31), np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
 
 
-def tickets(salt: str, name: str, coordinates: np.ndarray) -> np.ndarray:
+def tiebreak(salt: str, name: str, coordinates: np.ndarray) -> np.ndarray:
     """A pseudo-random number below 2^32 for each coordinate, as uint64 (splitmix64)."""
     start = hashlib.blake2b(f"{salt} {name}".encode(), digest_size=8).digest()
     z = coordinates.astype(np.uint64)
@@ -92,10 +92,10 @@ def tickets(salt: str, name: str, coordinates: np.ndarray) -> np.ndarray:
     return z
 
 
-def cut_at(threshold: float) -> Cut:
+def cut_at(threshold: float) -> Threshold:
     """The cut that keeps every score above a threshold."""
     key = sortable(np.array([threshold], np.float32)).astype(np.uint64)
-    return Cut(score=key, ticket=np.array([BEYOND], np.uint64), places=np.zeros(1, np.int64))
+    return Threshold(score=key, tiebreak=np.array([BEYOND], np.uint64), places=np.zeros(1, np.int64))
 
 
 class Selection:
@@ -120,18 +120,18 @@ class Selection:
         self._pool = ThreadPoolExecutor(THREADS)
         self._done, self._most = 0, passes * sum(self._sizes.values())
 
-    def cut(self, contest: Contest) -> Cut:
-        """The boundary that keeps exactly the contest's quotas."""
-        quotas = np.array(contest.quotas, np.int64)
+    def cut(self, query: TopKQuery) -> Threshold:
+        """The boundary that keeps exactly the query's quotas."""
+        quotas = np.array(query.quotas, np.int64)
         start = np.where(quotas > 0, 0, BEYOND).astype(np.uint64)
-        cut = Cut(score=start, ticket=start.copy(), places=quotas)
+        cut = Threshold(score=start, tiebreak=start.copy(), places=quotas)
         undecided = quotas > 0
-        fields = [] if contest.scores is None else [*SCORE_FIELDS]
-        fields += TICKET_FIELDS if contest.classes is None else CLASS_FIELDS
+        fields = [] if query.scores is None else [*SCORE_FIELDS]
+        fields += TICKET_FIELDS if query.classes is None else CLASS_FIELDS
         for number, field in enumerate(fields):
             if not undecided.any():
                 break
-            table = self._histogram(contest, cut, field)
+            table = self._histogram(query, cut, field)
             if number == 0:
                 assert (table.sum(axis=1) >= quotas).all(), "a quota exceeds its class"
             for kind in np.flatnonzero(undecided).tolist():
@@ -143,14 +143,14 @@ class Selection:
                     cut.tied, cut.tied_kept = equal, int(cut.places[kind])
         return cut
 
-    def kept(self, contest: Contest, cut: Cut) -> Iterator[tuple[str, torch.Tensor]]:
-        """The kept coordinates of each parameter of the contest, sorted."""
+    def kept(self, query: TopKQuery, cut: Threshold) -> Iterator[tuple[str, torch.Tensor]]:
+        """The kept coordinates of each parameter of the query, sorted."""
         places = cut.places.copy()
-        for name in contest.names:
+        for name in query.names:
             # pages of an empty array that stay untouched take no memory
             found, length = np.empty(self._sizes[name], self._dtype), 0
             mine = pieces(self._sizes, [name])
-            above = in_order(self._pool, lambda piece: self._above(contest, cut, piece), mine)
+            above = in_order(self._pool, lambda piece: self._above(query, cut, piece), mine)
             for piece, (part, equal, classes) in zip(mine, above, strict=True):
                 if len(equal):
                     part = np.sort(np.concatenate([part, _seated(equal, classes, places)]))
@@ -163,75 +163,75 @@ class Selection:
         """How many scores are above a threshold."""
         key = sortable(np.array([threshold], np.float32))[0]
 
-        def count(piece: Piece) -> int:
+        def count(piece: Chunk) -> int:
             return int(np.count_nonzero(sortable(scores(piece)) > key))
 
         return sum(in_order(self._pool, count, pieces(self._sizes, names)))
 
-    def _histogram(self, contest: Contest, cut: Cut, field: Field) -> np.ndarray:
+    def _histogram(self, query: TopKQuery, cut: Threshold, field: Field) -> np.ndarray:
         """How often each digit of a field occurs on the boundary so far, [class, 2^width]."""
-        shape = (len(contest.quotas), 1 << field.width)
+        shape = (len(query.quotas), 1 << field.width)
         count = self._count_scores if field.of_score else self._count_tickets
         table = np.zeros(shape, np.int64)
-        mine = pieces(self._sizes, contest.names)
-        work = in_order(self._pool, lambda piece: count(contest, cut, field, piece), mine)
+        mine = pieces(self._sizes, query.names)
+        work = in_order(self._pool, lambda piece: count(query, cut, field, piece), mine)
         for piece, part in zip(mine, work, strict=True):
             table += part.reshape(shape)
             self._tell(piece)
         return table
 
-    def _count_scores(self, contest: Contest, cut: Cut, field: Field, piece: Piece) -> np.ndarray:
-        assert contest.scores is not None
-        keys = sortable(contest.scores(piece))
+    def _count_scores(self, query: TopKQuery, cut: Threshold, field: Field, piece: Chunk) -> np.ndarray:
+        assert query.scores is not None
+        keys = sortable(query.scores(piece))
         top = field.shift + field.width
         if top < 32:
             keys = keys[keys >> np.uint32(top) == np.uint32(int(cut.score[0]) >> top)]
         digits = keys >> np.uint32(field.shift) & np.uint32((1 << field.width) - 1)
         return np.bincount(digits, minlength=1 << field.width)
 
-    def _count_tickets(self, contest: Contest, cut: Cut, field: Field, piece: Piece) -> np.ndarray:
-        places, classes = self._on_boundary(contest, cut, piece)
-        drawn = tickets(self._salt, piece.name, places + piece.start)
+    def _count_tickets(self, query: TopKQuery, cut: Threshold, field: Field, piece: Chunk) -> np.ndarray:
+        places, classes = self._on_boundary(query, cut, piece)
+        drawn = tiebreak(self._salt, piece.name, places + piece.start)
         top = np.uint64(field.shift + field.width)
         if top < 32:
-            here = drawn >> top == cut.ticket[classes] >> top
-            drawn, classes = drawn[here], classes[here] if contest.classes else classes
+            here = drawn >> top == cut.tiebreak[classes] >> top
+            drawn, classes = drawn[here], classes[here] if query.classes else classes
         digits = (drawn >> np.uint64(field.shift)).astype(np.int64) & ((1 << field.width) - 1)
-        if contest.classes is not None:
+        if query.classes is not None:
             digits += classes.astype(np.int64) << field.width
-        return np.bincount(digits, minlength=len(contest.quotas) << field.width)
+        return np.bincount(digits, minlength=len(query.quotas) << field.width)
 
     def _on_boundary(
-        self, contest: Contest, cut: Cut, piece: Piece
+        self, query: TopKQuery, cut: Threshold, piece: Chunk
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Places in a piece where the ticket decides, and their classes (broadcast when only one)."""
+        """Places in a piece where the tiebreak decides, and their classes (broadcast when only one)."""
         one = np.zeros(1, np.uint8)
-        if contest.scores is not None:
-            return _equal_to(sortable(contest.scores(piece)), int(cut.score[0])), one
-        classes = one if contest.classes is None else contest.classes(piece)
+        if query.scores is not None:
+            return _equal_to(sortable(query.scores(piece)), int(cut.score[0])), one
+        classes = one if query.classes is None else query.classes(piece)
         return np.arange(piece.stop - piece.start), classes
 
     def _above(
-        self, contest: Contest, cut: Cut, piece: Piece
+        self, query: TopKQuery, cut: Threshold, piece: Chunk
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sorted places in a piece above the cut; places equal to it; the classes of the latter."""
         one = np.zeros(1, np.uint8)
         keep = np.zeros(piece.stop - piece.start, bool)
-        if contest.scores is None:
-            on, classes = self._on_boundary(contest, cut, piece)
+        if query.scores is None:
+            on, classes = self._on_boundary(query, cut, piece)
         else:
-            keys, score = sortable(contest.scores(piece)), int(cut.score[0])
+            keys, score = sortable(query.scores(piece)), int(cut.score[0])
             if score < BEYOND:
                 keep = keys > np.uint32(score)
             on, classes = _equal_to(keys, score), one
-        drawn = tickets(self._salt, piece.name, on + piece.start)
-        line = cut.ticket[classes]
+        drawn = tiebreak(self._salt, piece.name, on + piece.start)
+        line = cut.tiebreak[classes]
         keep[on[drawn > line]] = True
         at = np.flatnonzero(drawn == line)
         kinds = np.broadcast_to(classes, on.shape)[at]
         return np.flatnonzero(keep), on[at], kinds
 
-    def _tell(self, piece: Piece) -> None:
+    def _tell(self, piece: Chunk) -> None:
         self._done += piece.stop - piece.start
         self._progress("choosing weights", self._done / self._most)
 
@@ -240,13 +240,13 @@ def _equal_to(keys: np.ndarray, score: int) -> np.ndarray:
     return np.flatnonzero(keys == np.uint32(score)) if score < BEYOND else np.zeros(0, np.int64)
 
 
-def _narrow(cut: Cut, kind: int, counts: np.ndarray, field: Field) -> int:
+def _narrow(cut: Threshold, kind: int, counts: np.ndarray, field: Field) -> int:
     """Fix one more field of a class's cut; what is left of its places; how many lie in the last bin."""
     from_top = np.cumsum(counts[::-1])
     step = int(np.searchsorted(from_top, cut.places[kind]))
     digit = len(counts) - 1 - step
     cut.places[kind] -= from_top[step] - counts[digit]
-    key = cut.score if field.of_score else cut.ticket
+    key = cut.score if field.of_score else cut.tiebreak
     key[kind] |= np.uint64(digit << field.shift)
     return int(counts[digit])
 

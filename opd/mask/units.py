@@ -9,8 +9,8 @@ import torch
 
 from opd.config.masks import MaskStructure
 from opd.mask.mask import index_dtype
-from opd.checkpoint.chunks import THREADS, Piece, Progress, in_order, pieces
-from opd.mask.top_k import tickets
+from opd.checkpoint.chunks import THREADS, Chunk, Progress, in_order, pieces
+from opd.mask.top_k import tiebreak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ class UnitSelection:
         self._done, self._most = 0, max(1, sum(self._sizes.values()))
 
     def kept(
-        self, names: tuple[str, ...], quota: int, scores: Callable[[Piece], np.ndarray] | None
+        self, names: tuple[str, ...], quota: int, scores: Callable[[Chunk], np.ndarray] | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The kept coordinates of each parameter of a group, sorted."""
         grids = [self._grids[name] for name in names]
@@ -90,7 +90,7 @@ class UnitSelection:
         lengths = np.concatenate([np.full(grid.units, grid.length) for grid in grids])
         value = np.concatenate([self._values(name, scores) for name in names])
         drawn = np.concatenate(
-            [tickets(self._salt, name, np.arange(self._grids[name].units)) for name in names]
+            [tiebreak(self._salt, name, np.arange(self._grids[name].units)) for name in names]
         )
         order = np.lexsort((drawn, value))[::-1]
         fitting = int(np.searchsorted(np.cumsum(lengths[order]), quota, side="right"))
@@ -99,13 +99,13 @@ class UnitSelection:
         for name, grid, mine in zip(names, grids, np.split(chosen, ends[:-1]), strict=True):
             yield name, torch.from_numpy(grid.coordinates(np.flatnonzero(mine), self._dtype))
 
-    def _values(self, name: str, scores: Callable[[Piece], np.ndarray] | None) -> np.ndarray:
+    def _values(self, name: str, scores: Callable[[Chunk], np.ndarray] | None) -> np.ndarray:
         grid = self._grids[name]
         total = np.zeros(grid.units)
         if scores is None:
             return total
 
-        def squares(piece: Piece) -> np.ndarray:
+        def squares(piece: Chunk) -> np.ndarray:
             signed = scores(piece).astype(np.float64)
             signed *= np.abs(signed)
             unit = grid.unit(np.arange(piece.start, piece.stop))

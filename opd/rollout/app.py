@@ -14,7 +14,7 @@ from opd.rollout.options import TOKEN_VARIABLE
 from opd.rollout.wire import GenerateRequest, answer_bytes, read_request
 from opd.serving.client import CONFLICT
 from opd.serving.server import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
-from opd.types import Held
+from opd.types import ReceiverState
 
 log = logging.getLogger("opd.rollout")
 
@@ -35,8 +35,8 @@ class Hosted:
 
     engine: RolloutEngine
     model: ServedModel
-    take: Callable[[bytes], Held]
-    held: Callable[[], Held]
+    take: Callable[[bytes], ReceiverState]
+    held: Callable[[], ReceiverState]
 
 
 def rollout_app(make: Callable[[], Hosted], *, token: str | None, max_body_bytes: int) -> FastAPI:

@@ -18,7 +18,7 @@ from opd.config.masks import DiscoverMaskConfig, FileMaskConfig
 from opd.config.models import LocalTeacherConfig, LoraConfig, PoolTeacherConfig, SelfTeacherConfig, ServerTeacherConfig
 from opd.config.rewards import MeasuredRewardConfig
 from opd.config.writing import RolloutConfig, ServerRolloutConfig, VllmRolloutConfig
-from opd.config import TrainingEngine
+from opd.config.training import LaunchEngine
 from opd.config.rules import active_mask, has_teacher, problems
 from opd.types import Prompt
 
@@ -48,7 +48,7 @@ def check(composed: Composed, folder: Path) -> Checked:
     if found:
         raise ValueError("\n".join(found))
     start = open_folder(composed, folder)
-    if config.launch.engine == TrainingEngine.deepspeed:
+    if config.launch.engine == LaunchEngine.deepspeed:
         _launch_file_is_sound(config)
     unseen = hub_names(config)
     if unseen and config.dry_run and not hub_answers():
@@ -122,7 +122,7 @@ def _missing_packages(config: Config) -> list[str]:
             "install it (README), or use rollout=transformers with teacher=local",
         ),
         "deepspeed": (
-            config.launch.engine == TrainingEngine.deepspeed,
+            config.launch.engine == LaunchEngine.deepspeed,
             "install it (README), or use launch.engine=torch",
         ),
     }

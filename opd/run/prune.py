@@ -16,7 +16,7 @@ from opd.analysis.report import PRUNE_PICTURE
 from opd.run.recipe import Composed, composed, find_recipe
 from opd.run.evaluate import examined_apart
 from opd.config.arguments import typed
-from opd.config.fields import knob
+from opd.config.fields import bounded
 from opd.config.rules import problems
 from opd.analysis.prune import Moves, Order, wilson
 from opd.mask.rules import trained_weights
@@ -37,11 +37,11 @@ class PruneCommand:
     """The recipe whose examination is asked."""
     out: str = MISSING
     """Folder for prune.json, prune.png and the examinations' logs."""
-    shares: list[float] = knob([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
+    shares: list[float] = bounded([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
     """Shares of the moved weights that go back to the base's values."""
-    orders: list[Order] = knob([*Order])
+    orders: list[Order] = bounded([*Order])
     """Which moves go back first, one curve each: the smallest, the largest, or any."""
-    seed: int = knob(0, least=0)
+    seed: int = bounded(0, least=0)
     """Fixes the random order and the parting of equal moves."""
 
 

@@ -11,9 +11,9 @@ from opd.config.schema import Config
 from opd.config.models import DType
 from opd.config.losses import LossConfig
 from opd.config.masks import MaskConfig
-from opd.config import TrainingEngine
+from opd.config.training import LaunchEngine
 from opd.config.rules import asks_a_teacher
-from opd.types import FinishReason, Prompt, Rollout, Scored, Wanted
+from opd.types import FinishReason, Prompt, Rollout, ScoredRollout, ScoreRequest
 
 if TYPE_CHECKING:
     from opd.teacher.backend import Backend
@@ -26,7 +26,7 @@ SMALL = 2 << 30
 
 def applies(config: Config) -> bool:
     """Whether the loss is about a teacher, and the weights are whole where they are read."""
-    sharded = config.launch.engine == TrainingEngine.deepspeed and config.zero == 3
+    sharded = config.launch.engine == LaunchEngine.deepspeed and config.zero == 3
     return asks_a_teacher(config) and not sharded
 
 
@@ -42,13 +42,13 @@ def doctors_self_loss(config: Config, text: build.Text, prompts: build.Prompts) 
     if not applies(config) or size > SMALL:
         return None
     alone = replace(
-        config, launch=replace(config.launch, engine=TrainingEngine.torch), mask=MaskConfig()
+        config, launch=replace(config.launch, engine=LaunchEngine.torch), mask=MaskConfig()
     )
     nobody = NoTeacher(vocab_size=text.vocab_size, max_length=text.max_length)
     learner, model = build.build_learner(
         alone,
         None,
-        build.Scorers(training=nobody),
+        build.Teachers(training=nobody),
         text,
         join_world(),
         SilentProgress(),
@@ -77,7 +77,7 @@ def self_loss(
     from opd.train.student import causal_lm
 
     student = config.student.model
-    wanted: Wanted = build.wanted_of(config.loss, config.rollout.temperature)
+    wanted: ScoreRequest = build.wanted_of(config.loss, config.rollout.temperature)
     backend = ModuleBackend(
         lambda: causal_lm(model),
         info=read_info(student, max_length=longest(student)),
@@ -105,7 +105,7 @@ def self_loss(
     return found
 
 
-def _written_out(said: Scored, backend: "Backend", wanted: Wanted) -> Scored:
+def _written_out(said: ScoredRollout, backend: "Backend", wanted: ScoreRequest) -> ScoredRollout:
     """Hidden states as log-probs: the learner applies another head to them, the teacher's."""
     if said.hidden is None:
         return said

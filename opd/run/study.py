@@ -14,7 +14,7 @@ from opd.run.mask import RunJob
 from opd.run.teacher_servers import started_teachers
 from opd.config.masks import MaskRule, StudyArm, StudyMaskConfig
 from opd.tracking.study_report import Arms, arms_table, measures_of, write_arms
-from opd.tracking.runs import Run, read_run
+from opd.tracking.runs import RunRecord, read_run
 
 NO_RULE = (
     "mask.density=null",
@@ -114,7 +114,7 @@ def run_study(recipe: Composed, folder: Path, run: RunJob) -> None:
 
 def arms_of(recipe: Composed, jobs: list[Job]) -> Arms:
     """What the runs left, by arm and seed; the mask is compared with each of the others."""
-    runs: dict[str, dict[int, Run]] = {}
+    runs: dict[str, dict[int, RunRecord]] = {}
     for job in jobs:
         runs.setdefault(job.arm.value, {})[job.seed] = read_run(job.folder)
     mask = StudyArm.discovered.value

@@ -16,7 +16,7 @@ from opd.run.recipe import Composed, composed, find_recipe, run_folder
 from opd.config.schema import Config
 from opd.config.training import Watched
 from opd.config.rules import last_step
-from opd.interfaces import Reader, Teacher
+from opd.interfaces import StudentScorer, Teacher
 from opd.types import Rollout
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def assembled(recipe: Composed, terminal: TextIO) -> Run:
 
 
 def divergence_measure(
-    learner: Reader, teacher: Teacher
+    learner: StudentScorer, teacher: Teacher
 ) -> Callable[[Sequence[Rollout]], dict[str, float]]:
     """Exact reverse KL of the learner to the teacher in nats per token; collective."""
     from opd.losses.divergence import Divergence

@@ -1,1 +1,1 @@
-"""What every HTTP service of ours shares: options, doors, a child process, and a patient client."""
+"""What every HTTP service of ours shares: application, server, child process, client."""

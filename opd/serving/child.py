@@ -18,7 +18,7 @@ TAIL_CHARACTERS = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningService:
-    """Where a started service is and what opens it."""
+    """Where a started service is and its token."""
 
     url: str
     token: str
@@ -38,7 +38,7 @@ def running_service(
 ) -> Iterator[RunningService]:
     """``python <arguments>`` on a free loopback port, ended when the context ends.
 
-    It gets ``--port-file`` and ``--exit-with-parent`` besides, and a token (a random one unless given)
+    It gets ``port_file`` and ``exit_with_parent`` besides, and a token (a random one unless given)
     in ``variable``; it writes to ``log_path`` and ends by itself if this process dies.
     ``RuntimeError`` with the end of that log when it is not up in ``wait_s``.
     """
@@ -46,7 +46,7 @@ def running_service(
     with tempfile.TemporaryDirectory() as folder, log_path.open("wb") as output:
         port_file = Path(folder) / "port"
         process = subprocess.Popen(
-            [sys.executable, *arguments, f"--port-file={port_file}", "--exit-with-parent"],
+            [sys.executable, *arguments, f"port_file={port_file}", "exit_with_parent=true"],
             env=os.environ | {variable: token, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -9,7 +9,7 @@ import httpx
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 CONFLICT = 409
-PIECE_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 
 class ServiceClient:
@@ -17,7 +17,7 @@ class ServiceClient:
 
     ``what`` names the service in errors and ``remedy`` says what to do when it stays away. A request
     is given up after ``timeout`` seconds and repeated up to ``retries`` times after connection errors,
-    time-outs, answers from 500 on and 409 (not now), so every door must bear being asked twice.
+    time-outs, answers from 500 on and 409 (not now), so every endpoint must be idempotent.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class ServiceClient:
     ) -> httpx.Response:
         """The answer. ``ValueError`` when the service refuses, ``ConnectionError`` when it stays away."""
         started, failure = time.monotonic(), ""
-        told = {"Content-Length": str(len(body)), **(headers or {})} if body else headers
+        sent = {"Content-Length": str(len(body)), **(headers or {})} if body else headers
         attempts = 1 + (self._retries if retries is None else retries)
         for attempt in range(attempts):
             if attempt:
                 time.sleep(_pause(attempt))
             try:
-                content = _pieces(body) if body else None
-                response = self._http.request(method, path, content=content, headers=told)
+                content = _chunks(body) if body else None
+                response = self._http.request(method, path, content=content, headers=sent)
             except httpx.TransportError as error:
                 failure = f"{type(error).__name__}: {error}"
                 continue
@@ -72,10 +72,10 @@ class ServiceClient:
         )
 
 
-def _pieces(body: bytes) -> Iterator[bytes]:
-    """The transport copies what is left of a piece after each write, so large bodies go in pieces."""
-    for start in range(0, len(body), PIECE_BYTES):
-        yield body[start : start + PIECE_BYTES]
+def _chunks(body: bytes) -> Iterator[bytes]:
+    """The transport copies the rest of a chunk after each write, so large bodies are sent in chunks."""
+    for start in range(0, len(body), CHUNK_BYTES):
+        yield body[start : start + CHUNK_BYTES]
 
 
 def _pause(attempt: int) -> float:

@@ -1,6 +1,5 @@
-"""One HTTP service in a process of its own: where it listens, whom it lets in, when it ends."""
+"""One HTTP service in a process of its own: where it listens, who may connect, when it ends."""
 
-import hmac
 import ipaddress
 import logging
 import os
@@ -12,92 +11,43 @@ from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import PlainTextResponse
+from fastapi import FastAPI
 
-MEDIA_TYPE = "application/octet-stream"
+from opd.config.serving import ServingConfig
+
 PARENT_POLL_S = 0.5
-MOST_CONNECTIONS = 256  # further ones get 503, which clients try again
-GRACE_S = 5  # for answers under way when asked to end
+MAX_CONNECTIONS = 256  # further ones get 503, and clients try again
+GRACE_S = 5  # for responses under way when asked to end
 
 log = logging.getLogger("opd.serving")
 
 
-class Refusal(Exception):
-    """A status below 500 and one clear sentence for the client."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
-
-
-def bare_app(title: str) -> FastAPI:
-    """An application that says refusals as plain text and has GET /health."""
-    app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None)
-
-    @app.exception_handler(Refusal)
-    async def refuse(_: Request, refusal: Refusal) -> Response:
-        return PlainTextResponse(str(refusal), status_code=refusal.status)
-
-    @app.get("/health")
-    async def health() -> Response:
-        return PlainTextResponse("ok")
-
-    return app
-
-
-def require_token(request: Request, token: str | None, variable: str) -> None:
-    """Constant time, so that a wrong token tells nothing of the right one."""
-    given = request.headers.get("authorization", "")
-    if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        raise Refusal(401, f"the bearer token is missing or wrong; set {variable}")
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, given up as soon as it is too large; the type keeps web pages from posting here."""
-    if request.headers.get("content-type") != MEDIA_TYPE:
-        raise Refusal(415, f"the content type must be {MEDIA_TYPE}")
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise Refusal(413, f"the request is larger than {limit} bytes")
-        parts.append(part)
-    return b"".join(parts)
-
-
 def serve(
-    make_app: Callable[[], FastAPI],
-    *,
-    host: str,
-    port: int,
-    port_file: str | None,
-    token: str | None,
-    variable: str,
-    exit_with_parent: bool,
+    make_app: Callable[[], FastAPI], config: ServingConfig, *, token: str | None, variable: str
 ) -> None:
-    """Bind, make the application, serve until SIGTERM or SIGINT; ``port_file`` gets the port once ready.
+    """Bind, make the application, serve until SIGTERM or SIGINT; the port file is written once ready.
 
-    ``ValueError`` when the address is taken, or not loopback and there is no token.
+    ``variable`` is the environment variable of the token. ``ValueError`` when the address is taken,
+    or not loopback and there is no token.
     """
-    if exit_with_parent:
+    if config.exit_with_parent:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    _require_token_beyond_loopback(host, token, variable)
-    with _bound(host, port) as listener:
-        config = uvicorn.Config(
+    _require_token_beyond_loopback(config.host, token, variable)
+    with _bound(config.host, config.port) as listener:
+        server = uvicorn.Config(
             make_app(),
             log_config=None,
             log_level="warning",
             access_log=False,
-            limit_concurrency=MOST_CONNECTIONS,
+            limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=GRACE_S,
         )
-        listener.listen(MOST_CONNECTIONS)  # from here on a connection waits instead of failing
-        bound_port = listener.getsockname()[1]
-        if port_file is not None:
-            _write_whole(Path(port_file), str(bound_port))
-        log.info("ready on http://%s:%d", host, bound_port)
-        uvicorn.Server(config).run(sockets=[listener])
+        listener.listen(MAX_CONNECTIONS)  # from here on a connection waits instead of failing
+        port = listener.getsockname()[1]
+        if config.port_file is not None:
+            _write_whole(Path(config.port_file), str(port))
+        log.info("ready on http://%s:%d", config.host, port)
+        uvicorn.Server(server).run(sockets=[listener])
 
 
 def _require_token_beyond_loopback(host: str, token: str | None, variable: str) -> None:

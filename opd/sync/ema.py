@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 FILE = "averaged_teacher.safetensors"
 
 
-class AveragedWeights:
+class EMAWeights:
     """``module``'s weights become decay * themselves + (1 - decay) * what is pushed, once a version.
 
     ``version`` is the last one taken in. decay 0 follows at once. The first push is of weights that
@@ -52,10 +52,10 @@ class AveragedWeights:
         self.version = version
 
 
-class FollowedSync:
+class EMASync:
     """A ``WeightSync`` on whose way the weights pass an average."""
 
-    def __init__(self, inner: WeightSync, average: AveragedWeights) -> None:
+    def __init__(self, inner: WeightSync, average: EMAWeights) -> None:
         self._inner = inner
         self._average = average
 

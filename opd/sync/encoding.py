@@ -10,11 +10,11 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-Places64 = npt.NDArray[np.int64]
+Indices64 = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.signedinteger]
 
 
-class PlaceForm(IntEnum):
+class IndexEncoding(IntEnum):
     """How places travel. A gap counts the places skipped since the last one."""
 
     whole = 0
@@ -27,7 +27,7 @@ class PlaceForm(IntEnum):
     gaps32 = 4
 
 
-class ValueForm(IntEnum):
+class ValueEncoding(IntEnum):
     """How values travel. An ulp code is new bits minus old bits, wrapping."""
 
     plain = 0
@@ -37,24 +37,24 @@ class ValueForm(IntEnum):
 
 
 _GAP_TYPES = {
-    PlaceForm.gaps8: np.dtype("<u1"),
-    PlaceForm.gaps16: np.dtype("<u2"),
-    PlaceForm.gaps32: np.dtype("<u4"),
+    IndexEncoding.gaps8: np.dtype("<u1"),
+    IndexEncoding.gaps16: np.dtype("<u2"),
+    IndexEncoding.gaps32: np.dtype("<u4"),
 }
-_ULP_TYPES = {ValueForm.ulps8: np.dtype("<i1"), ValueForm.ulps16: np.dtype("<i2")}
+_ULP_TYPES = {ValueEncoding.ulps8: np.dtype("<i1"), ValueEncoding.ulps16: np.dtype("<i2")}
 
 
-def encode_places(places_n: Places64, size: int) -> tuple[PlaceForm, bytes]:
+def encode_places(places_n: Indices64, size: int) -> tuple[IndexEncoding, bytes]:
     """The smallest form of ``places_n``, which rise strictly within 0 to ``size`` - 1."""
     if len(places_n) == size:
-        return PlaceForm.whole, b""
+        return IndexEncoding.whole, b""
     gaps_n = np.diff(places_n, prepend=-1) - 1
-    lengths = {PlaceForm.bitmap: (size + 7) // 8}
+    lengths = {IndexEncoding.bitmap: (size + 7) // 8}
     for form, kind in _GAP_TYPES.items():
         skips = int((gaps_n // np.iinfo(kind).max).sum())
         lengths[form] = (len(gaps_n) + skips) * kind.itemsize
     form = min(lengths, key=lambda f: lengths[f])
-    if form == PlaceForm.bitmap:
+    if form == IndexEncoding.bitmap:
         there = np.zeros(size, np.bool_)
         there[places_n] = True
         return form, np.packbits(there).tobytes()
@@ -65,11 +65,11 @@ def encode_places(places_n: Places64, size: int) -> tuple[PlaceForm, bytes]:
     return form, codes.tobytes()
 
 
-def decode_places(form: PlaceForm, data: memoryview, count: int, size: int) -> Places64:
+def decode_places(form: IndexEncoding, data: memoryview, count: int, size: int) -> Indices64:
     """The undo of ``encode_places``; ``ValueError`` unless it gives ``count`` places below ``size``."""
-    if form == PlaceForm.whole:
+    if form == IndexEncoding.whole:
         places_n = np.arange(size)
-    elif form == PlaceForm.bitmap:
+    elif form == IndexEncoding.bitmap:
         _require(len(data) == (size + 7) // 8, "a bitmap of another length")
         there = np.unpackbits(np.frombuffer(data, np.uint8), count=size)
         places_n = np.flatnonzero(there)
@@ -85,10 +85,10 @@ def decode_places(form: PlaceForm, data: memoryview, count: int, size: int) -> P
     return places_n
 
 
-def encode_values(old_n: Bits, new_n: Bits) -> tuple[ValueForm, bytes]:
+def encode_values(old_n: Bits, new_n: Bits) -> tuple[ValueEncoding, bytes]:
     """The smallest form of ``new_n`` for somebody who holds ``old_n``, of the same integer type."""
     item = new_n.dtype.itemsize
-    best, length = ValueForm.plain, new_n.nbytes
+    best, length = ValueEncoding.plain, new_n.nbytes
     delta_n = new_n - old_n
     for form, kind in _ULP_TYPES.items():
         if kind.itemsize < item:
@@ -96,7 +96,7 @@ def encode_values(old_n: Bits, new_n: Bits) -> tuple[ValueForm, bytes]:
             coded = len(new_n) * kind.itemsize + far * item
             if coded < length:
                 best, length = form, coded
-    if best == ValueForm.plain:
+    if best == ValueEncoding.plain:
         return best, new_n.tobytes()
     kind = _ULP_TYPES[best]
     far_n = _far(delta_n, kind)
@@ -104,10 +104,10 @@ def encode_values(old_n: Bits, new_n: Bits) -> tuple[ValueForm, bytes]:
     return best, codes.tobytes() + new_n[far_n].tobytes()
 
 
-def decode_values(form: ValueForm, data: memoryview, old_n: Bits) -> Bits:
+def decode_values(form: ValueEncoding, data: memoryview, old_n: Bits) -> Bits:
     """The undo of ``encode_values``; ``ValueError`` when the bytes are too few or too many."""
     own = old_n.dtype
-    if form == ValueForm.plain:
+    if form == ValueEncoding.plain:
         _require(len(data) == old_n.nbytes, "values of another length")
         return np.frombuffer(data, own)
     kind = _ULP_TYPES[form]

@@ -46,7 +46,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class TensorEntry:
     """One tensor of the table."""
 
     name: str
@@ -66,7 +66,7 @@ class Header:
     base_version: int | None = None
     mask: str | None = None
     dtype: str | None = None
-    table: tuple[Entry, ...] = ()
+    table: tuple[TensorEntry, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Message:
     records: list[Record]
 
 
-def write_message(header: Header, records: Iterable[Record], table: list[Entry]) -> bytes:
+def write_message(header: Header, records: Iterable[Record], table: list[TensorEntry]) -> bytes:
     """The bytes. ``table`` is read after the last record, so that a stream of tensors may fill it."""
     out, rows = io.BytesIO(), []
     out.write(bytes(PREFIX_BYTES))
@@ -127,7 +127,7 @@ def read_message(data: bytes) -> Message:
             mask=told.get("mask"),
             dtype=told.get("dtype"),
             table=tuple(
-                Entry(name=name, shape=tuple(shape)) for name, shape in told.get("table", ())
+                TensorEntry(name=name, shape=tuple(shape)) for name, shape in told.get("table", ())
             ),
         )
         records_end = len(whole) - size

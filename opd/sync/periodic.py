@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from opd.interfaces import Weights
 
 
-class Nowhere:
+class NoSync:
     """A ``WeightSync`` without an engine."""
 
     def push(self, weights: "Weights", version: int) -> Mapping[str, float]:
@@ -17,7 +17,7 @@ class Nowhere:
         return {}
 
 
-class SeldomSync:
+class PeriodicSync:
     """A ``WeightSync`` that hands over the first time and whenever ``due(version)``."""
 
     def __init__(self, inner: WeightSync, due: Callable[[int], bool]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from opd.serving.client import ServiceClient
 from opd.serving.server import MEDIA_TYPE
 from opd.sync.sparse import WeightSender
-from opd.types import Held
+from opd.types import ReceiverState
 from opd.world import World
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class ServerWeights:
         world: World,
     ) -> None:
         self._sender, self._mark, self._world = sender, mark, world
-        self._servers = {server: Held() for server in servers}
+        self._servers = {server: ReceiverState() for server in servers}
         self._lock = threading.Lock()
         self._watching = False
 
@@ -77,7 +77,7 @@ class ServerWeights:
                 self._servers[server] = held
                 return travelled
             answer = server.send("POST", "/weights", message, {"Content-Type": MEDIA_TYPE})
-            held = Held(**answer.json())
+            held = ReceiverState(**answer.json())
             travelled += len(message)
         raise ValueError(
             f"the rollout server at {server.url} did not take version {self._sender.version} in "
@@ -108,9 +108,9 @@ class ServerWeights:
                 self._bring(server)
                 log.warning("%s was behind and has the weights again", server.url)
 
-    def _is_behind(self, held: Held) -> bool:
+    def _is_behind(self, held: ReceiverState) -> bool:
         return (held.run, held.version) != (self._sender.run, self._sender.version)
 
 
-def _held_by(server: ServiceClient) -> Held:
-    return Held(**server.send("GET", "/info", retries=0).json()["held"])
+def _held_by(server: ServiceClient) -> ReceiverState:
+    return ReceiverState(**server.send("GET", "/info", retries=0).json()["held"])

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opd.sync.encoding import Bits, PlaceForm, Places64, ValueForm, decode_places, decode_values
-from opd.sync.message import Entry, Kind, Message, Record
+from opd.sync.encoding import Bits, IndexEncoding, Indices64, ValueEncoding, decode_places, decode_values
+from opd.sync.message import TensorEntry, Kind, Message, Record
 
 INTEGERS = {
     torch.float32: torch.int32,
@@ -28,7 +28,7 @@ class Change:
     """New bits at ``places_n`` of a flat tensor, or, where that is None, of all of it."""
 
     name: str
-    places_n: Places64 | None
+    places_n: Indices64 | None
     bits_n: Bits
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
@@ -36,12 +36,12 @@ class Change:
         return torch.from_numpy(self.bits_n.copy()).view(dtype)
 
 
-class Mirror:
+class Replica:
     """Full tensors on the CPU, all in one number format, under their Hugging Face names."""
 
     def __init__(self) -> None:
         self.dtype = torch.float32
-        self.table: tuple[Entry, ...] = ()
+        self.table: tuple[TensorEntry, ...] = ()
         self.tensors: dict[str, torch.Tensor] = {}
         self.fingerprint: str | None = None
         self.kept: Kept = {}
@@ -56,7 +56,7 @@ class Mirror:
         return flat_bits(self.tensors[name]).numpy()
 
     def changes(self, message: Message) -> list[Change]:
-        """What an anchor or a patch changes, decoded and checked against this mirror, in table order.
+        """What an anchor or a patch changes, decoded and checked against this replica, in table order.
 
         Touches nothing. ``ValueError`` when the message does not fit.
         """
@@ -76,13 +76,13 @@ class Mirror:
         ]
 
     def mask_of(self, message: Message) -> Kept:
-        """The coordinates of a mask message, checked against this mirror's table."""
+        """The coordinates of a mask message, checked against this replica's table."""
         return {
             entry.name: _kept(entry, record)
             for entry, record in _paired(self.table, message.records)
         }
 
-    def become(self, table: Sequence[Entry], dtype: torch.dtype) -> None:
+    def become(self, table: Sequence[TensorEntry], dtype: torch.dtype) -> None:
         """Hold these tensors, values undefined where they are new; another table forgets the mask."""
         if tuple(table) == self.table and dtype == self.dtype:
             return
@@ -100,16 +100,16 @@ class Mirror:
             own = self.bits(change.name)
             own[slice(None) if change.places_n is None else change.places_n] = change.bits_n
 
-    def _change(self, entry: Entry, record: Record, *, masked: bool) -> Change:
+    def _change(self, entry: TensorEntry, record: Record, *, masked: bool) -> Change:
         own = self.bits(entry.name)
         kept = self.kept.get(entry.name, _NOTHING) if masked else None
         size = len(own) if kept is None else len(kept)
-        form = PlaceForm(record.place_form)
+        form = IndexEncoding(record.place_form)
         places_n = decode_places(form, memoryview(record.places), record.count, size)
         if kept is not None:
             places_n = kept.numpy()[places_n]
         values = memoryview(record.values)
-        bits_n = decode_values(ValueForm(record.value_form), values, own[places_n])
+        bits_n = decode_values(ValueEncoding(record.value_form), values, own[places_n])
         return Change(entry.name, places_n, bits_n)
 
 
@@ -121,14 +121,14 @@ def flat_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(INTEGERS[tensor.dtype])
 
 
-def checked_kept(kept: Mapping[str, torch.Tensor], mirror: Mirror) -> Kept:
-    """A mask as a mirror holds it; ``ValueError`` for a name, type, order or range that is wrong."""
+def checked_kept(kept: Mapping[str, torch.Tensor], replica: Replica) -> Kept:
+    """A mask as a replica holds it; ``ValueError`` for a name, type, order or range that is wrong."""
     checked: Kept = {}
-    unknown = kept.keys() - mirror.tensors.keys()
+    unknown = kept.keys() - replica.tensors.keys()
     if unknown:
         raise ValueError(f"the mask keeps coordinates of {min(unknown)}, which the student has not")
     for name, index in kept.items():
-        size = mirror.tensors[name].numel()
+        size = replica.tensors[name].numel()
         if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"the mask's coordinates of {name} are {index.dtype} {list(index.shape)}: allowed "
@@ -142,7 +142,7 @@ def checked_kept(kept: Mapping[str, torch.Tensor], mirror: Mirror) -> Kept:
     return checked
 
 
-def _paired(table: Sequence[Entry], records: Sequence[Record]) -> Iterator[tuple[Entry, Record]]:
+def _paired(table: Sequence[TensorEntry], records: Sequence[Record]) -> Iterator[tuple[TensorEntry, Record]]:
     last = -1
     for record in records:
         if not last < record.tensor < len(table):
@@ -151,7 +151,7 @@ def _paired(table: Sequence[Entry], records: Sequence[Record]) -> Iterator[tuple
         yield table[record.tensor], record
 
 
-def _whole(entry: Entry, record: Record, dtype: torch.dtype) -> Change:
+def _whole(entry: TensorEntry, record: Record, dtype: torch.dtype) -> Change:
     kind = np.dtype(str(INTEGERS[dtype]).removeprefix("torch."))
     values = memoryview(record.values)
     if len(values) != math.prod(entry.shape) * kind.itemsize:
@@ -159,9 +159,9 @@ def _whole(entry: Entry, record: Record, dtype: torch.dtype) -> Change:
     return Change(entry.name, None, np.frombuffer(values, kind))
 
 
-def _kept(entry: Entry, record: Record) -> torch.Tensor | None:
-    size, form = math.prod(entry.shape), PlaceForm(record.place_form)
-    if form == PlaceForm.whole:
+def _kept(entry: TensorEntry, record: Record) -> torch.Tensor | None:
+    size, form = math.prod(entry.shape), IndexEncoding(record.place_form)
+    if form == IndexEncoding.whole:
         return None
     places_n = decode_places(form, memoryview(record.places), record.count, size)
     return _small(torch.from_numpy(places_n), size)

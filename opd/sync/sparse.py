@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from opd.sync.encoding import PlaceForm, ValueForm, encode_places, encode_values
-from opd.sync.message import Entry, Header, Kind, Message, Record, read_message, write_message
-from opd.sync.replica import DTYPES, INTEGERS, Change, Mirror, checked_kept, flat_bits
-from opd.types import Held
+from opd.sync.encoding import IndexEncoding, ValueEncoding, encode_places, encode_values
+from opd.sync.message import TensorEntry, Header, Kind, Message, Record, read_message, write_message
+from opd.sync.replica import DTYPES, INTEGERS, Change, Replica, checked_kept, flat_bits
+from opd.types import ReceiverState
 
 if TYPE_CHECKING:
     from opd.interfaces import Weights
@@ -36,7 +36,7 @@ class _Pending:
     version: int
     message: bytes
     is_anchor: bool
-    table: list[Entry]
+    table: list[TensorEntry]
     changed: int
 
 
@@ -64,7 +64,7 @@ class WeightSender:
         self.run = run or secrets.token_hex(6)
         self._dtype, self._anchor_every = dtype, anchor_every
         self._given_mask, self._fingerprint = kept, fingerprint
-        self._mirror = Mirror()
+        self._mirror = Replica()
         self._committed: int | None = None
         self._pushes = 0
         self.anchors = False
@@ -95,7 +95,7 @@ class WeightSender:
         if self._committed is not None:
             self.changed = self._pending.changed / max(1, self._mirror.numel)
 
-    def next_for(self, held: Held) -> bytes | None:
+    def next_for(self, held: ReceiverState) -> bytes | None:
         """The next message for a receiver that answered ``held``; None when it has the version.
 
         Safe to call from several threads.
@@ -128,7 +128,7 @@ class WeightSender:
         self._committed, self._pending, self._late_anchor = pending.version, None, None
 
     def _anchored(self, weights: "Weights", version: int) -> _Pending:
-        table: list[Entry] = []
+        table: list[TensorEntry] = []
         changed = 0
 
         def records() -> Iterator[Record]:
@@ -136,7 +136,7 @@ class WeightSender:
             for name, tensor in weights:
                 new = self._cast(tensor)
                 changed += self._compared(name, new)
-                table.append(Entry(name=name, shape=tuple(tensor.shape)))
+                table.append(TensorEntry(name=name, shape=tuple(tensor.shape)))
                 yield _whole_record(len(table) - 1, new)
 
         message = write_message(self._header(Kind.anchor, version), records(), table)
@@ -179,7 +179,7 @@ class WeightSender:
         value_form, values = encode_values(old_n[differ_n], new_n[differ_n])
         if len(places) + len(values) < new_n.nbytes:
             return Record(place, place_form, value_form, len(differ_n), places, values)
-        return Record(place, PlaceForm.whole, ValueForm.plain, len(new_n), b"", new_n.tobytes())
+        return Record(place, IndexEncoding.whole, ValueEncoding.plain, len(new_n), b"", new_n.tobytes())
 
     def _compared(self, name: str, new: torch.Tensor) -> int:
         """Coordinates of a whole tensor that changed; raises when one of them is frozen."""
@@ -201,15 +201,15 @@ class WeightSender:
     def _anchor_for_late(self) -> bytes:
         """The version under way, or the one committed, whole: for a receiver that lost the thread."""
         if self._late_anchor is None:
-            mirror, version = self._mirror, self.version
+            replica, version = self._mirror, self.version
             assert version is not None
             told = {}
             if self._pending is not None:
-                told = {c.name: c for c in mirror.changes(read_message(self._pending.message))}
+                told = {c.name: c for c in replica.changes(read_message(self._pending.message))}
 
             def records() -> Iterator[Record]:
-                for i, entry in enumerate(mirror.table):
-                    new = mirror.tensors[entry.name]
+                for i, entry in enumerate(replica.table):
+                    new = replica.tensors[entry.name]
                     if entry.name in told:
                         change = told[entry.name]
                         new = new.clone()
@@ -217,7 +217,7 @@ class WeightSender:
                     yield _whole_record(i, new)
 
             header = self._header(Kind.anchor, version)
-            self._late_anchor = write_message(header, records(), list(mirror.table))
+            self._late_anchor = write_message(header, records(), list(replica.table))
         return self._late_anchor
 
     def _mask(self) -> bytes:
@@ -230,11 +230,11 @@ class WeightSender:
                 if entry.name in self._mirror.kept:
                     kept = self._mirror.kept[entry.name]
                     if kept is None:
-                        form, places, count = PlaceForm.whole, b"", size
+                        form, places, count = IndexEncoding.whole, b"", size
                     else:
                         form, places = encode_places(kept.numpy().astype("int64"), size)
                         count = len(kept)
-                    records.append(Record(i, form, ValueForm.plain, count, places, b""))
+                    records.append(Record(i, form, ValueEncoding.plain, count, places, b""))
             header = self._header(Kind.mask, self._committed)
             self._mask_message = write_message(header, records, [])
         return self._mask_message
@@ -257,19 +257,19 @@ class WeightSender:
 class WeightReceiver:
     """Keeps the weights that were sent, and brings an engine to them: all of a message, or none.
 
-    ``load`` is called after the mirror has changed and before the version is told; when it raises,
+    ``load`` is called after the replica has changed and before the version is told; when it raises,
     everything is forgotten, so that the next answer asks for an anchor, and the error goes on.
     """
 
     def __init__(self, load: Load) -> None:
         self._load = load
-        self._mirror = Mirror()
+        self._mirror = Replica()
         self._run: str | None = None
         self._version: int | None = None
 
-    def held(self, refused: str | None = None) -> Held:
+    def held(self, refused: str | None = None) -> ReceiverState:
         """What is here."""
-        return Held(
+        return ReceiverState(
             run=self._run,
             version=self._version,
             mask=self._mirror.fingerprint if self._version is not None else None,
@@ -280,7 +280,7 @@ class WeightReceiver:
         """The weights, not to be written."""
         return self._mirror.tensors
 
-    def take(self, data: bytes) -> Held:
+    def take(self, data: bytes) -> ReceiverState:
         """Apply a message or refuse it; one that is already here changes nothing."""
         try:
             message = read_message(data)
@@ -328,4 +328,4 @@ class WeightReceiver:
 
 def _whole_record(place: int, tensor: torch.Tensor) -> Record:
     values = flat_bits(tensor).numpy().view(np.uint8).data
-    return Record(place, PlaceForm.whole, ValueForm.plain, tensor.numel(), b"", values)
+    return Record(place, IndexEncoding.whole, ValueEncoding.plain, tensor.numel(), b"", values)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from opd.interfaces import Reader, RolloutEngine
+from opd.interfaces import StudentScorer, RolloutEngine
 from opd.types import Prompt, Sampling
 from opd.world import World
 
@@ -20,7 +20,7 @@ class SyncCheck:
     def __init__(
         self,
         engine: RolloutEngine,
-        learner: Reader,
+        learner: StudentScorer,
         prompts: Sequence[Prompt],
         sampling: Sampling,
         *,

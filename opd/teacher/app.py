@@ -13,7 +13,7 @@ from opd.teacher.response import require_answerable
 from opd.teacher.options import TOKEN_VARIABLE
 from opd.teacher.scoring import folded_head
 from opd.teacher.transport import bytes_per_target
-from opd.teacher.wire import ScoreRequest, answer_bytes, read_request
+from opd.teacher.wire import WireRequest, answer_bytes, read_request
 from opd.teacher.work_queue import WorkQueue
 
 log = logging.getLogger("opd.teacher")
@@ -58,7 +58,7 @@ def teacher_app(
             return PlainTextResponse(f"scoring failed: {error}", status_code=500)
         return Response(await asyncio.to_thread(answer_bytes, answer), media_type=MEDIA_TYPE)
 
-    def read(body: bytes) -> ScoreRequest:
+    def read(body: bytes) -> WireRequest:
         try:
             asked = read_request(body)
             require_answerable(asked, backend.info, backend.spec)

@@ -1,11 +1,11 @@
-"""Cut a list of rollouts into requests, send a few at once, and show how many are answered."""
+"""Threshold a list of rollouts into requests, send a few at once, and show how many are answered."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 
 from opd.interfaces import Progress
-from opd.types import Rollout, Scored
+from opd.types import Rollout, ScoredRollout
 
 
 def by_tokens(
@@ -40,17 +40,17 @@ def bar(
 
 
 def at_once(
-    score: Callable[[Sequence[Rollout]], list[Scored]],
+    score: Callable[[Sequence[Rollout]], list[ScoredRollout]],
     groups: Sequence[Sequence[Rollout]],
     *,
     most: int,
     advance: Callable[[int], None],
-) -> list[Scored]:
+) -> list[ScoredRollout]:
     """``score`` of every group, ``most`` under way at a time, in the order given.
 
     The first group that fails ends the rest; ``advance`` is told of rollouts as groups come back.
     """
-    scored: list[Scored] = []
+    scored: list[ScoredRollout] = []
     with ThreadPoolExecutor(most) as pool:
         waiting = [pool.submit(score, group) for group in groups]
         try:

@@ -13,8 +13,8 @@ from opd.serving.server import MEDIA_TYPE
 from opd.teacher.batches import at_once, bar, by_tokens
 from opd.teacher.transport import bytes_per_target, transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
-from opd.teacher.wire import ScoreRequest, read_answer, request_bytes, request_of, scored_of
-from opd.types import FloatArray, Rollout, Scored, TeacherInfo, Wanted
+from opd.teacher.wire import WireRequest, read_answer, request_bytes, request_of, scored_of
+from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo, ScoreRequest
 
 HEAD_BYTES = 64 << 20  # of one piece of the head
 
@@ -34,7 +34,7 @@ class ServerTeacher:
         self,
         url: str,
         *,
-        wanted: Wanted,
+        wanted: ScoreRequest,
         student: Vocabulary,
         token: str | None = None,
         timeout: float = 600.0,
@@ -63,7 +63,7 @@ class ServerTeacher:
         )
         self._head: FloatArray | None = None
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """See ``Teacher``."""
         with bar(self.progress, rollouts) as advance:
             return at_once(
@@ -117,14 +117,14 @@ class ServerTeacher:
 
     def score_group(
         self, rollouts: Sequence[Rollout], *, retries: int | None = None
-    ) -> list[Scored]:
+    ) -> list[ScoredRollout]:
         """One request, tried again ``retries`` times (default: as often as this client does)."""
         body = request_bytes(self._request(rollouts))
         told = {"Content-Type": MEDIA_TYPE}
         answer = self._service.send("POST", "/score", body, told, retries=retries)
         return scored_of(rollouts, read_answer(answer.content))
 
-    def _request(self, rollouts: Sequence[Rollout]) -> ScoreRequest:
+    def _request(self, rollouts: Sequence[Rollout]) -> WireRequest:
         return request_of(
             rollouts,
             self.wanted,

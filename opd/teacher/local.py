@@ -12,7 +12,7 @@ from opd.teacher.scoring import folded_head
 from opd.teacher.transport import transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
 from opd.teacher.wire import request_of, scored_of
-from opd.types import FloatArray, Rollout, Scored, TeacherInfo, Wanted
+from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo, ScoreRequest
 
 
 class LocalTeacher:
@@ -25,7 +25,7 @@ class LocalTeacher:
         self,
         backend: Backend,
         *,
-        wanted: Wanted,
+        wanted: ScoreRequest,
         student: Vocabulary,
         batch_tokens: int = 16384,
         hidden_dtype: DType = DType.auto,
@@ -40,9 +40,9 @@ class LocalTeacher:
         self.batch_tokens = batch_tokens
         self.progress = progress
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """See ``Teacher``."""
-        scored: list[Scored] = []
+        scored: list[ScoredRollout] = []
         with bar(self.progress, rollouts) as advance:
             for group in by_tokens(rollouts, self.batch_tokens):
                 scored += self._score_group(group)
@@ -58,7 +58,7 @@ class LocalTeacher:
         spec = replace(self.backend.spec, vocab_size=self.vocab_size)
         return folded_head(self.backend.head_VD, spec).numpy()
 
-    def _score_group(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def _score_group(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         request = request_of(
             rollouts,
             self.wanted,

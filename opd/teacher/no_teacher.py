@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from opd.types import FloatArray, Rollout, Scored, TeacherInfo
+from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo
 
 
 class NoTeacher:
@@ -18,9 +18,9 @@ class NoTeacher:
             max_length=max_length,
         )
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """See ``Teacher``."""
-        return [Scored(rollout=rollout) for rollout in rollouts]
+        return [ScoredRollout(rollout=rollout) for rollout in rollouts]
 
     def info(self) -> TeacherInfo:
         """See ``Teacher``."""

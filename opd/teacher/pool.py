@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from opd.interfaces import Progress, Teacher
 from opd.teacher.batches import at_once, bar
 from opd.teacher.client import ServerTeacher
-from opd.types import FloatArray, Rollout, Scored, TeacherInfo
+from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo
 
 REST_S = 30.0  # before a server that stayed away is asked again
 
@@ -28,13 +28,13 @@ class RoutedTeacher:
         self._teachers = teachers
         self._progress = progress
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """See ``Teacher``."""
         shares: dict[int, list[int]] = {}
         for place, rollout in enumerate(rollouts):
             teacher = self._named(rollout.prompt.teacher, f"prompt {rollout.prompt.uid}")
             shares.setdefault(id(teacher), []).append(place)
-        found: dict[int, Scored] = {}
+        found: dict[int, ScoredRollout] = {}
 
         def score(places: list[int]) -> int:
             teacher = self._named(rollouts[places[0]].prompt.teacher, "a prompt")
@@ -118,7 +118,7 @@ class BalancedTeacher:
         for client in clients:
             self._same(client)
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """See ``Teacher``."""
         groups = self._first.groups(rollouts, servers=len(self._seats))
         width = self._first.connections * len(self._seats)
@@ -148,7 +148,7 @@ class BalancedTeacher:
             return error
         return None
 
-    def _score_group(self, group: Sequence[Rollout]) -> list[Scored]:
+    def _score_group(self, group: Sequence[Rollout]) -> list[ScoredRollout]:
         tokens = sum(len(rollout.teacher_sequence) for rollout in group)
         untried = list(self._seats)
         while True:

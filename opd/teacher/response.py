@@ -10,14 +10,14 @@ import torch
 from opd.config.models import DType
 from opd.head import HeadSpec
 from opd.teacher.backend import Backend
-from opd.teacher.scoring import Pieces, Said, score_hidden
-from opd.teacher.wire import ScoreAnswer, ScoreRequest, Want
+from opd.teacher.scoring import ScoreOptions, Scores, score_hidden
+from opd.teacher.wire import WireResponse, WireRequest, Want
 from opd.types import BFloat16Bits, FloatArray, IntArray, TeacherInfo
 
 WIRE_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
 
 
-def require_answerable(request: ScoreRequest, info: TeacherInfo, spec: HeadSpec) -> None:
+def require_answerable(request: WireRequest, info: TeacherInfo, spec: HeadSpec) -> None:
     """``ValueError`` with one clear sentence when this teacher cannot answer."""
     longest = int(request.lengths.max())
     if longest > info.max_length:
@@ -41,7 +41,7 @@ def require_answerable(request: ScoreRequest, info: TeacherInfo, spec: HeadSpec)
         raise ValueError(f"teacher {info.model} caps its logits: ask for full_logps, not hidden")
 
 
-def hidden_of(backend: Backend, requests: Sequence[ScoreRequest]) -> list[torch.Tensor]:
+def hidden_of(backend: Backend, requests: Sequence[WireRequest]) -> list[torch.Tensor]:
     """For each request the hidden states [N, D] that predict its targets, in one backend call.
 
     The last token of a sequence predicts nothing that was asked, so it is not run.
@@ -53,10 +53,10 @@ def hidden_of(backend: Backend, requests: Sequence[ScoreRequest]) -> list[torch.
     return [torch.cat([next(kept) for _ in request.starts]) for request in requests]
 
 
-def answer(backend: Backend, request: ScoreRequest, hidden_ND: torch.Tensor) -> ScoreAnswer:
+def answer(backend: Backend, request: WireRequest, hidden_ND: torch.Tensor) -> WireResponse:
     """Apply the head to a request's hidden states and say what it asked for."""
     named = request.named_ids
-    pieces = Pieces(
+    pieces = ScoreOptions(
         top_k=request.top_k,
         named_ids_NK=None if named is None else torch.from_numpy(named.astype(np.int64)),
         full_logps=request.want is Want.full_logps,
@@ -71,8 +71,8 @@ def answer(backend: Backend, request: ScoreRequest, hidden_ND: torch.Tensor) -> 
     return _answer_of(score_hidden(hidden_ND, rows_VD, spec, targets, pieces))
 
 
-def _answer_of(said: Said) -> ScoreAnswer:
-    return ScoreAnswer(
+def _answer_of(said: Scores) -> WireResponse:
+    return WireResponse(
         logps=said.logp_N.numpy(),
         support_ids=_ids(said.support_ids_NK),
         support_logps=_floats(said.support_logp_NK),

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from opd.interfaces import Teacher
-from opd.types import FloatArray, Rollout, Scored, TeacherInfo
+from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo
 
 Reward = Callable[[Rollout], float]
 
 
 class RewardedTeacher:
-    """A ``Teacher`` whose ``Scored`` carry ``reward`` and ``advantage`` too.
+    """A ``Teacher`` whose ``ScoredRollout`` carry ``reward`` and ``advantage`` too.
 
     The group of a completion are the rollouts of the same prompt in one call.
     """
@@ -21,7 +21,7 @@ class RewardedTeacher:
         self._reward = reward
         self._scale = scale
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """See ``Teacher``. ValueError when the verifier gives something that is not a finite number."""
         scored = self._teacher.score(rollouts)
         rewards = [_finite(self._reward(rollout), rollout) for rollout in rollouts]

@@ -11,7 +11,7 @@ CHUNK_BYTES = 64 << 20  # of one [C, V] block; about four live at once, beside t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pieces:
+class ScoreOptions:
     """What one request asks about each of its N target tokens, besides the sampled log-prob.
 
     ``top_k`` > 0 and ``named_ids_NK`` (-1 = unused) together make a support: their union.
@@ -29,7 +29,7 @@ class Pieces:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
+class Scores:
     """What the teacher says about N target tokens, on the CPU; absent fields were not asked for."""
 
     logp_N: torch.Tensor
@@ -46,8 +46,8 @@ def score_hidden(
     weight_VD: torch.Tensor,
     spec: HeadSpec,
     target_N: torch.Tensor,
-    pieces: Pieces,
-) -> Said:
+    pieces: ScoreOptions,
+) -> Scores:
     """Row n of ``hidden_ND`` predicts ``target_N[n]``; memory stays at a few [C, V] chunks.
 
     Chunks are computed where ``weight_VD`` lies. ``hidden`` comes back in the dtype asked for: the
@@ -67,12 +67,12 @@ def score_hidden(
             parts[-1]["outside_N"] = mass_C.cpu()
     said = {
         f.name: torch.cat([part[f.name] for part in parts])
-        for f in fields(Said)
+        for f in fields(Scores)
         if f.name in parts[0]
     }
     if pieces.hidden:
         said["hidden_ND"] = hidden_ND.to(pieces.hidden_dtype).cpu()
-    return Said(**said)
+    return Scores(**said)
 
 
 def folded_head(weight_VD: torch.Tensor, spec: HeadSpec) -> torch.Tensor:
@@ -105,7 +105,7 @@ def _say(
     logp_CV: torch.Tensor,
     target_C: torch.Tensor,
     named_ids_CK: torch.Tensor | None,
-    pieces: Pieces,
+    pieces: ScoreOptions,
 ) -> dict[str, torch.Tensor]:
     said = {"logp_N": logp_CV.gather(1, target_C[:, None])[:, 0]}
     supports = [] if named_ids_CK is None else [named_ids_CK]

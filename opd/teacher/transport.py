@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from opd.config.models import DType
 from opd.teacher.wire import Want
-from opd.types import TeacherInfo, Wanted
+from opd.types import TeacherInfo, ScoreRequest
 
 WIDTHS = {DType.float32: 4, DType.bfloat16: 2}  # bytes of a number
 
@@ -50,7 +50,7 @@ def bytes_per_target(
 
 
 def transports(
-    info: TeacherInfo, wanted: Wanted, *, vocab_size: int, hidden_dtype: DType, named: int = 0
+    info: TeacherInfo, wanted: ScoreRequest, *, vocab_size: int, hidden_dtype: DType, named: int = 0
 ) -> list[Transport]:
     """Every way in which what was wanted can travel, the cheapest first.
 
@@ -78,7 +78,7 @@ def transports(
 
 
 def arithmetic(
-    info: TeacherInfo, wanted: Wanted, *, vocab_size: int, hidden_dtype: DType, named: int = 0
+    info: TeacherInfo, wanted: ScoreRequest, *, vocab_size: int, hidden_dtype: DType, named: int = 0
 ) -> str:
     """One sentence: what travels, at how many bytes a token, and what the other ways would cost."""
     chosen, *others = transports(

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from opd.config.models import DType
-from opd.types import BFloat16Bits, FloatArray, IntArray, Rollout, Scored, SupportLogps, Wanted
+from opd.types import BFloat16Bits, FloatArray, IntArray, Rollout, ScoredRollout, SupportLogps, ScoreRequest
 
 FORMAT = "opd-teacher-1"
 HEADER_BYTES = 1 << 16  # of a request; ours have four tensors and five strings
@@ -36,7 +36,7 @@ class Want(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreRequest:
+class WireRequest:
     """Whole sequences, and from which token of each on to score (at least 1)."""
 
     token_ids: IntArray
@@ -65,7 +65,7 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreAnswer:
+class WireResponse:
     """What a teacher said about the N targets of one request."""
 
     logps: FloatArray
@@ -79,18 +79,18 @@ class ScoreAnswer:
 
 def request_of(
     rollouts: Sequence[Rollout],
-    wanted: Wanted,
+    wanted: ScoreRequest,
     *,
     want: Want,
     vocab_size: int,
     hidden_dtype: DType = DType.float32,
-) -> ScoreRequest:
+) -> WireRequest:
     """Rollouts into one request, each behind the prompt that its teacher sees.
 
     Support ids that only the student's matrix has are left out.
     """
     sequences = [rollout.teacher_sequence for rollout in rollouts]
-    return ScoreRequest(
+    return WireRequest(
         token_ids=np.concatenate(sequences),
         lengths=np.array([len(s) for s in sequences], np.int32),
         starts=np.array([len(r.teacher_prompt) for r in rollouts], np.int32),
@@ -103,13 +103,13 @@ def request_of(
     )
 
 
-def scored_of(rollouts: Sequence[Rollout], answer: ScoreAnswer) -> list[Scored]:
-    """Cut an answer back into one ``Scored`` a rollout; arrays are copies, so the answer can go."""
+def scored_of(rollouts: Sequence[Rollout], answer: WireResponse) -> list[ScoredRollout]:
+    """Threshold an answer back into one ``ScoredRollout`` a rollout; arrays are copies, so the answer can go."""
     scored, start = [], 0
     for rollout in rollouts:
         rows = slice(start, start := start + len(rollout.token_ids))
         scored.append(
-            Scored(
+            ScoredRollout(
                 rollout=rollout,
                 logps=answer.logps[rows].copy(),
                 support=_support(answer, rows),
@@ -121,7 +121,7 @@ def scored_of(rollouts: Sequence[Rollout], answer: ScoreAnswer) -> list[Scored]:
     return scored
 
 
-def request_bytes(request: ScoreRequest) -> bytes:
+def request_bytes(request: WireRequest) -> bytes:
     """A request as safetensors."""
     arrays = {"token_ids": request.token_ids, "lengths": request.lengths, "starts": request.starts}
     if request.named_ids is not None:
@@ -137,7 +137,7 @@ def request_bytes(request: ScoreRequest) -> bytes:
     return save(arrays, metadata)
 
 
-def read_request(body: bytes) -> ScoreRequest:
+def read_request(body: bytes) -> WireRequest:
     """The undo of ``request_bytes``; ``ValueError`` with one clear sentence for anything else.
 
     Checks what can be known without the model: fields, types, and that shapes agree.
@@ -154,7 +154,7 @@ def read_request(body: bytes) -> ScoreRequest:
     for name, array in arrays.items():
         if array.dtype != np.int32:
             raise ValueError(f"tensor {name!r} is {array.dtype}, must be int32")
-    request = ScoreRequest(
+    request = WireRequest(
         token_ids=arrays["token_ids"],
         lengths=arrays["lengths"],
         starts=arrays["starts"],
@@ -169,18 +169,18 @@ def read_request(body: bytes) -> ScoreRequest:
     return request
 
 
-def answer_bytes(answer: ScoreAnswer) -> bytes:
+def answer_bytes(answer: WireResponse) -> bytes:
     """An answer as safetensors."""
     said = {field.name: getattr(answer, field.name) for field in fields(answer)}
     return save({name: array for name, array in said.items() if array is not None})
 
 
-def read_answer(body: bytes) -> ScoreAnswer:
+def read_answer(body: bytes) -> WireResponse:
     """The undo of ``answer_bytes``."""
-    return ScoreAnswer(**_tensors(body))
+    return WireResponse(**_tensors(body))
 
 
-def _require_shapes(request: ScoreRequest) -> None:
+def _require_shapes(request: WireRequest) -> None:
     lengths, starts = request.lengths, request.starts
     if len(lengths) == 0 or len(lengths) != len(starts):
         raise ValueError(
@@ -212,7 +212,7 @@ def _named_ids(rollouts: Sequence[Rollout], vocab_size: int) -> IntArray:
     return np.where(named < vocab_size, named, -1)
 
 
-def _support(answer: ScoreAnswer, rows: slice) -> SupportLogps | None:
+def _support(answer: WireResponse, rows: slice) -> SupportLogps | None:
     ids, logps, tail = answer.support_ids, answer.support_logps, answer.support_tail
     if ids is None or logps is None or tail is None:
         return None

@@ -10,13 +10,13 @@ import torch
 
 from opd.teacher.response import answer, hidden_of
 from opd.teacher.backend import Backend
-from opd.teacher.wire import ScoreAnswer, ScoreRequest
+from opd.teacher.wire import WireResponse, WireRequest
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    request: ScoreRequest
-    done: Future[ScoreAnswer] = field(default_factory=Future)
+    request: WireRequest
+    done: Future[WireResponse] = field(default_factory=Future)
 
 
 class WorkQueue:
@@ -39,7 +39,7 @@ class WorkQueue:
         """Waits until the model is loaded; raises what loading raised."""
         return self._built.result()
 
-    def submit(self, request: ScoreRequest) -> Future[ScoreAnswer]:
+    def submit(self, request: WireRequest) -> Future[WireResponse]:
         """The answer to come; the request must have passed ``require_answerable``."""
         job = _Job(request)
         self._jobs.put(job)

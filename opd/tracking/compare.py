@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.tracking.runs import Run, flat, read_run
+from opd.tracking.runs import RunRecord, flat, read_run
 from opd.tracking.formatting import number
 
 # A run's own name is not a setting.
@@ -15,10 +15,10 @@ _NOT_SETTINGS = ("run.dir",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class RunEntry:
     """One run of a comparison: its name there and the settings in which the runs differ."""
 
-    run: Run
+    run: RunRecord
     name: str
     settings: dict[str, str]
 
@@ -34,15 +34,15 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class RunComparison:
     """Runs, the best first, and the names of the settings in which they differ."""
 
-    entries: list[Entry]
+    entries: list[RunEntry]
     settings: list[str]
     tasks: list[str]
 
 
-def compare(folders: Sequence[str | Path]) -> Comparison:
+def compare(folders: Sequence[str | Path]) -> RunComparison:
     """Read and rank runs: by final accuracy (mean over tasks), then held-out reverse KL, then loss.
 
     A run that crashed before its first step is kept, last. Raises ``ValueError`` when a folder is
@@ -58,7 +58,7 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
     names = [run.name for run in runs]
     differing = _differing(runs)
     entries = [
-        Entry(
+        RunEntry(
             run=run,
             name=run.name if names.count(run.name) == 1 else str(run.folder),
             settings={key: values[index] for key, values in differing.items()},
@@ -66,10 +66,10 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
         for index, run in enumerate(runs)
     ]
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    return Comparison(entries=entries, settings=list(differing), tasks=tasks)
+    return RunComparison(entries=entries, settings=list(differing), tasks=tasks)
 
 
-def _rank(run: Run) -> tuple[bool, float, float, float]:
+def _rank(run: RunRecord) -> tuple[bool, float, float, float]:
     accuracies = [result.after for result in run.results]
     kls = [kl for task in run.tasks if (kl := run.series(f"eval/{task}/reverse_kl").last)]
     loss = run.series("loss/total").last
@@ -81,7 +81,7 @@ def _rank(run: Run) -> tuple[bool, float, float, float]:
     )
 
 
-def _differing(runs: Sequence[Run]) -> dict[str, list[str]]:
+def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Setting to one value a run, where these differ.
 
     A key that some runs lack because they chose another option of its group tells nothing more
@@ -112,12 +112,12 @@ def _typed(value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Score:
-    entry: Entry
+    entry: RunEntry
     value: float
     step: int
 
 
-def sentences(comparison: Comparison) -> list[str]:
+def sentences(comparison: RunComparison) -> list[str]:
     """Plain sentences: which run did best on what, and what to beware of."""
     said: list[str] = []
     for task in comparison.tasks:
@@ -140,7 +140,7 @@ def sentences(comparison: Comparison) -> list[str]:
 
 
 def _scores(
-    comparison: Comparison, metric: str, pick: Callable[..., Any] | None = None
+    comparison: RunComparison, metric: str, pick: Callable[..., Any] | None = None
 ) -> list[_Score]:
     """Each run's last value of the metric, or the one that ``pick`` chooses."""
     scores = []
@@ -169,7 +169,7 @@ def _winner(scores: list[_Score], better: Callable[..., Any]) -> str:
     return f"{said}."
 
 
-def _cautions(comparison: Comparison) -> list[str]:
+def _cautions(comparison: RunComparison) -> list[str]:
     broken = [entry for entry in comparison.entries if not entry.run.finished]
     said = []
     if broken:
@@ -180,7 +180,7 @@ def _cautions(comparison: Comparison) -> list[str]:
     return said
 
 
-def table(comparison: Comparison) -> list[dict[str, str | float | int | None]]:
+def table(comparison: RunComparison) -> list[dict[str, str | float | int | None]]:
     """One row a run, numbers as numbers: what the CSV file holds."""
     rows = []
     for entry in comparison.entries:
@@ -218,7 +218,7 @@ def _without_empty_columns(
     return [{name: row[name] for name in filled} for row in rows]
 
 
-def write_csv(comparison: Comparison, path: Path) -> None:
+def write_csv(comparison: RunComparison, path: Path) -> None:
     """The table as CSV with a heading; an absent number is an empty cell."""
     rows = table(comparison)
     with path.open("w", encoding="utf-8", newline="") as file:

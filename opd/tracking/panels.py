@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 
-from opd.tracking.compare import Comparison, Entry
+from opd.tracking.compare import RunComparison, RunEntry
 from opd.tracking.plots import NEUTRAL, Line, Panel, Style
-from opd.tracking.runs import Run, Series
+from opd.tracking.runs import RunRecord, Series
 
 _PHASES = ("rollout", "teacher", "learn", "sync", "eval")
 
@@ -43,7 +43,7 @@ _COMPARED = (
 )
 
 
-def run_panels(run: Run) -> list[Panel]:
+def run_panels(run: RunRecord) -> list[Panel]:
     """The pictures of one run's report."""
     panels = [*_task_panels(run), _loss_panel(run), *_teacher_panels(run)]
     for title, note, metrics in _TRAINING:
@@ -55,7 +55,7 @@ def run_panels(run: Run) -> list[Panel]:
     return [panel for panel in panels if panel.lines]
 
 
-def other_panels(run: Run) -> list[Panel]:
+def other_panels(run: RunRecord) -> list[Panel]:
     """One small picture for each metric that no other picture shows."""
     shown = {name for _, _, metrics in _TRAINING for name, _ in metrics}
     shown |= {f"time/{phase}" for phase in (*_PHASES, "step")} | {"tokens/generated"}
@@ -68,7 +68,7 @@ def other_panels(run: Run) -> list[Panel]:
     return [Panel(title=name, lines=_lines([(run.series(name), name)])) for name in names]
 
 
-def comparison_panels(comparison: Comparison) -> list[Panel]:
+def comparison_panels(comparison: RunComparison) -> list[Panel]:
     """Each metric that tells runs apart, all runs in one picture."""
     panels = [panel for task in comparison.tasks for panel in _compared_task(comparison, task)]
     for metric, title in _COMPARED:
@@ -77,7 +77,7 @@ def comparison_panels(comparison: Comparison) -> list[Panel]:
     return [panel for panel in panels if panel.lines]
 
 
-def _compared_task(comparison: Comparison, task: str) -> list[Panel]:
+def _compared_task(comparison: RunComparison, task: str) -> list[Panel]:
     panels = []
     levels = _teacher_levels(comparison, task)
     for title, x_label, xs in (
@@ -99,7 +99,7 @@ def _compared_task(comparison: Comparison, task: str) -> list[Panel]:
     title, y_range = f"mean@k on {task}", _share_range(sampled)
     panels.append(Panel(title=title, lines=sampled, y_range=y_range, wide=True))
     distance = _overlaid(comparison, f"eval/{task}/reverse_kl", _steps, marked=True)
-    title = f"Held-out reverse KL on {task}, nats per token"
+    title = f"ReceiverState-out reverse KL on {task}, nats per token"
     panels.append(Panel(title=title, lines=distance, wide=True))
     return panels
 
@@ -112,11 +112,11 @@ def _lines(named: Sequence[tuple[Series, str]]) -> list[Line]:
     ]
 
 
-def _task_panels(run: Run) -> list[Panel]:
+def _task_panels(run: RunRecord) -> list[Panel]:
     return [panel for task in run.tasks for panel in (_accuracy(run, task), _distance(run, task))]
 
 
-def _accuracy(run: Run, task: str) -> Panel:
+def _accuracy(run: RunRecord, task: str) -> Panel:
     lines = _marked(run, f"eval/{task}/accuracy", "student, greedy", 0)
     lines += _marked(run, f"eval/{task}/mean_at_k", "student, mean@k", 2)
     result = run.result(task)
@@ -131,7 +131,7 @@ def _accuracy(run: Run, task: str) -> Panel:
     )
 
 
-def _distance(run: Run, task: str) -> Panel:
+def _distance(run: RunRecord, task: str) -> Panel:
     return Panel(
         title=f"Distance to the teacher on {task}",
         note="reverse KL on held-out prompts, nats per token",
@@ -140,14 +140,14 @@ def _distance(run: Run, task: str) -> Panel:
     )
 
 
-def _marked(run: Run, metric: str, label: str, colour: int) -> list[Line]:
+def _marked(run: RunRecord, metric: str, label: str, colour: int) -> list[Line]:
     series = run.series(metric)
     if not series:
         return []
     return [Line(label=label, xs=series.steps, ys=series.values, colour=colour, marked=True)]
 
 
-def _loss_panel(run: Run) -> Panel:
+def _loss_panel(run: RunRecord) -> Panel:
     """The total and its parts, a part that is the total left out."""
     total = run.series("loss/total")
     names = [name for name in run.metrics if name.startswith("loss/") and name != "loss/total"]
@@ -158,7 +158,7 @@ def _loss_panel(run: Run) -> Panel:
     return Panel(title="Loss", note="per token", lines=_lines([(total, named), *others]))
 
 
-def _of_teachers(run: Run) -> dict[str, tuple[str, str]]:
+def _of_teachers(run: RunRecord) -> dict[str, tuple[str, str]]:
     """Teacher and what was measured of it, for each metric ``teacher/<name>/<measured>``."""
     parts = {
         name: name.removeprefix("teacher/").rpartition("/")
@@ -168,7 +168,7 @@ def _of_teachers(run: Run) -> dict[str, tuple[str, str]]:
     return {name: (who, what) for name, (who, _, what) in parts.items() if who}
 
 
-def _teacher_panels(run: Run) -> list[Panel]:
+def _teacher_panels(run: RunRecord) -> list[Panel]:
     """One picture of each thing measured of several teachers, a curve for each of them."""
     found = _of_teachers(run)
     lines: dict[str, list[Line]] = {what: [] for _, what in found.values()}
@@ -193,7 +193,7 @@ def _same(one: Series, other: Series) -> bool:
     )
 
 
-def _time_panel(run: Run) -> Panel:
+def _time_panel(run: RunRecord) -> Panel:
     """Seconds a step, piled up by phase; an area needs two steps."""
     rows = [row for row in run.rows if "time/step" in row]
     phases = [phase for phase in _PHASES[:-1] if any(f"time/{phase}" in row for row in rows)]
@@ -214,7 +214,7 @@ def _time_panel(run: Run) -> Panel:
     )
 
 
-def _speed_panel(run: Run) -> Panel:
+def _speed_panel(run: RunRecord) -> Panel:
     rows = [row for row in run.rows if row.get("time/step") and row.get("tokens/generated")]
     line = Line(
         label="tokens per second",
@@ -234,19 +234,19 @@ def _share_range(lines: Sequence[Line]) -> tuple[float, float]:
     return 0.0, min(1.04, 1.15 * max(known, default=1.0)) or 1.04
 
 
-def _steps(run: Run, steps: Sequence[int]) -> list[float]:
+def _steps(run: RunRecord, steps: Sequence[int]) -> list[float]:
     return [float(step) for step in steps]
 
 
-def _minutes(run: Run, steps: Sequence[int]) -> list[float]:
+def _minutes(run: RunRecord, steps: Sequence[int]) -> list[float]:
     wall = run.wall()
     return [wall[step] / 60 for step in steps] if max(wall.values()) > 0 else []
 
 
 def _overlaid(
-    comparison: Comparison,
+    comparison: RunComparison,
     metric: str,
-    xs_of: Callable[[Run, Sequence[int]], list[float]],
+    xs_of: Callable[[RunRecord, Sequence[int]], list[float]],
     marked: bool = False,
 ) -> list[Line]:
     lines = []
@@ -259,7 +259,7 @@ def _overlaid(
 
 
 def run_line(
-    index: int, entry: Entry, xs: Sequence[float], ys: Sequence[float], marked: bool = False
+    index: int, entry: RunEntry, xs: Sequence[float], ys: Sequence[float], marked: bool = False
 ) -> Line:
     """The curve of the comparison's run number ``index``."""
     colour, style = _look(index)
@@ -272,7 +272,7 @@ def _look(index: int) -> tuple[int, Style]:
     return index % NEUTRAL, styles[index // NEUTRAL % 3]
 
 
-def _teacher_levels(comparison: Comparison, task: str) -> list[Line]:
+def _teacher_levels(comparison: RunComparison, task: str) -> list[Line]:
     results = [entry.run.result(task) for entry in comparison.entries]
     levels = dict.fromkeys(r.teacher for r in results if r is not None and r.teacher is not None)
     return [Line(label="teacher", xs=[], ys=[y], colour=NEUTRAL, style="dashed") for y in levels]

@@ -9,9 +9,9 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from opd.tracking.compare import Comparison, compare, sentences, table, write_csv
+from opd.tracking.compare import RunComparison, compare, sentences, table, write_csv
 from opd.tracking.panels import comparison_panels, other_panels, run_line, run_panels
-from opd.tracking.runs import Run, read_started_run
+from opd.tracking.runs import RunRecord, read_started_run
 from opd.tracking.weight_panels import weight_panels
 from opd.tracking.formatting import duration, number
 
@@ -106,7 +106,7 @@ def cell(column: str, value: str | float | int | None) -> str:
     return number(value)
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _facts(run: RunRecord) -> list[tuple[str, str]]:
     """What the run was, in a line of small words."""
     facts = [("status", run.status), ("steps", f"{run.step}")]
     if run.planned and run.planned != run.step:
@@ -122,7 +122,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return facts + [(group, str(choice)) for group, choice in sorted(run.choices.items())]
 
 
-def _time_shares(run: Run) -> list[tuple[str, float, int]]:
+def _time_shares(run: RunRecord) -> list[tuple[str, float, int]]:
     """Phase, share of the phases' total time, colour; the largest first."""
     phases = ("rollout", "teacher", "learn", "sync", "eval")
     totals = {
@@ -133,7 +133,7 @@ def _time_shares(run: Run) -> list[tuple[str, float, int]]:
     return sorted(shares, key=lambda share: -share[1])
 
 
-def _sections(run: Run) -> list[tuple[str, str]]:
+def _sections(run: RunRecord) -> list[tuple[str, str]]:
     """What can be folded out: configuration and provenance, as text."""
     command = run.about["command"]
     texts = {
@@ -179,7 +179,7 @@ class Transcript:
     tellings: list[Telling]
 
 
-def _transcripts(run: Run) -> list[Transcript]:
+def _transcripts(run: RunRecord) -> list[Transcript]:
     grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for sample in run.samples:
         key = (str(sample.get("task", "")), str(sample.get("uid", sample.get("prompt", ""))))
@@ -225,7 +225,7 @@ def _columns(task: str, rows: list[dict[str, Any]]) -> list[str]:
     return [column for column in columns if lost or column != f"{task} best"]
 
 
-def _best_cells(comparison: Comparison, rows: list[dict[str, Any]]) -> set[tuple[int, str]]:
+def _best_cells(comparison: RunComparison, rows: list[dict[str, Any]]) -> set[tuple[int, str]]:
     """Row number and column of the best value of each accuracy and divergence."""
     best = set()
     for task in comparison.tasks:

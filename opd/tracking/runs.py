@@ -51,7 +51,7 @@ class TaskResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class RunRecord:
     """One run folder: its configuration, rows by step, transcripts, recordings of its weights."""
 
     name: str
@@ -142,7 +142,7 @@ class Run:
         return self.status == "finished"
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path) -> RunRecord:
     """The run in ``folder``; its metrics may still be empty.
 
     Raises ``ValueError`` when the folder is not a run's or its files cannot be understood.
@@ -162,7 +162,7 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(
             f"{root / CONFIG}: found no `config` section; give a folder that `opd train` wrote"
         )
-    return Run(
+    return RunRecord(
         name=root.resolve().name,
         folder=root,
         config=about["config"],
@@ -175,7 +175,7 @@ def read_run(folder: str | Path) -> Run:
     )
 
 
-def read_started_run(folder: str | Path) -> Run:
+def read_started_run(folder: str | Path) -> RunRecord:
     """The run in ``folder``; a ``ValueError`` too when it has not logged a step yet."""
     run = read_run(folder)
     if not run.rows:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from opd.tracking.runs import Run
+from opd.tracking.runs import RunRecord
 
 T_95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
@@ -69,7 +69,7 @@ class Difference:
 class Arms:
     """Finished runs by arm and seed, and what is compared."""
 
-    runs: Mapping[str, Mapping[int, Run]]
+    runs: Mapping[str, Mapping[int, RunRecord]]
     measures: Sequence[Measure]
     pairs: Sequence[tuple[str, str]]
 

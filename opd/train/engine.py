@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from opd.batch import Batch, LossOutput
-from opd.config import Precision
+from opd.config.training import Precision
 from opd.interfaces import Loss
 from opd.train.student import Student
 from opd.world import World
@@ -33,7 +33,7 @@ NUMERICS = {
     "optimizer": "optim",
     "scheduler": "optim.schedule",
 }
-"""Keys of a DeepSpeed file that belong to the recipe, and the knob that holds each."""
+"""Keys of a DeepSpeed file that belong to the recipe, and the bounded that holds each."""
 
 
 class TrainingEngine(Protocol):
@@ -98,10 +98,10 @@ def merged_deepspeed(
     Raises ValueError when the file sets something that the recipe owns.
     """
     machine: dict[str, Any] = json.loads(Path(launch_file).read_text()) if launch_file else {}
-    for key, knob in NUMERICS.items():
+    for key, bounded in NUMERICS.items():
         if key in machine:
             raise ValueError(
-                f"{launch_file} sets {key}, which belongs to the recipe: remove it and set {knob}"
+                f"{launch_file} sets {key}, which belongs to the recipe: remove it and set {bounded}"
             )
     config: dict[str, Any] = {
         "steps_per_print": 10**9,

@@ -11,30 +11,30 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
-from opd.batch import EVERY_TOKEN, Batch, LossOutput, Reckoning, collate, micro_batches
+from opd.batch import TOKEN_MEAN, Batch, LossOutput, LossReduction, collate, micro_batches
 from opd.config.training import OptimConfig, Watched
 from opd.interfaces import Loss, Progress
 from opd.checkpoint.tensors import Stored
-from opd.train.parameter_mask import Confinement
+from opd.train.parameter_mask import ParameterMask
 from opd.train.engine import TrainingEngine
 from opd.train.optimizers import lr_at
 from opd.train.record import Recorder, Unrecorded
 from opd.train.student import causal_lm
 from opd.train.mask_scores import scores
 from opd.train.weights import full_weights
-from opd.types import FloatArray, Rollout, Scored, StepReport
+from opd.types import FloatArray, Rollout, ScoredRollout, StepReport
 from opd.world import World
 
 
 class StudentLearner:
-    """Implements ``Learner`` and ``Reader`` over a training engine.
+    """Implements ``Learner`` and ``StudentScorer`` over a training engine.
 
     Args:
         model: the transformers (or peft) model inside the engine; its weights are handed over.
-        confinement: what of it may learn.
+        parameter_mask: what of it may learn.
         micro_tokens: padded tokens of one forward and backward pass; results do not depend on it.
         discount: fills ``Batch.future_N`` when above 0.
-        reckoning: which tokens count, and what a step's sum is divided by.
+        reduction: which tokens count, and what a step's sum is divided by.
         teachers: the names that prompts may give; each gets metrics of its own.
         recorder: looks at the weights before and after each optimizer step.
     """
@@ -45,7 +45,7 @@ class StudentLearner:
         model: torch.nn.Module,
         loss: Loss,
         *,
-        confinement: Confinement,
+        parameter_mask: ParameterMask,
         optim: OptimConfig,
         steps: int,
         micro_tokens: int,
@@ -53,27 +53,27 @@ class StudentLearner:
         discount: float,
         world: World,
         progress: Progress,
-        reckoning: Reckoning = EVERY_TOKEN,
+        reduction: LossReduction = TOKEN_MEAN,
         teachers: Sequence[str] = (),
         recorder: Recorder | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
         self._loss = loss
-        self._confinement = confinement
+        self._confinement = parameter_mask
         self._optim = optim
         self._steps = steps
         self._micro_tokens = micro_tokens
         self._pad_id = pad_id
         self._discount = discount
-        self._reckoning = reckoning
+        self._reckoning = reduction
         self._teachers = teachers
         self._world = world
         self._progress = progress
         self._recorder = recorder or Unrecorded()
         self.version = 0
 
-    def step(self, scored: Sequence[Scored]) -> StepReport:
+    def step(self, scored: Sequence[ScoredRollout]) -> StepReport:
         """One optimizer step on this rank's ``scored``; metrics are per token over all ranks."""
         self._model.train()
         counted = self._counted(scored, self._reckoning)
@@ -90,7 +90,7 @@ class StudentLearner:
         lr = lr_at(self.version, self._steps, self._optim)
         self._recorder.before_step(self.version)
         norm = self._engine.step(lr)
-        self._confinement.settle(self._engine)
+        self._confinement.write_back(self._engine)
         self.version += 1
         metrics = totals.per_token(self._world, **counted)
         metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": counted["tokens"]}
@@ -98,24 +98,24 @@ class StudentLearner:
         metrics |= self._recorder.after_step(self.version, lr=lr, norm=norm)
         return StepReport(version=self.version, metrics=metrics)
 
-    def measure(self, scored: Sequence[Scored], loss: Loss) -> dict[str, float]:
+    def measure(self, scored: Sequence[ScoredRollout], loss: Loss) -> dict[str, float]:
         """The loss's metrics per token over all ranks; nothing moves."""
-        counted = self._counted(scored, EVERY_TOKEN)
+        counted = self._counted(scored, TOKEN_MEAN)
         totals = Totals()
         self._model.eval()
         with torch.no_grad():
-            for batch in self._batches(scored, EVERY_TOKEN):
+            for batch in self._batches(scored, TOKEN_MEAN):
                 totals.add(self._engine.forward(batch, loss), batch)
         return totals.per_token(self._world, **counted)
 
     def logps(self, rollouts: Sequence[Rollout]) -> list[FloatArray]:
         """The learner's log-probs [T] of each rollout's tokens."""
-        scored = [Scored(rollout=r) for r in rollouts]
+        scored = [ScoredRollout(rollout=r) for r in rollouts]
         order = {id(s): place for place, s in enumerate(scored)}
         found: list[FloatArray | None] = [None] * len(scored)
         self._model.eval()
         with torch.no_grad():
-            batches = self._batches(scored, EVERY_TOKEN)
+            batches = self._batches(scored, TOKEN_MEAN)
             # ghosts have no group: they are run for their collectives alone
             for group, batch in zip_longest(self._groups(scored), batches, fillvalue=[]):
                 assert isinstance(batch, Batch)
@@ -158,35 +158,35 @@ class StudentLearner:
             )
         self._recorder.resume(state.get("record"), folder)
         self._engine.load(folder)
-        self._confinement.settle(self._engine)
+        self._confinement.write_back(self._engine)
         self.version = state["version"]
         torch.set_rng_state(state["torch_rng"])
 
-    def _counted(self, scored: Sequence[Scored], reckoning: Reckoning) -> dict[str, float]:
+    def _counted(self, scored: Sequence[ScoredRollout], reduction: LossReduction) -> dict[str, float]:
         """The tokens of all ranks that are learned from, and what the loss is divided by."""
-        own = float(sum(map(reckoning.kept, scored)))
-        return self._world.sum({"tokens": own, "denominator": reckoning.denominator(scored)})
+        own = float(sum(map(reduction.kept, scored)))
+        return self._world.sum({"tokens": own, "denominator": reduction.denominator(scored)})
 
-    def _rewards(self, scored: Sequence[Scored]) -> dict[str, float]:
+    def _rewards(self, scored: Sequence[ScoredRollout]) -> dict[str, float]:
         """The mean over all ranks, where somebody gave rewards."""
         given = [s.reward for s in scored if s.reward is not None]
         sums = self._world.sum({"reward": math.fsum(given), "count": float(len(given))})
         return {"reward/mean": sums["reward"] / sums["count"]} if sums["count"] else {}
 
-    def _groups(self, scored: Sequence[Scored]) -> list[list[Scored]]:
+    def _groups(self, scored: Sequence[ScoredRollout]) -> list[list[ScoredRollout]]:
         return micro_batches(scored, tokens=self._micro_tokens)
 
     def _batches(
-        self, scored: Sequence[Scored], reckoning: Reckoning, *, discount: float = 0.0
+        self, scored: Sequence[ScoredRollout], reduction: LossReduction, *, discount: float = 0.0
     ) -> list[Batch]:
         """As many micro-batches as the busiest rank has: collectives must match, so ghosts fill up."""
-        batches = [self._collated(group, reckoning, discount) for group in self._groups(scored)]
+        batches = [self._collated(group, reduction, discount) for group in self._groups(scored)]
         most = int(self._world.max({"batches": float(len(batches))})["batches"])
-        ghost = self._collated(list(scored[:1]), reckoning, discount).rows(0, 0)
+        ghost = self._collated(list(scored[:1]), reduction, discount).rows(0, 0)
         return batches + [ghost] * (most - len(batches))
 
-    def _collated(self, scored: Sequence[Scored], reckoning: Reckoning, discount: float) -> Batch:
-        return collate(scored, pad_id=self._pad_id, discount=discount, reckoning=reckoning)
+    def _collated(self, scored: Sequence[ScoredRollout], reduction: LossReduction, discount: float) -> Batch:
+        return collate(scored, pad_id=self._pad_id, discount=discount, reduction=reduction)
 
 
 class Totals:

@@ -15,7 +15,7 @@ from opd.train.engine import TrainingEngine
 from opd.train.weights import layer_of, named_weights
 
 
-class Confinement(Protocol):
+class ParameterMask(Protocol):
     """What may learn, and how it is kept to that.
 
     ``mask`` is the fingerprint of the mask, "" when there is none.
@@ -31,12 +31,12 @@ class Confinement(Protocol):
         """Gradients of what may learn, in the order of the parameters' names; for the norm."""
         ...
 
-    def settle(self, engine: TrainingEngine) -> None:
+    def write_back(self, engine: TrainingEngine) -> None:
         """Bring the weights in order after an optimizer step or a load; collective."""
         ...
 
 
-class Unconfined:
+class DenseTraining:
     """Everything that asks for a gradient learns."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,12 +49,12 @@ class Unconfined:
     def gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self._model.parameters() if p.grad is not None]
 
-    def settle(self, engine: TrainingEngine) -> None:
+    def write_back(self, engine: TrainingEngine) -> None:
         """Nothing to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Held:
+class _MaskedParameter:
     """A parameter that learns: its name, what is trained, and where that is written back."""
 
     name: str
@@ -62,8 +62,8 @@ class _Held:
     masked: MaskedWeight | None
 
 
-class CompactWeights:
-    """Implements ``Confinement`` on a causal language model, in place.
+class SparseTraining:
+    """Implements ``ParameterMask`` on a causal language model, in place.
 
     Parameters of which nothing is kept are frozen; those that are kept whole train as they are.
     Raises ValueError when the mask names other parameters than the model has.
@@ -81,7 +81,7 @@ class CompactWeights:
         return [h.trained.grad for h in self._held if h.trained.grad is not None]
 
     @torch.no_grad()
-    def settle(self, engine: TrainingEngine) -> None:
+    def write_back(self, engine: TrainingEngine) -> None:
         """Write the trained values into the dense weights, a layer's at a time."""
         for _, layer in groupby(self._held, key=lambda h: layer_of(h.name)):
             held = [h for h in layer if h.masked is not None]
@@ -101,7 +101,7 @@ def _write_back(values: torch.Tensor, masked: MaskedWeight, engine: TrainingEngi
         part[index[low:high].long() - start] = values[low:high].to(part.dtype)
 
 
-def _confined(causal: nn.Module, mask: Mask) -> Iterator[_Held]:
+def _confined(causal: nn.Module, mask: Mask) -> Iterator[_MaskedParameter]:
     weights = list(named_weights(causal))
     mask.require_parameters({name: tuple(weight.shape) for name, weight in weights})
     ends: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -113,16 +113,16 @@ def _confined(causal: nn.Module, mask: Mask) -> Iterator[_Held]:
         if len(index) == 0:
             parameter.requires_grad_(False)
         elif len(index) == parameter.numel():
-            yield _Held(name=name, trained=parameter, masked=None)
+            yield _MaskedParameter(name=name, trained=parameter, masked=None)
         else:
             masked = MaskedWeight(parameter, index)
             for module, leaf in ends[id(parameter)]:
                 parametrize.register_parametrization(module, leaf, masked, unsafe=True)
-            yield _Held(name=name, trained=parameter, masked=masked)
+            yield _MaskedParameter(name=name, trained=parameter, masked=masked)
 
 
-class RestoredWeights:
-    """Implements ``Confinement`` as the paper does it: the slow reference for ``CompactWeights``.
+class RestoredTraining:
+    """Implements ``ParameterMask`` as the paper does it: the slow reference for ``SparseTraining``.
 
     Off-mask gradients become zero before they are reduced, and after each step off-mask coordinates
     get their old values back, masters included; gradients, optimizer state and masters stay dense.
@@ -147,7 +147,7 @@ class RestoredWeights:
         ]
 
     @torch.no_grad()
-    def settle(self, engine: TrainingEngine) -> None:
+    def write_back(self, engine: TrainingEngine) -> None:
         for each in self._restored:
             engine.rewrite(each.parameter, each.restored)
 

@@ -6,7 +6,7 @@ import torch
 from dense64 import Choice, Tokens
 
 from opd.batch import Batch
-from opd.losses.token_weights import Corrector, Factors, Weigher
+from opd.losses.token_weights import ImportanceCorrection, TokenWeights, TokenWeighting
 from opd.teacher.scoring import tail_logps, union_ids
 from opd.train.student import with_sequence_gaps
 from opd.types import Correction, Weighting
@@ -36,11 +36,11 @@ def teacher_logp() -> torch.Tensor:
     return (logits() + randn(N, V, seed=1)).log_softmax(-1)
 
 
-def factors_of(choice: Choice) -> Factors:
+def factors_of(choice: Choice) -> TokenWeights:
     low, high = choice.band
-    return Factors(
-        weigher=Weigher(weighting=Weighting(choice.weighting), gap_clip=choice.gap_clip),
-        corrector=Corrector(
+    return TokenWeights(
+        weighting=TokenWeighting(weighting=Weighting(choice.weighting), gap_clip=choice.gap_clip),
+        correction=ImportanceCorrection(
             correction=Correction(choice.correction),
             cap=choice.cap,
             band_low=low,

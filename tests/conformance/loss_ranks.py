@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from opd.batch import Reckoning
+from opd.batch import LossReduction
 from opd.assembly.loss import build_loss, wants_sequence_gaps
 from opd.config.losses import DivergenceLossConfig, GrpoLossConfig, LossConfig, NllLossConfig, PolicyGradientLossConfig, Support
-from opd.config import Precision
+from opd.config.training import Precision
 from opd.config.training import SGDConfig
 from opd.head import HeadSpec
 from opd.tracking.console import SilentProgress
-from opd.train.parameter_mask import Unconfined
+from opd.train.parameter_mask import DenseTraining
 from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
 from opd.train.learner import StudentLearner
 from opd.train.optimizers import build_optimizer
@@ -32,10 +32,10 @@ from opd.types import (
     Correction,
     DivergenceKind,
     FinishReason,
-    Normalisation,
+    Reduction,
     Prompt,
     Rollout,
-    Scored,
+    ScoredRollout,
     SupportLogps,
     Surrogate,
     Weighting,
@@ -59,14 +59,14 @@ CASES: dict[str, LossConfig] = {
         support=Support.intersection,
         weighting=Weighting.gap,
         correction=Correction.truncate,
-        normalise=Normalisation.sequence,
+        normalise=Reduction.sequence,
     ),
     "skew_kl": DivergenceLossConfig(
         kind=DivergenceKind.skew_kl,
         support=Support.teacher_top_k,
         correction=Correction.mask,
         reward_weight=0.5,
-        normalise=Normalisation.constant,
+        normalise=Reduction.constant,
     ),
     "skew_reverse_kl": DivergenceLossConfig(
         kind=DivergenceKind.skew_reverse_kl,
@@ -76,7 +76,7 @@ CASES: dict[str, LossConfig] = {
     ),
     "policy_gradient": PolicyGradientLossConfig(reward_weight=0.5, discount=0.5),
     "plain": PolicyGradientLossConfig(surrogate=Surrogate.plain, correction=Correction.mask),
-    "grpo": GrpoLossConfig(kl=1e-3, normalise=Normalisation.sequence),
+    "grpo": GrpoLossConfig(kl=1e-3, normalise=Reduction.sequence),
     "nll": NllLossConfig(weighting=Weighting.student_entropy, reward_weight=0.2),
 }
 
@@ -99,7 +99,7 @@ def rollouts(vocab: int) -> list[Rollout]:
     ]
 
 
-def scored(learner: StudentLearner, vocab: int) -> list[Scored]:
+def scored(learner: StudentLearner, vocab: int) -> list[ScoredRollout]:
     """The global batch: an engine a little off, one completion of a data set, a random teacher."""
     draw = np.random.default_rng(1)
     found = []
@@ -112,7 +112,7 @@ def scored(learner: StudentLearner, vocab: int) -> list[Scored]:
         ids = np.argsort(-full, axis=1)[:, :K]
         kept = np.take_along_axis(full, ids, axis=1)
         found.append(
-            Scored(
+            ScoredRollout(
                 rollout=replace(rollout, logps=wrote.astype(np.float32)),
                 logps=full[np.arange(length), rollout.token_ids].astype(np.float32),
                 support=SupportLogps(
@@ -143,7 +143,7 @@ def learner_of(
         sequence_gaps=wants_sequence_gaps(config),
     )
     optimizer = build_optimizer(student, optim)
-    everything = Unconfined(student)
+    everything = DenseTraining(student)
     if engine_name == "torch":
         engine = TorchEngine(
             student,
@@ -160,7 +160,7 @@ def learner_of(
         engine,
         model,
         build_loss(config),
-        confinement=everything,
+        parameter_mask=everything,
         optim=optim,
         steps=1,
         micro_tokens=micro_tokens,
@@ -168,14 +168,14 @@ def learner_of(
         discount=config.discount if isinstance(config, PolicyGradientLossConfig) else 0.0,
         world=world,
         progress=SilentProgress(),
-        reckoning=Reckoning(
+        reduction=LossReduction(
             normalise=config.normalise, first_share=config.first_share, max_tokens=LONGEST
         ),
     )
     return learner, vocab
 
 
-def seen(item: Scored, config: LossConfig) -> Scored:
+def seen(item: ScoredRollout, config: LossConfig) -> ScoredRollout:
     """What this loss would have asked for."""
     full = isinstance(config, DivergenceLossConfig) and config.support == Support.full
     return item if full else replace(item, full_logps=None)

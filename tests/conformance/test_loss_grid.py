@@ -28,7 +28,7 @@ from opd.head import HeadSpec
 from opd.interfaces import Loss
 from opd.losses.divergence import Divergence
 from opd.types import DivergenceKind, Surrogate
-from opd.losses.token_weights import Factors
+from opd.losses.token_weights import TokenWeights
 from opd.losses.nll import NegativeLogLikelihood
 from opd.losses.policy_gradient import PolicyGradient
 from opd.losses.with_reward import Rewarded
@@ -37,7 +37,7 @@ from opd.train.chunked import chunked_loss
 KINDS_AND_SUPPORTS = list(itertools.product(KINDS, SUPPORTS))
 
 
-def divergence(kind: str, support: str, factors: Factors, clip: float | None = None) -> Divergence:
+def divergence(kind: str, support: str, factors: TokenWeights, clip: float | None = None) -> Divergence:
     return Divergence(
         kind=DivergenceKind(kind),
         beta=0.3,
@@ -139,7 +139,7 @@ def test_a_divergence_is_never_negative_by_more_than_rounding(kind: str, support
     for distance in (2.0, 1e-1, 1e-3, 1e-5):
         teacher = (logits() + distance * randn(N, V, seed=9)).log_softmax(-1)
         batch, _ = case(support, teacher=teacher)
-        loss = divergence(kind, support, Factors())
+        loss = divergence(kind, support, TokenWeights())
         for row in range(N):
             part = replace(batch.rows(row, row + 1), weight_N=None)
             value = float(loss(logits()[row : row + 1].log_softmax(-1), part).total)
@@ -197,7 +197,7 @@ def test_the_batches_reach_every_branch() -> None:
         assert 0 < touched.sum() < N, name
     for support, kind in itertools.product(SUPPORTS, KINDS):
         batch, _ = case(support)
-        sums = divergence(kind, support, Factors(), 0.15)(logits().log_softmax(-1), batch).sums
+        sums = divergence(kind, support, TokenWeights(), 0.15)(logits().log_softmax(-1), batch).sums
         if kind in ("forward_kl", "reverse_kl") and support != "intersection":
             assert 0 < float(sums["loss/kl_clip_share"]) < N
 
@@ -212,7 +212,7 @@ def test_a_teacher_that_is_the_student_moves_neither_hidden_states_nor_head(kind
             hidden,
             head,
             same,
-            divergence(kind, "full", Factors()),
+            divergence(kind, "full", TokenWeights()),
             HeadSpec(vocab_size=V),
             teacher_head_VD=head.detach(),
             chunk=chunk,

@@ -19,14 +19,14 @@ from train_ranks import scores
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from opd.config.training import AdamWConfig, OptimConfig, SGDConfig, Watched
-from opd.config import Precision
+from opd.config.training import Precision
 from opd.head import HeadSpec
 from opd.losses.divergence import Divergence
 from opd.types import DivergenceKind
 from opd.mask.mask import Mask, Origin
 from opd.checkpoint.tensors import Stored
 from opd.tracking.console import SilentProgress
-from opd.train.parameter_mask import CompactWeights, RestoredWeights, Unconfined
+from opd.train.parameter_mask import SparseTraining, RestoredTraining, DenseTraining
 from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
 from opd.train.learner import StudentLearner
 from opd.train.optimizers import build_optimizer
@@ -98,11 +98,11 @@ def learner_of(case: str, world: World, write: Write | None = None) -> StudentLe
         model = model.bfloat16()
     match training:
         case "compact":
-            confined = CompactWeights(model, mask_of(model))
+            confined = SparseTraining(model, mask_of(model))
         case "restore":
-            confined = RestoredWeights(model, mask_of(model))
+            confined = RestoredTraining(model, mask_of(model))
         case _:
-            confined = Unconfined(model)
+            confined = DenseTraining(model)
     student = Student(
         model,
         spec=HeadSpec(vocab_size=VOCAB),
@@ -138,7 +138,7 @@ def learner_of(case: str, world: World, write: Write | None = None) -> StudentLe
         engine,
         model,
         Divergence(kind=DivergenceKind.reverse_kl),
-        confinement=confined,
+        parameter_mask=confined,
         optim=optim,
         steps=int(steps),
         micro_tokens=MICRO_TOKENS,

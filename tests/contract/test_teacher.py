@@ -27,7 +27,7 @@ from opd.teacher.local import LocalTeacher
 from opd.teacher.options import TeacherServerOptions
 from opd.teacher.vocabulary import Vocabulary, vocabulary_of
 from opd.teacher.wire import Want, read_answer, request_bytes, request_of
-from opd.types import FinishReason, Prompt, Rollout, Scored, Wanted
+from opd.types import FinishReason, Prompt, Rollout, ScoredRollout, ScoreRequest
 
 VOCAB, TOKENS, WIDTH, MAX_LENGTH = 97, 90, 64, 256
 EXACT = 1e-4  # float32: other kernels, other order of sums
@@ -137,7 +137,7 @@ def truth(untied: Path) -> Truth:
 
 
 def _client(
-    server: RunningService, wanted: Wanted, student: Vocabulary, **changed
+    server: RunningService, wanted: ScoreRequest, student: Vocabulary, **changed
 ) -> ServerTeacher:
     return ServerTeacher(
         server.url, token=server.token, wanted=wanted, student=student, timeout=60, **changed
@@ -145,12 +145,12 @@ def _client(
 
 
 ASKED = {
-    "sampled": Wanted(),
-    "top-k": Wanted(top_k=5, temperature=0.7),
-    "named ids": Wanted(rollout_support=True),
-    "union": Wanted(top_k=5, rollout_support=True, temperature=1.3),
-    "whole vocabulary": Wanted(top_k=VOCAB),
-    "full": Wanted(full=True, temperature=0.5),
+    "sampled": ScoreRequest(),
+    "top-k": ScoreRequest(top_k=5, temperature=0.7),
+    "named ids": ScoreRequest(rollout_support=True),
+    "union": ScoreRequest(top_k=5, rollout_support=True, temperature=1.3),
+    "whole vocabulary": ScoreRequest(top_k=VOCAB),
+    "full": ScoreRequest(full=True, temperature=0.5),
 }
 
 
@@ -177,7 +177,7 @@ def test_server_and_local_teacher_both_say_what_transformers_say(
             _require_true(scored, truth.logps(rollout, wanted.temperature), wanted, teacher.head)
 
 
-def _require_true(scored: Scored, true_TV: torch.Tensor, wanted: Wanted, head) -> None:
+def _require_true(scored: ScoredRollout, true_TV: torch.Tensor, wanted: ScoreRequest, head) -> None:
     targets = torch.from_numpy(scored.rollout.token_ids.astype(np.int64))
     assert scored.logps == pytest.approx(
         true_TV.gather(1, targets[:, None])[:, 0].numpy(), abs=EXACT
@@ -195,7 +195,7 @@ def _require_true(scored: Scored, true_TV: torch.Tensor, wanted: Wanted, head) -
     assert scored.full_logps is None
 
 
-def _require_true_support(scored: Scored, true_TV: torch.Tensor, wanted: Wanted) -> None:
+def _require_true_support(scored: ScoredRollout, true_TV: torch.Tensor, wanted: ScoreRequest) -> None:
     for t, true_V in enumerate(true_TV):
         expected = set(true_V.topk(wanted.top_k).indices.tolist())
         if wanted.rollout_support:
@@ -221,7 +221,7 @@ def test_ids_beyond_the_smaller_matrix_get_no_probability(
     rollout = _rollout(random, random.integers(0, TOKENS, 4), 12)
     rollout.token_ids[:] %= TOKENS
     true_TV = truth.logps(rollout, 1.0, TOKENS + 2)
-    for wanted in (Wanted(full=True), Wanted(rollout_support=True)):
+    for wanted in (ScoreRequest(full=True), ScoreRequest(rollout_support=True)):
         local = LocalTeacher(
             TorchBackend(str(untied), dtype=DType.float32), wanted=wanted, student=smaller
         )
@@ -244,7 +244,7 @@ def test_ids_beyond_the_smaller_matrix_get_no_probability(
 def test_full_distribution_of_a_narrow_vocabulary_travels_as_log_probs(
     server: RunningService, student: Vocabulary, rollouts: list[Rollout], truth: Truth
 ) -> None:
-    request = request_of(rollouts[:3], Wanted(), want=Want.full_logps, vocab_size=VOCAB)
+    request = request_of(rollouts[:3], ScoreRequest(), want=Want.full_logps, vocab_size=VOCAB)
     response = httpx.post(
         f"{server.url}/score",
         content=request_bytes(request),
@@ -258,7 +258,7 @@ def test_tied_head_in_bfloat16_stays_within_rounding(
     tied: Path, tmp_path: Path, student: Vocabulary, rollouts: list[Rollout]
 ) -> None:
     true = Truth(AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32).eval())
-    short = Wanted(full=True)
+    short = ScoreRequest(full=True)
     options = _options(tied, dtype=DType.bfloat16)
     with running_teacher(options, log_path=tmp_path / "log", wait_s=300) as running:
         served = _client(running, short, student)
@@ -277,7 +277,7 @@ def test_tied_head_in_bfloat16_stays_within_rounding(
 def test_eight_threads_get_the_numbers_of_one(
     server: RunningService, student: Vocabulary, rollouts: list[Rollout]
 ) -> None:
-    served = _client(server, Wanted(top_k=4), student, batch_tokens=60)
+    served = _client(server, ScoreRequest(top_k=4), student, batch_tokens=60)
     alone = served.score(rollouts)
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda _: served.score(rollouts), range(8)))
@@ -290,7 +290,7 @@ def test_eight_threads_get_the_numbers_of_one(
 def test_another_tokenizer_is_refused_with_the_reason(server: RunningService) -> None:
     stranger = Vocabulary(fingerprint="0" * 64, tokenizer_size=50, matrix_size=64)
     with pytest.raises(ValueError, match=r"another tokenizer.*50 tokens.*choose a teacher"):
-        _client(server, Wanted(), stranger)
+        _client(server, ScoreRequest(), stranger)
 
 
 def test_rollouts_without_the_asked_support_are_refused(
@@ -304,4 +304,4 @@ def test_rollouts_without_the_asked_support_are_refused(
         version=0,
     )
     with pytest.raises(ValueError, match="support_k"):
-        _client(server, Wanted(rollout_support=True), student).score([bare])
+        _client(server, ScoreRequest(rollout_support=True), student).score([bare])

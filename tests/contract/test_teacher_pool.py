@@ -30,11 +30,11 @@ from opd.teacher.options import BackendName, TeacherServerOptions
 from opd.teacher.pool import BalancedTeacher, RoutedTeacher
 from opd.teacher.vocabulary import Vocabulary, vocabulary_of
 from opd.tracking.console import SilentProgress
-from opd.types import FinishReason, Prompt, Rollout, Scored, Wanted
+from opd.types import FinishReason, Prompt, Rollout, ScoredRollout, ScoreRequest
 from opd.world import World
 
 VOCAB, EXACT, TOKEN = 97, 1e-4, "shared"
-WANTED = Wanted(top_k=3, temperature=0.8)
+WANTED = ScoreRequest(top_k=3, temperature=0.8)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -136,7 +136,7 @@ def _rollouts(count: int, teachers: list[str | None]) -> list[Rollout]:
     ]
 
 
-def _require_same(found: list[Scored], expected: list[Scored], rollouts: list[Rollout]) -> None:
+def _require_same(found: list[ScoredRollout], expected: list[ScoredRollout], rollouts: list[Rollout]) -> None:
     assert len(found) == len(expected) == len(rollouts)
     for one, other, rollout in zip(found, expected, rollouts, strict=True):
         assert one.rollout is rollout
@@ -153,7 +153,7 @@ def test_a_server_that_is_killed_costs_retries_and_no_samples(
     expected = local["addition"].score(rollouts)
     teacher = _balanced(servers["addition"], student)
     _require_same(teacher.score(rollouts), expected, rollouts)
-    found: list[Scored] = []
+    found: list[ScoredRollout] = []
     scoring = Thread(target=lambda: found.extend(teacher.score(rollouts)))
     scoring.start()
     time.sleep(0.3)
@@ -262,7 +262,7 @@ def test_a_run_brings_its_pool_along(
         for name, value in started.environment.items():
             monkeypatch.setenv(name, value)
         assert len(list(tmp_path.glob("*.log"))) == 2, "the same weights are served once"
-        _, teacher = build.build_teacher(config, student, [Wanted(), WANTED], world, quiet)
+        _, teacher = build.build_teacher(config, student, [ScoreRequest(), WANTED], world, quiet)
         found = teacher.score(rollouts)
         told = OverridesParser.create().parse_overrides(started.settings)
         named = replace(config, members={o.key_or_group.split(".")[2]: o.value() for o in told})

@@ -22,7 +22,7 @@ from opd.teacher.local import LocalTeacher
 from opd.teacher.options import BackendName, TeacherServerOptions
 from opd.teacher.vocabulary import Vocabulary, vocabulary_of
 from opd.train.chunked import chunked_loss
-from opd.types import FinishReason, Prompt, Rollout, Wanted
+from opd.types import FinishReason, Prompt, Rollout, ScoreRequest
 
 ORIGINAL = Path(__file__).parents[2] / "recipes" / "quickstart" / "teacher"
 SMALL, LARGE, EXACT = 32, 48, 1e-4
@@ -83,11 +83,11 @@ def test_a_larger_teacher_says_what_lies_outside(padded: Path, tmp_path: Path) -
         model=str(padded), backend=BackendName.torch, dtype=DType.float32
     )
     local = LocalTeacher(
-        TorchBackend(str(padded), dtype=DType.float32), wanted=Wanted(full=True), student=student
+        TorchBackend(str(padded), dtype=DType.float32), wanted=ScoreRequest(full=True), student=student
     )
     with running_teacher(options, log_path=tmp_path / "log", wait_s=300) as server:
         served = ServerTeacher(
-            server.url, token=server.token, wanted=Wanted(full=True), student=student
+            server.url, token=server.token, wanted=ScoreRequest(full=True), student=student
         )
         assert served.info() == local.info()
         answers = [*served.score([rollout]), *local.score([rollout])]
@@ -100,7 +100,7 @@ def test_a_larger_teacher_says_what_lies_outside(padded: Path, tmp_path: Path) -
 def test_a_smaller_teacher_leaves_the_students_padding_out() -> None:
     student, rollout = _student(ORIGINAL, LARGE), _rollout()
     local = LocalTeacher(
-        TorchBackend(str(ORIGINAL), dtype=DType.float32), wanted=Wanted(full=True), student=student
+        TorchBackend(str(ORIGINAL), dtype=DType.float32), wanted=ScoreRequest(full=True), student=student
     )
     (scored,) = local.score([rollout])
     assert local.vocab_size == SMALL
@@ -122,7 +122,7 @@ def test_a_smaller_teacher_leaves_the_students_padding_out() -> None:
 def test_outside_mass_of_the_teacher_is_a_metric(padded: Path) -> None:
     local = LocalTeacher(
         TorchBackend(str(padded), dtype=DType.float32),
-        wanted=Wanted(full=True),
+        wanted=ScoreRequest(full=True),
         student=_student(ORIGINAL, SMALL),
     )
     (scored,) = local.score([_rollout()])
@@ -140,7 +140,7 @@ def test_tokens_added_at_one_end_fit_and_others_are_refused(padded: Path) -> Non
     backend = TorchBackend(str(padded), dtype=DType.float32)
 
     def fitted(student: Vocabulary) -> int:
-        return LocalTeacher(backend, wanted=Wanted(), student=student).vocab_size
+        return LocalTeacher(backend, wanted=ScoreRequest(), student=student).vocab_size
 
     assert fitted(_student(ORIGINAL, SMALL + 2, added=("<think>", "</think>"))) == SMALL + 2
     assert fitted(_student(ORIGINAL, 64, added=("<think>",))) == LARGE

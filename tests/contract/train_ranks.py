@@ -15,25 +15,25 @@ import torch
 from safetensors.torch import save_file
 
 from opd.config.training import AdamWConfig, OptimConfig, SGDConfig
-from opd.config import Precision
+from opd.config.training import Precision
 from opd.head import HeadSpec
 from opd.losses.divergence import Divergence
 from opd.types import DivergenceKind
 from opd.tracking.console import SilentProgress
-from opd.train.parameter_mask import Unconfined
+from opd.train.parameter_mask import DenseTraining
 from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
 from opd.train.learner import StudentLearner
 from opd.train.optimizers import build_optimizer
 from opd.train.student import Student
 from opd.train.weights import load_student
-from opd.types import FinishReason, Prompt, Rollout, Scored
+from opd.types import FinishReason, Prompt, Rollout, ScoredRollout
 from opd.world import World, join_world
 
 MODEL = Path(__file__).parents[2] / "recipes" / "quickstart" / "student"
 STEPS, ROWS = 3, 8
 
 
-def scores(step: int, vocab: int) -> list[Scored]:
+def scores(step: int, vocab: int) -> list[ScoredRollout]:
     """The global batch of a step: completions of uneven length, a random full teacher."""
     draw = np.random.default_rng(step)
     batch = []
@@ -49,7 +49,7 @@ def scores(step: int, vocab: int) -> list[Scored]:
             version=step,
         )
         full = torch.log_softmax(logits, -1).float().numpy()
-        batch.append(Scored(rollout=rollout, full_logps=full))
+        batch.append(ScoredRollout(rollout=rollout, full_logps=full))
     return batch
 
 
@@ -73,7 +73,7 @@ def learner_of(case: str, world: World) -> tuple[StudentLearner, int]:
         teacher_head=lambda name: torch.empty(0),
     )
     optimizer = build_optimizer(student, optim)
-    everything = Unconfined(student)
+    everything = DenseTraining(student)
     if zero == "torch":
         engine = TorchEngine(
             student,
@@ -90,7 +90,7 @@ def learner_of(case: str, world: World) -> tuple[StudentLearner, int]:
         engine,
         model,
         Divergence(kind=DivergenceKind.reverse_kl),
-        confinement=everything,
+        parameter_mask=everything,
         optim=optim,
         steps=STEPS,
         micro_tokens=int(micro_tokens),

@@ -17,7 +17,7 @@ from opd.types import DivergenceKind, Surrogate
 from opd.losses.nll import NegativeLogLikelihood
 from opd.losses.policy_gradient import PolicyGradient
 from opd.train.chunked import chunked_logps, chunked_loss
-from opd.types import FinishReason, Prompt, Rollout, Scored, SupportLogps
+from opd.types import FinishReason, Prompt, Rollout, ScoredRollout, SupportLogps
 
 N, V, D = 21, 29, 6
 SPEC = HeadSpec(vocab_size=V)
@@ -122,7 +122,7 @@ def test_nothing_depends_on_the_chunk(loss: Loss) -> None:
             torch.testing.assert_close(gradients(out, hidden, weight), expected)
 
 
-def scored(lengths: list[tuple[int, int]]) -> list[Scored]:
+def scored(lengths: list[tuple[int, int]]) -> list[ScoredRollout]:
     """One rollout for each (prompt length, completion length), scored every way at once."""
     rng = np.random.default_rng(0)
     out = []
@@ -133,7 +133,7 @@ def scored(lengths: list[tuple[int, int]]) -> list[Scored]:
         logps = np.take_along_axis(full, ids.astype(np.int64), axis=1)
         prompt = Prompt(uid=str(number), token_ids=rng.integers(0, V, before).astype(np.int32))
         out.append(
-            Scored(
+            ScoredRollout(
                 rollout=Rollout(
                     prompt=prompt,
                     token_ids=tokens,
@@ -158,7 +158,7 @@ def tiny_student() -> torch.nn.ParameterDict:
     )
 
 
-def sums_and_gradients(groups: list[list[Scored]], loss: Loss, full: bool) -> list[torch.Tensor]:
+def sums_and_gradients(groups: list[list[ScoredRollout]], loss: Loss, full: bool) -> list[torch.Tensor]:
     """Total and parameter gradients, added up over micro-batches."""
     weights = tiny_student()
     total = torch.zeros(())

@@ -18,7 +18,7 @@ from opd.types import DivergenceKind
 from opd.teacher.local import LocalTeacher
 from opd.teacher.vocabulary import Vocabulary
 from opd.train.chunked import chunked_loss
-from opd.types import FinishReason, IntArray, Prompt, Rollout, TeacherInfo, Wanted
+from opd.types import FinishReason, IntArray, Prompt, Rollout, TeacherInfo, ScoreRequest
 
 V, D, TOKENS, CHUNK = 151936, 64, 24, 4
 SPEC = HeadSpec(vocab_size=V)
@@ -67,7 +67,7 @@ def rollout(tokens: int) -> Rollout:
 def travelled(backend: TableBackend, hidden_dtype: DType, tokens: int = TOKENS) -> Batch:
     """What arrives at the learner by the teacher's code."""
     teacher = LocalTeacher(
-        backend, wanted=Wanted(full=True), student=STUDENT, hidden_dtype=hidden_dtype
+        backend, wanted=ScoreRequest(full=True), student=STUDENT, hidden_dtype=hidden_dtype
     )
     return collate(teacher.score([rollout(tokens)]), pad_id=0)
 

@@ -10,7 +10,7 @@ import torch
 from opd.batch import Batch
 from opd.head import HeadSpec, head_logps
 from opd.types import Correction, DivergenceKind, Surrogate
-from opd.losses.token_weights import Corrector, Factors
+from opd.losses.token_weights import ImportanceCorrection, TokenWeights
 from opd.losses.divergence import Divergence
 from opd.losses.nll import NegativeLogLikelihood
 from opd.losses.policy_gradient import PolicyGradient
@@ -42,7 +42,7 @@ def batch_of(tokens: int, **fields: torch.Tensor | None) -> Batch:
 
 def corrected(**settings: Any) -> PolicyGradient:
     """The plain surrogate times an importance weight."""
-    factors = Factors(corrector=Corrector(**settings))
+    factors = TokenWeights(correction=ImportanceCorrection(**settings))
     return PolicyGradient(surrogate=Surrogate.plain, factors=factors)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from opd.batch import Batch, Reckoning, collate, micro_batches
-from opd.types import FinishReason, Normalisation, Prompt, Rollout, Scored, SupportLogps
+from opd.batch import Batch, LossReduction, collate, micro_batches
+from opd.types import FinishReason, Reduction, Prompt, Rollout, ScoredRollout, SupportLogps
 
 
 def scored(
@@ -17,7 +17,7 @@ def scored(
     engine: list[float] | None = None,
     teacher: str | None = None,
     **said: object,
-) -> Scored:
+) -> ScoredRollout:
     rollout = Rollout(
         prompt=Prompt(uid="p", token_ids=np.array(prompt, np.int32), teacher=teacher),
         token_ids=np.array(completion, np.int32),
@@ -25,7 +25,7 @@ def scored(
         finish_reason=FinishReason.stop,
         version=0,
     )
-    return Scored(
+    return ScoredRollout(
         rollout=rollout, logps=None if logps is None else np.array(logps, np.float32), **said
     )
 
@@ -44,7 +44,7 @@ def test_each_target_is_predicted_by_the_hidden_state_one_place_before_it() -> N
 
 
 def test_row_n_of_every_field_is_about_the_same_token() -> None:
-    def said(token: int, completion: list[int]) -> Scored:
+    def said(token: int, completion: list[int]) -> ScoredRollout:
         rows = np.array(completion, np.float32)[:, None]
         return scored(
             [token],
@@ -135,8 +135,8 @@ def test_micro_batches_hold_everything_once_and_no_more_tokens_than_allowed() ->
 
 
 def test_a_batch_keeps_the_first_share_of_each_completion() -> None:
-    half = Reckoning(first_share=0.5)
-    batch = collate([scored([1, 2], [11, 12, 13]), scored([3], [14])], pad_id=0, reckoning=half)
+    half = LossReduction(first_share=0.5)
+    batch = collate([scored([1, 2], [11, 12, 13]), scored([3], [14])], pad_id=0, reduction=half)
     assert batch.target_N.tolist() == [11, 12, 14]
     assert batch.positions_N.tolist() == [1, 2, 5]
     assert batch.sequence_N is not None
@@ -147,20 +147,20 @@ def test_a_batch_keeps_the_first_share_of_each_completion() -> None:
 @pytest.mark.parametrize(
     ("normalise", "weights", "denominator"),
     [
-        (Normalisation.token, [1.0, 1.0, 1.0, 1.0], 4.0),
-        (Normalisation.sequence, [1 / 3, 1 / 3, 1 / 3, 1.0], 2.0),
-        (Normalisation.constant, [1.0, 1.0, 1.0, 1.0], 20.0),
+        (Reduction.token, [1.0, 1.0, 1.0, 1.0], 4.0),
+        (Reduction.sequence, [1 / 3, 1 / 3, 1 / 3, 1.0], 2.0),
+        (Reduction.constant, [1.0, 1.0, 1.0, 1.0], 20.0),
     ],
 )
 def test_normalisations_weigh_tokens_and_divide_once(
-    normalise: Normalisation, weights: list[float], denominator: float
+    reduction: Reduction, weights: list[float], denominator: float
 ) -> None:
-    reckoning = Reckoning(normalise=normalise, max_tokens=10)
+    reduction = LossReduction(normalise=normalise, max_tokens=10)
     said = [scored([1, 2], [11, 12, 13]), scored([3], [14])]
-    batch = collate(said, pad_id=0, reckoning=reckoning)
+    batch = collate(said, pad_id=0, reduction=reduction)
     assert batch.weight_N is not None
     torch.testing.assert_close(batch.weight_N, torch.tensor(weights))
-    assert reckoning.denominator(said) == denominator
+    assert reduction.denominator(said) == denominator
 
 
 def test_groups_have_one_teacher_and_fit() -> None:

@@ -47,7 +47,7 @@ def test_log_probs_run_the_ghosts_too_and_keep_their_order() -> None:
         cast(Any, engine),
         torch.nn.Linear(1, 1),
         cast(Any, None),
-        confinement=cast(Any, None),
+        parameter_mask=cast(Any, None),
         optim=AdamWConfig(),
         steps=1,
         micro_tokens=100,

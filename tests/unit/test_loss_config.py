@@ -11,7 +11,7 @@ from opd.losses.divergence import Divergence
 from opd.losses.policy_gradient import PolicyGradient
 from opd.losses.with_reward import Rewarded
 from opd.types import Surrogate
-from opd.types import Normalisation, Wanted
+from opd.types import Reduction, ScoreRequest
 
 
 def config_of(*overrides: str) -> Config:
@@ -38,17 +38,17 @@ def test_what_cannot_be_is_refused(overrides: list[str], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "wanted", "support_k"),
     [
-        (["loss=nll"], Wanted(sampled=False), 0),
-        (["loss=grpo", "reward=grader"], Wanted(sampled=False), 0),
-        (["loss=grpo", "reward=grader", "loss.kl=0.1", "loss.weighting=gap"], Wanted(), 0),
-        (["loss=jsd"], Wanted(full=True), 0),
-        (["loss=jsd", "loss.support=union"], Wanted(top_k=32, rollout_support=True), 32),
-        (["loss=jsd", "loss.support=intersection"], Wanted(top_k=32), 32),
+        (["loss=nll"], ScoreRequest(sampled=False), 0),
+        (["loss=grpo", "reward=grader"], ScoreRequest(sampled=False), 0),
+        (["loss=grpo", "reward=grader", "loss.kl=0.1", "loss.weighting=gap"], ScoreRequest(), 0),
+        (["loss=jsd"], ScoreRequest(full=True), 0),
+        (["loss=jsd", "loss.support=union"], ScoreRequest(top_k=32, rollout_support=True), 32),
+        (["loss=jsd", "loss.support=intersection"], ScoreRequest(top_k=32), 32),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
 def test_teacher_and_engine_are_asked_for_what_the_loss_reads(
-    overrides: list[str], wanted: Wanted, support_k: int
+    overrides: list[str], wanted: ScoreRequest, support_k: int
 ) -> None:
     config = config_of(*overrides)
     assert problems(config) == []
@@ -65,7 +65,7 @@ def test_a_reward_beside_a_divergence_is_corrected_once() -> None:
     assert isinstance(plain.loss, Divergence)
     assert plain.policy.surrogate == Surrogate.clip
     assert corrected.policy.surrogate == Surrogate.plain
-    assert corrected.policy.factors.corrector.correction == "sequence_mask"
+    assert corrected.policy.factors.correction.correction == "sequence_mask"
     assert wants_sequence_gaps(config.loss)
 
 
@@ -74,7 +74,7 @@ def test_grpo_is_a_policy_gradient_without_a_teacher() -> None:
     loss = build_loss(config.loss)
     assert isinstance(loss, PolicyGradient)
     assert (loss.teacher_weight, loss.reward_weight) == (0.0, 1.0)
-    reckoning = reckoning_of(config)
-    assert reckoning.normalise == Normalisation.constant
-    assert reckoning.first_share == 0.5
-    assert reckoning.max_tokens == config.rollout.max_tokens
+    reduction = reckoning_of(config)
+    assert reduction.normalise == Reduction.constant
+    assert reduction.first_share == 0.5
+    assert reduction.max_tokens == config.rollout.max_tokens

@@ -9,7 +9,7 @@ import torch
 from pairs import Tensors, stepped, stored, weights
 
 from opd.analysis.fast import _larger, _upper, _witnessed, leading
-from opd.analysis.sides import Precision, Sides
+from opd.analysis.sides import NumberFormat, Sides
 from opd.analysis.summary import summary
 from opd.analysis.walk import Question, walked
 from opd.analysis.formatting import Spectrum, meaning
@@ -50,7 +50,7 @@ def test_singular_values_lie_between_their_bounds(kind: str) -> None:
     for name, trained in UPDATES[kind](base).items():
         if trained.dim() < 2:
             continue
-        sides = Sides(base=base[name], trained=trained, precision=Precision.stored)
+        sides = Sides(base=base[name], trained=trained, precision=NumberFormat.stored)
         found = leading(sides)
         update = (trained - base[name].float()).double().numpy()
         exact = np.linalg.svd(update, compute_uv=False)[: len(found.least)]
@@ -145,7 +145,7 @@ def test_witnesses_tell_what_a_space_misses(kind: str) -> None:
     base = weights(shapes=SHAPES)
     name = "model.layers.0.mlp.down_proj.weight"
     trained = UPDATES[kind](base)[name]
-    sides = Sides(base=base[name], trained=trained, precision=Precision.stored)
+    sides = Sides(base=base[name], trained=trained, precision=NumberFormat.stored)
     update = (trained - base[name].float()).double()
     basis = torch.eye(260, 40, dtype=torch.float64)
     rest = update[40:] @ update[40:].T

@@ -9,7 +9,7 @@ import pytest
 
 from opd.evaluate.evaluator import Evaluators, TaskEvaluator, pass_at, token_texts
 from opd.evaluate.grade import grader
-from opd.types import FinishReason, Prompt, Rollout, Scored
+from opd.types import FinishReason, Prompt, Rollout, ScoredRollout
 
 
 def decode(token_ids):
@@ -56,7 +56,7 @@ class Parrot:
 
 class SureTeacher:
     def score(self, rollouts):
-        return [Scored(rollout=r, logps=np.full_like(r.logps, -0.25)) for r in rollouts]
+        return [ScoredRollout(rollout=r, logps=np.full_like(r.logps, -0.25)) for r in rollouts]
 
 
 class Alone:

@@ -9,7 +9,7 @@ import torch
 
 from opd.batch import Batch
 from opd.types import Correction, Surrogate
-from opd.losses.token_weights import Corrector, Factors
+from opd.losses.token_weights import ImportanceCorrection, TokenWeights
 from opd.losses.policy_gradient import PolicyGradient
 from opd.losses.mismatch import mismatch_metrics
 
@@ -49,7 +49,7 @@ GAINS = [1.0, 1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0]
 
 
 def corrected(**settings: Any) -> PolicyGradient:
-    factors = Factors(corrector=Corrector(**settings))
+    factors = TokenWeights(correction=ImportanceCorrection(**settings))
     return PolicyGradient(surrogate=Surrogate.plain, factors=factors)
 
 

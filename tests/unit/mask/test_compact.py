@@ -8,7 +8,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from opd.mask.mask import Mask, Origin
 from opd.train.compact import MaskedWeight
-from opd.train.parameter_mask import CompactWeights
+from opd.train.parameter_mask import SparseTraining
 from opd.train.weights import full_weights, named_weights
 
 
@@ -53,7 +53,7 @@ def test_values_get_the_dense_gradient_at_their_places(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
         model.train()
-    CompactWeights(model, mask)
+    SparseTraining(model, mask)
     gradients(model)
     expected = {name: weight.grad for name, weight in named_weights(dense)}
     masked = {
@@ -76,7 +76,7 @@ def test_handed_over_weights_have_hugging_face_names_and_the_same_bits(
     from contextlib import nullcontext
 
     before = {name: weight.detach().clone() for name, weight in named_weights(model)}
-    CompactWeights(model, random_mask(model))
+    SparseTraining(model, random_mask(model))
     after = dict(full_weights(model, lambda parameters: nullcontext()))
     assert list(after) == list(before)
     assert set(after) | {"lm_head.weight"} == set(Qwen2ForCausalLM(model.config).state_dict())
@@ -87,7 +87,7 @@ def test_handed_over_weights_have_hugging_face_names_and_the_same_bits(
 def test_one_dense_gradient_lives_at_a_time(model: Qwen2ForCausalLM) -> None:
     import weakref
 
-    CompactWeights(model, random_mask(model))
+    SparseTraining(model, random_mask(model))
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
 

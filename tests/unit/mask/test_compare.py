@@ -8,7 +8,7 @@ import torch
 from models import NUMEL, discovered, flat, stored, weights
 
 from opd.config.masks import MaskRule, RuleConfig
-from opd.mask.compare import Comparison, Expected, compare
+from opd.mask.compare import MaskComparison, Expected, compare
 from opd.mask.describe import describe
 from opd.mask.mask import Mask
 from opd.checkpoint.names import place
@@ -36,7 +36,7 @@ def found(base: Path, out: Path, rule: MaskRule, **given: object) -> Mask:
     return discovered(base, RuleConfig(rule=rule, **given), out)[0]  # pyright: ignore
 
 
-def compared(base: Path, a: Mask, b: Mask) -> Comparison:
+def compared(base: Path, a: Mask, b: Mask) -> MaskComparison:
     return compare(a, b, open_checkpoint(str(base)))
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from opd.config.training import AdamWConfig, OptimConfig, SGDConfig
-from opd.config import Precision
+from opd.config.training import Precision
 from opd.mask.mask import Mask, Origin
 from opd.train import confine
 from opd.train.compact import MaskedWeight
-from opd.train.parameter_mask import CompactWeights, RestoredWeights, Unconfined
+from opd.train.parameter_mask import SparseTraining, RestoredTraining, DenseTraining
 from opd.train.engine import TorchEngine
 from opd.train.optimizers import build_optimizer
 from opd.train.weights import named_weights
@@ -121,15 +121,15 @@ def reference(optim: OptimConfig) -> tuple[dict[str, torch.Tensor], list[float]]
 
 
 def broken_promises(confined: Callable[[nn.Module, Mask], Any], optim: OptimConfig) -> set[str]:
-    """What training under a confinement breaks."""
+    """What training under a parameter_mask breaks."""
     model = Tiny()
     mask = mask_of(model)
     start = {name: w.detach().clone() for name, w in named_weights(model)}
-    confinement = confined(model, mask)
+    parameter_mask = confined(model, mask)
     engine = TorchEngine(
         model,  # pyright: ignore[reportArgumentType]
         build_optimizer(model, optim),
-        gradients=confinement.gradients,
+        gradients=parameter_mask.gradients,
         precision=Precision.fp32,
         clip=optim.clip,
         device=torch.device("cpu"),
@@ -138,7 +138,7 @@ def broken_promises(confined: Callable[[nn.Module, Mask], Any], optim: OptimConf
     for step in range(STEPS):
         loss_of(model, step).backward()
         norms.append(engine.step(optim.lr))
-        confinement.settle(engine)
+        parameter_mask.write_back(engine)
     expected, expected_norms = reference(optim)
     kept, broken = dense(mask), set()
     for name, weight in named_weights(model):
@@ -152,14 +152,14 @@ def broken_promises(confined: Callable[[nn.Module, Mask], Any], optim: OptimConf
     return broken
 
 
-class DecayLeaks(RestoredWeights):
+class DecayLeaks(RestoredTraining):
     """Gradients are masked and nothing else: decoupled decay goes on."""
 
-    def settle(self, engine: TorchEngine) -> None:
+    def write_back(self, engine: TorchEngine) -> None:
         pass
 
 
-class MomentumLeaks(RestoredWeights):
+class MomentumLeaks(RestoredTraining):
     """The mask comes after the first step, and the optimizer keeps what it has gathered."""
 
     def __init__(self, model: nn.Module, mask: Mask) -> None:
@@ -174,18 +174,18 @@ class MomentumLeaks(RestoredWeights):
     def gradients(self) -> list[torch.Tensor]:
         return [torch.where(g.isfinite(), g, 0.0) for g in super().gradients()]
 
-    def settle(self, engine: TorchEngine) -> None:
+    def write_back(self, engine: TorchEngine) -> None:
         if not self.steps:
-            super().settle(engine)
+            super().write_back(engine)
         self.steps += 1
 
 
-class MultiplicationLeaks(RestoredWeights):
+class MultiplicationLeaks(RestoredTraining):
     """Gradients times a mask of zeros and ones, and the usual norm of all of them."""
 
     def __init__(self, model: nn.Module, mask: Mask) -> None:
         super().__init__(model, mask)
-        self._everything = Unconfined(model)
+        self._everything = DenseTraining(model)
         for each in self._restored:
             each.parameter._backward_hooks.clear()  # pyright: ignore
             each.parameter.register_hook(lambda g, e=each: g * e.kept)
@@ -194,7 +194,7 @@ class MultiplicationLeaks(RestoredWeights):
         return self._everything.gradients()
 
 
-class NormLeaks(RestoredWeights):
+class NormLeaks(RestoredTraining):
     """The norm counts the gradients of frozen coordinates, finite ones at least."""
 
     def __init__(self, model: nn.Module, mask: Mask) -> None:
@@ -212,7 +212,7 @@ class NormLeaks(RestoredWeights):
         return list(self._whole.values())
 
 
-class TiedEndLeaks(CompactWeights):
+class TiedEndLeaks(SparseTraining):
     """Only the first end of a tied weight hands its gradient on."""
 
     def __init__(self, model: Any, mask: Mask) -> None:
@@ -237,26 +237,26 @@ def in_blocks(values: torch.Tensor, masked: MaskedWeight, engine: TorchEngine) -
         flat[start : start + 4] = written[start : start + 4]
 
 
-def vectors_whole(causal: nn.Module, mask: Mask) -> CompactWeights:
+def vectors_whole(causal: nn.Module, mask: Mask) -> SparseTraining:
     """1-D tensors take another path: they train whole."""
     return _with_whole(causal, mask, lambda name, shape: len(shape) == 1)
 
 
-def empty_whole(causal: nn.Module, mask: Mask) -> CompactWeights:
+def empty_whole(causal: nn.Module, mask: Mask) -> SparseTraining:
     """An empty mask is taken for no mask."""
     return _with_whole(causal, mask, lambda name, shape: len(mask.indices[name]) == 0)
 
 
 def _with_whole(
     causal: nn.Module, mask: Mask, whole: Callable[[str, tuple[int, ...]], bool]
-) -> CompactWeights:
+) -> SparseTraining:
     indices = {
         name: torch.arange(mask.numel(name), dtype=torch.int32)
         if whole(name, shape)
         else mask.indices[name]
         for name, shape in mask.shapes.items()
     }
-    return CompactWeights(causal, replace(mask, indices=indices))
+    return SparseTraining(causal, replace(mask, indices=indices))
 
 
 ADAMW = AdamWConfig(lr=LR, weight_decay=0.1, clip=CLIP)
@@ -265,7 +265,7 @@ optimizers = pytest.mark.parametrize("optim", [ADAMW, SGD], ids=["adamw", "sgd"]
 
 
 @optimizers
-@pytest.mark.parametrize("confined", [CompactWeights, RestoredWeights])
+@pytest.mark.parametrize("confined", [SparseTraining, RestoredTraining])
 def test_no_promise_is_broken(confined: Any, optim: OptimConfig) -> None:
     assert broken_promises(confined, optim) == set()
 
@@ -295,13 +295,13 @@ def test_a_leak_in_writing_back_is_caught(
     write_back: Any, breaks: str, optim: OptimConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(confine, "_write_back", write_back)
-    assert breaks in broken_promises(CompactWeights, optim)
+    assert breaks in broken_promises(SparseTraining, optim)
 
 
 def test_frozen_coordinates_have_no_gradient_state_or_master() -> None:
     model = Tiny()
     mask = mask_of(model)
-    CompactWeights(model, mask)
+    SparseTraining(model, mask)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == sum(mask.counts().values())
 
@@ -311,4 +311,4 @@ def test_a_mask_of_another_model_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"does not fit the model: .* in the mask and .* in the model"
     ):
-        CompactWeights(nn.Linear(3, 3), mask)
+        SparseTraining(nn.Linear(3, 3), mask)

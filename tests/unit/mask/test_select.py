@@ -8,8 +8,8 @@ import torch
 
 from opd.mask import mask as mask_module
 from opd.checkpoint.chunks import pieces as pieces_module
-from opd.checkpoint.chunks import Piece, in_order
-from opd.mask.top_k import Contest, Selection, sortable, tickets
+from opd.checkpoint.chunks import Chunk, in_order
+from opd.mask.top_k import TopKQuery, Selection, sortable, tiebreak
 
 SHAPES = {"a": (70, 31), "b": (5,), "c": (400, 10), "nothing": (0, 4)}
 SIZES = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
@@ -24,13 +24,13 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def kept(values: dict[str, np.ndarray], quota: int, salt: str = "0") -> dict[str, np.ndarray]:
     """The chosen coordinates of each parameter as bools."""
 
-    def read(piece: Piece) -> np.ndarray:
+    def read(piece: Chunk) -> np.ndarray:
         return values[piece.name][piece.start : piece.stop]
 
-    contest = Contest(names=tuple(values), quotas=(quota,), scores=read)
+    query = TopKQuery(names=tuple(values), quotas=(quota,), scores=read)
     selection = Selection({name: SHAPES[name] for name in values}, salt)
     chosen = {name: np.zeros(len(v), bool) for name, v in values.items()}
-    for name, index in selection.kept(contest, selection.cut(contest)):
+    for name, index in selection.kept(query, selection.cut(query)):
         assert (index[1:] > index[:-1]).all()
         chosen[name][index.numpy()] = True
     return chosen
@@ -83,16 +83,16 @@ def test_equal_tickets_are_parted_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def same(salt: str, name: str, coordinates: np.ndarray) -> np.ndarray:
         return np.full(len(coordinates), 9, np.uint64)
 
-    monkeypatch.setattr("opd.mask.top_k.tickets", same)
+    monkeypatch.setattr("opd.mask.top_k.tiebreak", same)
     chosen = kept(scored("few values"), 1234)
     assert sum(c.sum() for c in chosen.values()) == 1234
 
 
 def test_tickets_depend_on_salt_name_and_coordinate_only() -> None:
-    drawn = tickets("1", "w", np.arange(100_000))
-    assert (drawn[500:] == tickets("1", "w", np.arange(500, 100_000))).all()
+    drawn = tiebreak("1", "w", np.arange(100_000))
+    assert (drawn[500:] == tiebreak("1", "w", np.arange(500, 100_000))).all()
     assert (drawn < 2**32).all()
-    for other in (tickets("2", "w", np.arange(100_000)), tickets("1", "v", np.arange(100_000))):
+    for other in (tiebreak("2", "w", np.arange(100_000)), tiebreak("1", "v", np.arange(100_000))):
         assert abs(np.corrcoef(drawn.astype(float), other.astype(float))[0, 1]) < 0.02
     assert abs(drawn.mean() / 2**32 - 0.5) < 0.005
 
@@ -108,11 +108,11 @@ def test_large_tensors_get_int64_coordinates(monkeypatch: pytest.MonkeyPatch) ->
     values = scored("few values")
     narrow = kept(values, 500)
     monkeypatch.setattr(mask_module, "INT32_MOST", 1000)
-    contest = Contest(
+    query = TopKQuery(
         names=tuple(SIZES), quotas=(500,), scores=lambda p: values[p.name][p.start : p.stop]
     )
     selection = Selection(SHAPES, "0")
-    for name, index in selection.kept(contest, selection.cut(contest)):
+    for name, index in selection.kept(query, selection.cut(query)):
         assert index.dtype == torch.int64
         assert (np.flatnonzero(narrow[name]) == index.numpy()).all()
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from opd.sync.encoding import (
-    PlaceForm,
-    ValueForm,
+    IndexEncoding,
+    ValueEncoding,
     decode_places,
     decode_values,
     encode_places,
@@ -13,7 +13,7 @@ from opd.sync.encoding import (
 )
 
 
-def again(places: np.ndarray, size: int) -> tuple[PlaceForm, int]:
+def again(places: np.ndarray, size: int) -> tuple[IndexEncoding, int]:
     form, data = encode_places(places, size)
     found = decode_places(form, memoryview(data), len(places), size)
     assert found.tolist() == places.tolist()
@@ -34,10 +34,10 @@ def test_the_form_follows_the_density() -> None:
         for share in (0.0005, 0.02, 0.4, 1.1)
     }
     assert [form for form, _ in forms.values()] == [
-        PlaceForm.gaps16,
-        PlaceForm.gaps8,
-        PlaceForm.bitmap,
-        PlaceForm.whole,
+        IndexEncoding.gaps16,
+        IndexEncoding.gaps8,
+        IndexEncoding.bitmap,
+        IndexEncoding.whole,
     ]
     assert forms[0.02][1] < 1.02 * 0.02 * size
     assert forms[0.4][1] == size / 8
@@ -66,9 +66,9 @@ def test_values_come_back_whatever_the_difference(kind: type) -> None:
 
 @pytest.mark.parametrize(
     ("spread", "form", "size"),
-    [(1, ValueForm.ulps8, 1000), (20_000, ValueForm.ulps16, 2000), (2**30, ValueForm.plain, 4000)],
+    [(1, ValueEncoding.ulps8, 1000), (20_000, ValueEncoding.ulps16, 2000), (2**30, ValueEncoding.plain, 4000)],
 )
-def test_small_differences_take_small_codes(spread: int, form: ValueForm, size: int) -> None:
+def test_small_differences_take_small_codes(spread: int, form: ValueEncoding, size: int) -> None:
     old = np.arange(1000, dtype=np.int32) * 1000
     new = old + np.where(np.arange(1000) % 2, spread, -spread).astype(np.int32)
     found, data = encode_values(old, new)
@@ -83,9 +83,9 @@ def test_torn_or_false_bytes_are_refused() -> None:
     with pytest.raises(ValueError, match="outside its tensor"):
         decode_places(form, memoryview(data), 100, 800)
     with pytest.raises(ValueError, match="bitmap of another length"):
-        decode_places(PlaceForm.bitmap, memoryview(b"ab"), 3, 30)
+        decode_places(IndexEncoding.bitmap, memoryview(b"ab"), 3, 30)
     old = np.zeros(4, np.int16)
     with pytest.raises(ValueError, match="too few codes"):
-        decode_values(ValueForm.ulps8, memoryview(b"abc"), old)
+        decode_values(ValueEncoding.ulps8, memoryview(b"abc"), old)
     with pytest.raises(ValueError, match="another length"):
-        decode_values(ValueForm.plain, memoryview(b"abc"), old)
+        decode_values(ValueEncoding.plain, memoryview(b"abc"), old)

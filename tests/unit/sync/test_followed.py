@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from opd.sync.ema import AveragedWeights, FollowedSync
-from opd.sync.periodic import Nowhere, SeldomSync
+from opd.sync.ema import EMAWeights, EMASync
+from opd.sync.periodic import NoSync, PeriodicSync
 
 
 class Engine:
@@ -36,7 +36,7 @@ def module() -> torch.nn.Module:
 
 def test_the_average_is_the_recursion_and_the_engine_gets_what_was_sent() -> None:
     copy, engine = module(), Engine()
-    sync = FollowedSync(engine, AveragedWeights(copy, decay=0.9))
+    sync = EMASync(engine, EMAWeights(copy, decay=0.9))
     expected = 0.0
     for step in range(6):
         assert sync.push(weights(float(step)), step) == {"sync/bytes": 1.0}
@@ -48,17 +48,17 @@ def test_the_average_is_the_recursion_and_the_engine_gets_what_was_sent() -> Non
 
 def test_a_version_counts_once_and_a_resumed_average_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole, cut = module(), module()
-    average = AveragedWeights(whole, decay=0.7)
+    average = EMAWeights(whole, decay=0.7)
     for step in range(1, 5):
         for _ in average.passing(weights(1 / step), step):
             pass
-    before = AveragedWeights(cut, decay=0.7)
+    before = EMAWeights(cut, decay=0.7)
     for step in (1, 2):
         for _ in before.passing(weights(1 / step), step):
             pass
     before.save(str(tmp_path))
     resumed = module()
-    after = AveragedWeights(resumed, decay=0.7)
+    after = EMAWeights(resumed, decay=0.7)
     after.load(str(tmp_path), 2)
     for step in (2, 3, 4):  # a resumed run hands over its checkpoint's weights first
         for _ in after.passing(weights(1 / step), step):
@@ -68,14 +68,14 @@ def test_a_version_counts_once_and_a_resumed_average_goes_on_bit_for_bit(tmp_pat
 
 def test_latest_is_the_student_itself() -> None:
     copy = module()
-    for _ in AveragedWeights(copy, decay=0.0).passing(weights(0.3), 1):
+    for _ in EMAWeights(copy, decay=0.0).passing(weights(0.3), 1):
         pass
     assert torch.equal(copy.weight, torch.full((2, 3), 0.3))
 
 
 def test_the_average_sees_weights_that_no_engine_wants() -> None:
     copy = module()
-    sync = FollowedSync(Nowhere(), AveragedWeights(copy, decay=0.0))
+    sync = EMASync(NoSync(), EMAWeights(copy, decay=0.0))
     assert sync.push(weights(2.0), 1) == {}
     assert torch.equal(copy.weight, torch.full((2, 3), 2.0))
 
@@ -87,7 +87,7 @@ def test_seldom_hands_over_first_and_when_due_and_gathers_nothing_else() -> None
         gathered.append(step)
         yield from weights(float(step))
 
-    sync = SeldomSync(engine, lambda version: version % 3 == 0)
+    sync = PeriodicSync(engine, lambda version: version % 3 == 0)
     for step in range(5, 11):
         sync.push(counted(step), step)
     assert engine.versions == [5, 6, 9]

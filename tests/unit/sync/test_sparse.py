@@ -4,10 +4,10 @@ import pytest
 import torch
 from trained import FROZEN, mask, same, state, train
 
-from opd.sync import mirror
+from opd.sync import replica
 from opd.sync.message import read_message
 from opd.sync.sparse import FrozenWeightsMoved, WeightReceiver, WeightSender
-from opd.types import Held
+from opd.types import ReceiverState
 
 Weights = dict[str, torch.Tensor]
 
@@ -20,7 +20,7 @@ def receiver() -> WeightReceiver:
     return WeightReceiver(lambda tensors, changes, version: None)
 
 
-def bring(sends: WeightSender, takes: WeightReceiver, held: Held) -> tuple[Held, list[str]]:
+def bring(sends: WeightSender, takes: WeightReceiver, held: ReceiverState) -> tuple[ReceiverState, list[str]]:
     """Until it has the version; and what kinds of message that took."""
     kinds = []
     while (message := sends.next_for(held)) is not None:
@@ -42,7 +42,7 @@ def push(sends: WeightSender, takes: WeightReceiver, weights: Weights, version: 
 def test_every_push_arrives_bit_for_bit(
     dtype: torch.dtype, masked: bool, small_index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror, "SMALL_INDEX", small_index)
+    monkeypatch.setattr(replica, "SMALL_INDEX", small_index)
     weights = state(tied=False, dtype=dtype)
     kept = mask(weights, 0.2) if masked else None
     sends = sender(dtype=dtype, kept=kept, fingerprint="m" if masked else None, anchor_every=7)
@@ -99,7 +99,7 @@ def test_a_repeated_message_changes_nothing_and_loads_nothing() -> None:
 def test_a_skipped_and_an_old_message_are_refused_with_the_version_held() -> None:
     sends, takes, weights = sender(), receiver(), state(tied=True)
     push(sends, takes, weights, 0)
-    first = sends.next_for(Held())
+    first = sends.next_for(ReceiverState())
     train(weights, 0.02, 1)
     sends.prepare(weights.items(), 1)
     lost = sends.next_for(takes.held())
@@ -107,7 +107,7 @@ def test_a_skipped_and_an_old_message_are_refused_with_the_version_held() -> Non
     sends.commit()  # as if it had arrived
     train(weights, 0.02, 2)
     sends.prepare(weights.items(), 2)
-    skipping = sends.next_for(Held(run=sends.run, version=1))
+    skipping = sends.next_for(ReceiverState(run=sends.run, version=1))
     assert first is not None
     assert skipping is not None
     held = takes.take(skipping)

@@ -5,7 +5,7 @@ import torch
 
 from opd.head import HeadSpec
 from opd.teacher import scoring
-from opd.teacher.scoring import Pieces, folded_head, score_hidden, tail_logps, union_ids
+from opd.teacher.scoring import ScoreOptions, folded_head, score_hidden, tail_logps, union_ids
 
 N, D, V = 23, 8, 31
 
@@ -36,7 +36,7 @@ def test_answers_do_not_depend_on_the_chunk(
     monkeypatch.setattr(scoring, "chunk_rows", lambda *_: rows)
     spec = HeadSpec(vocab_size=V, softcap=3.0, scale=0.5)
     named_NK = torch.randint(-1, V, (N, 4), generator=torch.Generator().manual_seed(3))
-    pieces = Pieces(top_k=3, named_ids_NK=named_NK, full_logps=True, temperature=0.7)
+    pieces = ScoreOptions(top_k=3, named_ids_NK=named_NK, full_logps=True, temperature=0.7)
     said = score_hidden(hidden_ND, weight_VD, spec, target_N, pieces)
     logits_NV = 3.0 * torch.tanh(0.5 * hidden_ND @ weight_VD[:V].T / 3.0)
     true_NV = torch.log_softmax(logits_NV / 0.7, dim=-1)
@@ -56,7 +56,7 @@ def test_hidden_and_folded_head_give_the_full_distribution(
 ) -> None:
     spec = HeadSpec(vocab_size=V, scale=0.25)
     said = score_hidden(
-        hidden_ND, weight_VD, spec, target_N, Pieces(full_logps=True, hidden=True, temperature=2.0)
+        hidden_ND, weight_VD, spec, target_N, ScoreOptions(full_logps=True, hidden=True, temperature=2.0)
     )
     again_NV = said.hidden_ND @ folded_head(weight_VD, spec).T / 2.0
     torch.testing.assert_close(torch.log_softmax(again_NV, dim=-1), said.full_logp_NV)

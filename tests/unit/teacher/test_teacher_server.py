@@ -23,8 +23,8 @@ from opd.teacher.client import ServerTeacher
 from opd.teacher.launch import running_teacher
 from opd.teacher.options import BackendName, TeacherServerOptions
 from opd.teacher.vocabulary import Vocabulary
-from opd.teacher.wire import ScoreRequest, request_bytes
-from opd.types import FinishReason, Prompt, Rollout, Wanted
+from opd.teacher.wire import WireRequest, request_bytes
+from opd.types import FinishReason, Prompt, Rollout, ScoreRequest
 
 VOCAB = 97
 
@@ -70,7 +70,7 @@ def _request(**changed) -> bytes:
         "starts": np.array([1], np.int32),
         "vocab_size": VOCAB,
     }
-    return request_bytes(ScoreRequest(**plain | changed))
+    return request_bytes(WireRequest(**plain | changed))
 
 
 def _ids(*ids: int) -> np.ndarray:
@@ -166,12 +166,12 @@ def test_the_client_tries_again_after_failures_that_may_pass(
     with HTTPServer(("127.0.0.1", 0), Flaky) as flaky:
         Thread(target=flaky.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{flaky.server_port}"
-        teacher = ServerTeacher(url, wanted=Wanted(), student=student, retries=2, timeout=10)
+        teacher = ServerTeacher(url, wanted=ScoreRequest(), student=student, retries=2, timeout=10)
         assert teacher.info().vocab_size == VOCAB
         assert answers == []
         answers[:] = [500, 500]
         with pytest.raises(ConnectionError, match=r"failed 2 times.*HTTP 500: busy"):
-            ServerTeacher(url, wanted=Wanted(), student=student, retries=1, timeout=10)
+            ServerTeacher(url, wanted=ScoreRequest(), student=student, retries=1, timeout=10)
         flaky.shutdown()
 
 
@@ -186,7 +186,7 @@ def test_a_killed_server_gives_a_clear_error(
     options = _options(checkpoint)
     with running_teacher(options, log_path=tmp_path / "log", wait_s=120) as running:
         served = ServerTeacher(
-            running.url, token=running.token, wanted=Wanted(), student=student, retries=2
+            running.url, token=running.token, wanted=ScoreRequest(), student=student, retries=2
         )
         assert len(served.score([rollout])) == 1
         os.kill(running.pid, signal.SIGKILL)

@@ -12,14 +12,14 @@ from opd.teacher.response import answer, hidden_of
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.transport import arithmetic, bytes_per_target, transports
 from opd.teacher.wire import (
-    ScoreRequest,
+    WireRequest,
     Want,
     answer_bytes,
     read_answer,
     read_request,
     request_bytes,
 )
-from opd.types import TeacherInfo, Wanted
+from opd.types import TeacherInfo, ScoreRequest
 
 BIG = TeacherInfo(
     model="big",
@@ -37,8 +37,8 @@ def backend(checkpoint: Path) -> TorchBackend:
     return TorchBackend(str(checkpoint), dtype=DType.float32)
 
 
-def _request(vocab_size: int, **asked) -> ScoreRequest:
-    return ScoreRequest(
+def _request(vocab_size: int, **asked) -> WireRequest:
+    return WireRequest(
         token_ids=np.arange(40, dtype=np.int32),
         lengths=np.array([25, 15], np.int32),
         starts=np.array([3, 1], np.int32),
@@ -91,7 +91,7 @@ def test_mass_outside_the_common_ids_is_that_of_the_whole_softmax(backend: Torch
 
 
 def test_the_cheapest_exact_transport_travels_and_says_so() -> None:
-    whole = Wanted(full=True)
+    whole = ScoreRequest(full=True)
     chosen, other = transports(BIG, whole, vocab_size=151936, hidden_dtype=DType.auto)
     assert (chosen.want, chosen.hidden_dtype) == (Want.hidden, DType.bfloat16)
     assert (chosen.bytes_per_token, other.bytes_per_token) == (8196, 607748)
@@ -108,5 +108,5 @@ def test_the_cheapest_exact_transport_travels_and_says_so() -> None:
     capped = replace(BIG, linear_head=False)
     (only,) = transports(capped, whole, vocab_size=151936, hidden_dtype=DType.auto)
     assert only.want is Want.full_logps
-    (short,) = transports(BIG, Wanted(top_k=32), vocab_size=151936, hidden_dtype=DType.auto)
+    (short,) = transports(BIG, ScoreRequest(top_k=32), vocab_size=151936, hidden_dtype=DType.auto)
     assert short.bytes_per_token == 4 + 4 + 32 * 8

@@ -8,7 +8,7 @@ from opd.serving.options import arguments_of
 from opd.teacher.batches import by_tokens
 from opd.teacher.options import BackendName, TeacherServerOptions, parse
 from opd.teacher.wire import (
-    ScoreAnswer,
+    WireResponse,
     Want,
     answer_bytes,
     read_answer,
@@ -17,7 +17,7 @@ from opd.teacher.wire import (
     request_of,
     scored_of,
 )
-from opd.types import FinishReason, Prompt, Rollout, Wanted
+from opd.types import FinishReason, Prompt, Rollout, ScoreRequest
 
 
 def _rollout(prompt: int, count: int, support: int = 0) -> Rollout:
@@ -34,7 +34,7 @@ def _rollout(prompt: int, count: int, support: int = 0) -> Rollout:
 
 
 def test_a_request_survives_the_wire() -> None:
-    wanted = Wanted(top_k=3, rollout_support=True, temperature=0.1 + 0.2)
+    wanted = ScoreRequest(top_k=3, rollout_support=True, temperature=0.1 + 0.2)
     sent = request_of(
         [_rollout(2, 3, 4), _rollout(1, 2, 2)], wanted, want=Want.hidden, vocab_size=4
     )
@@ -47,13 +47,13 @@ def test_a_request_survives_the_wire() -> None:
 
 def test_student_ids_that_the_teacher_lacks_are_left_out() -> None:
     sent = request_of(
-        [_rollout(1, 1, 5)], Wanted(rollout_support=True), want=Want.logps, vocab_size=3
+        [_rollout(1, 1, 5)], ScoreRequest(rollout_support=True), want=Want.logps, vocab_size=3
     )
     assert sent.named_ids.tolist() == [[0, 1, 2, -1, -1]]
 
 
 def test_an_answer_survives_the_wire_and_is_cut_by_rollout() -> None:
-    said = ScoreAnswer(
+    said = WireResponse(
         logps=np.arange(5, dtype=np.float32),
         support_ids=np.arange(10, dtype=np.int32).reshape(5, 2),
         support_logps=np.full((5, 2), -np.inf, np.float32),

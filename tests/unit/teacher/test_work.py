@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opd.head import HeadSpec
-from opd.teacher.wire import ScoreRequest
+from opd.teacher.wire import WireRequest
 from opd.teacher.work_queue import WorkQueue
 from opd.types import IntArray, TeacherInfo
 
@@ -42,8 +42,8 @@ class GatedBackend:
         return [torch.eye(4)[torch.from_numpy(s.astype(np.int64))] for s in sequences]
 
 
-def _request(length: int) -> ScoreRequest:
-    return ScoreRequest(
+def _request(length: int) -> WireRequest:
+    return WireRequest(
         token_ids=np.ones(length, np.int32),
         lengths=np.array([length], np.int32),
         starts=np.array([1], np.int32),

@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, made without training."""
+"""RunRecord folders as training leaves them, made without training."""
 
 import math
 import random

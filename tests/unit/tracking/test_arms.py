@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from opd.tracking.study_report import Arms, interval, measures_of, write_arms
-from opd.tracking.runs import Run
+from opd.tracking.runs import RunRecord
 
 
-def run(accuracies: list[float], kls: list[float], density: float | None) -> Run:
+def run(accuracies: list[float], kls: list[float], density: float | None) -> RunRecord:
     rows = [
         {"step": 10 * i, "eval/sums/accuracy": a, "eval/sums/reverse_kl": k}
         for i, (a, k) in enumerate(zip(accuracies, kls, strict=True))
     ]
     if density is not None:
         rows[-1]["mask/density"] = density
-    return Run(
+    return RunRecord(
         name="x",
         folder=Path("x"),
         config={},

@@ -1,0 +1,76 @@
+"""``data``: the prompts to learn from and the prompts to be evaluated on."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from omegaconf import MISSING
+
+from opd.config.fields import bounded
+
+if TYPE_CHECKING:
+    from opd.config.schema import Config
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Prompts to learn from and held-out prompts."""
+
+    train: str = MISSING
+    """Training prompts: a .jsonl, .json, .csv or .parquet file, or a hub data set id."""
+    eval: str | None = None
+    """Held-out prompts with answers, of the same kinds; without them nothing is evaluated."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of data.train when it is a hub data set."""
+    eval_subset: str | None = None
+    """Configuration name of data.eval; by default data.subset."""
+    eval_split: str = "test"
+    """Split of data.eval when it is a hub data set."""
+    function: str | None = None
+    """path.py:name or module:name of a function from a row (dict) to the row to use; None drops it."""
+    prompt_field: str = "prompt"
+    """Column that holds the prompt: a string, or a list of {role, content} messages."""
+    answer_field: str = "answer"
+    """Column that holds the answer that graders compare with."""
+    eval_prompt_field: str | None = None
+    """The same for data.eval; by default data.prompt_field."""
+    eval_answer_field: str | None = None
+    """The same for data.eval; by default data.answer_field."""
+    completion_field: str | None = None
+    """Column that holds a whole completion, for rollout.on_policy below 1."""
+    teacher_field: str | None = None
+    """Column that names the teacher of a row, for teacher=pool."""
+    teacher_template: str | None = None
+    """What the teacher sees in the prompt's place, with fields of the row in it: {prompt}, {answer}."""
+    eval_teacher_template: str | None = None
+    """The same for data.eval; by default data.teacher_template."""
+    teacher_system: str | None = None
+    """System message that only the teacher sees, when the chat template is used."""
+    teacher_chat_template: str | None = None
+    """Folder or hub id whose chat template writes the teacher's prompts; by default the student's."""
+    answer_regex: str | None = None
+    """Regular expression whose first group is the answer, for example '#### (.*)' on GSM8K."""
+    template: str | None = None
+    """Text around a string prompt, with {prompt} in it."""
+    chat: bool = False
+    """Put string prompts into the tokenizer's chat template as the user's turn."""
+    system: str | None = None
+    """System message, when the chat template is used."""
+    limit: int | None = bounded(None, least=1)
+    """Use only the first so many training prompts."""
+    eval_limit: int | None = bounded(None, least=1)
+    """Use only the first so many held-out prompts."""
+
+
+def off_policy_prompts_have_completions(config: "Config") -> str | None:
+    """Completions that the student does not write are read from the data set."""
+    if config.rollout.on_policy < 1 and config.data.completion_field is None:
+        return (
+            f"rollout.on_policy={config.rollout.on_policy:g} reads completions from data.train: name "
+            "their column with data.completion_field (`opd generate` makes such a file)"
+        )
+    return None
+
+
+RULES = (off_policy_prompts_have_completions,)

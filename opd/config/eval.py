@@ -1,0 +1,60 @@
+"""``eval``: the evaluation on held-out prompts."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from opd.config.fields import bounded
+from opd.config.rollout import DatasetRolloutConfig
+
+if TYPE_CHECKING:
+    from opd.config.schema import Config
+
+
+class GraderKind(StrEnum):
+    exact = "exact"
+    after = "after"
+    contains = "contains"
+    number = "number"
+    math = "math"
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """The evaluation on held-out prompts."""
+
+    task: str = "heldout"
+    """Name in the metrics: eval/<task>/accuracy."""
+    every: int = bounded(50, least=0)
+    """Steps between evaluations; 0 only before and after training. Both of these always happen."""
+    grader: GraderKind = GraderKind.exact
+    """How a completion is compared with the answer."""
+    marker: str = "#"
+    """grader=after: the answer is what follows the last marker."""
+    max_tokens: int | None = bounded(None, least=1)
+    """Longest completion; by default rollout.max_tokens."""
+    k: int = bounded(0, least=0)
+    """Samples per prompt for mean@k; 0 is greedy accuracy alone."""
+    temperature: float = bounded(1.0, above=0)
+    """Temperature of those samples."""
+    kl_prompts: int = bounded(64, least=0)
+    """Held-out prompts on which the exact reverse KL to the teacher is measured; 0 is none."""
+    kl_data: str | None = None
+    """Prompts for that measurement when they are not data.eval; the same kinds of file."""
+    samples: int = bounded(4, least=0)
+    """Transcripts kept from each evaluation."""
+    teacher_accuracy: bool = True
+    """Evaluate the teacher once as a reference, when teacher.model is known."""
+
+
+def evaluation_needs_an_engine(config: "Config") -> str | None:
+    """rollout=dataset has no engine that could answer held-out prompts."""
+    if isinstance(config.rollout, DatasetRolloutConfig) and config.data.eval is not None:
+        return (
+            "rollout=dataset has no engine to evaluate data.eval with: use data.eval=null, or "
+            "rollout=vllm with rollout.on_policy=0"
+        )
+    return None
+
+
+RULES = (evaluation_needs_an_engine,)

@@ -1,0 +1,53 @@
+"""Functions and classes of the user's own, named in a setting."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def load_function(setting: str, name: str) -> Any:
+    """``path.py:name`` or ``module:name`` -> that function or class.
+
+    A path is relative to the working directory. ``setting`` is named in errors. ValueError when the
+    file or module cannot be imported, or holds nothing callable of that name. It is the user's code
+    that runs.
+    """
+    source, colon, attribute = name.rpartition(":")
+    if not colon or not source or not attribute:
+        raise ValueError(
+            f"{setting}={name}: expected path.py:name or module:name of a function or class"
+        )
+    try:
+        module = _from_file(setting, source) if source.endswith(".py") else _from_module(source)
+        found = getattr(module, attribute)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise ValueError(f"{setting}={name} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{setting}={name}: {attribute} is not a function or class")
+    return found
+
+
+def _from_module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def _from_file(setting: str, source: str) -> Any:
+    path = Path(source).resolve()
+    if not path.is_file():
+        raise ValueError(f"{setting}={source}: there is no file {path}; give an existing .py file")
+    module_name = f"opd_user_{path.stem}_{abs(hash(str(path))):x}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module

@@ -1,0 +1,119 @@
+"""``launch``: what changes when the machine changes."""
+
+import json
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd.config.fields import bounded
+from opd.config.train import Precision
+
+if TYPE_CHECKING:
+    from opd.config.schema import Config
+
+
+class LaunchEngine(StrEnum):
+    deepspeed = "deepspeed"
+    torch = "torch"
+
+
+@dataclass(kw_only=True, slots=True)
+class LaunchConfig:
+    """What changes when the machine changes."""
+
+    processes: int = bounded(1, least=1)
+    """Training processes on this machine, one per GPU."""
+    engine: LaunchEngine = LaunchEngine.deepspeed
+    """deepspeed, or torch: one process without DeepSpeed."""
+    deepspeed: str | None = None
+    """A DeepSpeed JSON file with stage, offload and bucket sizes, as in launch/deepspeed/."""
+    threads: int | None = bounded(None, least=1)
+    """CPU threads of each process; by default the cores shared out evenly."""
+
+
+def torch_engine_is_one_process(config: "Config") -> str | None:
+    """Only DeepSpeed communicates between processes."""
+    if config.launch.engine == LaunchEngine.torch and config.launch.processes > 1:
+        return (
+            f"launch.engine=torch runs one process, found launch.processes={config.launch.processes}: "
+            "use launch.engine=deepspeed"
+        )
+    return None
+
+
+def every_process_gets_a_prompt(config: "Config") -> str | None:
+    """A rank without prompts would have nothing to learn from."""
+    if config.train.prompts_per_step < config.launch.processes:
+        return (
+            f"train.prompts_per_step={config.train.prompts_per_step} is fewer than "
+            f"launch.processes={config.launch.processes}: give every process a prompt"
+        )
+    return None
+
+
+def pure_bf16_has_a_stage(config: "Config") -> str | None:
+    """DeepSpeed keeps bf16 states in stages 1 to 3 only."""
+    if (
+        config.train.precision == Precision.pure_bf16
+        and config.launch.engine == LaunchEngine.deepspeed
+        and config.zero == 0
+    ):
+        return "train.precision=pure_bf16 needs zero=1, 2 or 3, found zero=0"
+    return None
+
+
+RULES = (torch_engine_is_one_process, every_process_gets_a_prompt, pure_bf16_has_a_stage)
+
+NUMERICS = {
+    "train_batch_size": "train.prompts_per_step",
+    "train_micro_batch_size_per_gpu": "train.max_tokens_per_micro_batch",
+    "gradient_accumulation_steps": "train.max_tokens_per_micro_batch",
+    "gradient_clipping": "optim.max_grad_norm",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "data_types": "train.precision",
+    "torch_autocast": "train.precision",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+}
+"""Keys of a DeepSpeed file that belong to the recipe, and the setting that holds each."""
+
+
+def merged_deepspeed(
+    launch_file: str | None, *, zero: int, precision: Precision, max_grad_norm: float
+) -> dict[str, Any]:
+    """A DeepSpeed config: numerics from the recipe, stage, offload and buckets from the launch file.
+
+    Raises ValueError when the file sets something that the recipe owns.
+    """
+    machine: dict[str, Any] = json.loads(Path(launch_file).read_text()) if launch_file else {}
+    for key, setting in NUMERICS.items():
+        if key in machine:
+            raise ValueError(
+                f"{launch_file} sets {key}, which belongs to the recipe: remove it and set {setting}"
+            )
+    config: dict[str, Any] = {
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **machine,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": {**machine.get("zero_optimization", {}), "stage": zero},
+    }
+    match precision:
+        case Precision.fp32:
+            pass
+        case Precision.bf16:
+            config["bf16"] = {"enabled": True}
+            # stage 0 has no float32 accumulation beside bf16 gradients
+            config["data_types"] = {"grad_accum_dtype": "fp32" if zero else "bf16"}
+        case Precision.pure_bf16:
+            config["bf16"] = {
+                "enabled": True,
+                "bf16_master_weights_and_grads": True,
+                "bf16_optimizer_states": True,
+            }
+    return config

@@ -1,0 +1,45 @@
+"""``reward``: what a whole completion is worth."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from opd.config.eval import GraderKind
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardConfig:
+    """No reward; the teacher is the only signal."""
+
+    is_given: ClassVar[bool] = False
+
+
+@dataclass(kw_only=True, slots=True)
+class GroupRewardConfig(RewardConfig):
+    """A reward per completion; its advantage is the reward less the mean over the same prompt's."""
+
+    is_given: ClassVar[bool] = True
+    scale_rewards: bool = True
+    """Divide by the standard deviation of the group too (GRPO); false is Dr. GRPO."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GraderRewardConfig(GroupRewardConfig):
+    """1 for a right answer, 0 for a wrong one."""
+
+    grader: GraderKind | None = None
+    """How a completion is compared with the answer; by default eval.grader."""
+    marker: str | None = None
+    """grader=after: the answer is what follows the last marker; by default eval.marker."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FunctionRewardConfig(GroupRewardConfig):
+    """The value of a function of your own."""
+
+    function: str = MISSING
+    """path.py:name or module:name of a function (completion: str, answer: str | None) -> float."""
+
+
+CHOICES = {"none": RewardConfig, "grader": GraderRewardConfig, "function": FunctionRewardConfig}

@@ -1,0 +1,19 @@
+"""What every HTTP service of ours can be told: where it listens, and how much it takes."""
+
+from dataclasses import dataclass
+
+from opd.config.fields import bounded
+
+
+@dataclass(kw_only=True)  # no slots: it is mixed into others
+class ServingConfig:
+    """Where a service listens."""
+
+    host: str = "127.0.0.1"
+    """Address to bind; anything but loopback needs a token in the environment."""
+    port: int = bounded(0, least=0, most=65535)
+    """Port to bind; 0 takes a free one."""
+    port_file: str | None = None
+    """File that gets the port once requests are answered."""
+    exit_with_parent: bool = False
+    """End when the process that started this one is gone."""
