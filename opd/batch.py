@@ -14,17 +14,17 @@ from opd.types import FloatArray, IntArray, Reduction, ScoredRollout
 class LossReduction:
     """Which tokens count, and how much.
 
-    The first ``first_share`` of each completion is kept, rounded up, at least a token. ``reduction``
+    The first ``prefix_fraction`` of each completion is kept, rounded up, at least a token. ``reduction``
     with ``max_tokens`` says what a step's sum is divided by.
     """
 
     reduction: Reduction = Reduction.token
-    first_share: float = 1.0
+    prefix_fraction: float = 1.0
     max_tokens: int = 1
 
     def kept(self, scored: ScoredRollout) -> int:
         """How many of the first tokens of a completion count."""
-        share = self.first_share * len(scored.rollout.token_ids)
+        share = self.prefix_fraction * len(scored.rollout.token_ids)
         return max(1, math.ceil(share - 1e-9))  # 0.07 * 100 is 7.000000000000001
 
     def denominator(self, scored: Sequence[ScoredRollout]) -> float:

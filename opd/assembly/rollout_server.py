@@ -1,94 +1,73 @@
-"""What a rollout server holds."""
+"""What a rollout server holds: an engine, and the two endpoints through which weights reach it."""
 
-from typing import TYPE_CHECKING
+import torch
 
-from opd.assembly.numbers import torch_dtype
-from opd.assembly.text import Text, build_text
-from opd.interfaces import (
-    Progress,
-    RolloutEngine,
-)
+from opd.checkpoint.tensors import torch_dtype
+from opd.config.rollout import RolloutBackend, RolloutServerConfig
+from opd.config.student import StudentConfig
+from opd.data.tokenizer import StudentTokenizer, read_tokenizer
+from opd.interfaces import RolloutEngine
+from opd.rollout.app import Hosted, ServedModel
+from opd.rollout.transformers import TransformersRollouts
+from opd.rollout.vllm import VllmRollouts, start_llm
+from opd.sync.colocated import ModuleWeights, VllmWeights
+from opd.sync.in_place import loaded_whole, patched_in_place
+from opd.sync.sparse import Load, WeightReceiver
+from opd.tracking.console import SilentProgress
+from opd.train.weights import load_student
 
-if TYPE_CHECKING:
-    from opd.rollout.app import Hosted
-    from opd.rollout.options import RolloutServerOptions
-    from opd.sync.sparse import Load
 
-
-def build_host(options: "RolloutServerOptions") -> "Hosted":
-    """The engine of a rollout server and the doors through which weights reach it."""
-    from opd.rollout.app import Hosted, ServedModel
-    from opd.rollout.options import EngineName
-    from opd.sync.sparse import WeightReceiver
-    from opd.tracking.console import SilentProgress
-
-    text = build_text(options.model, trust_remote_code=options.trust_remote_code)
-    max_length = options.max_length or text.max_length
-    match options.engine:
-        case EngineName.vllm:
-            engine, load = _hosted_vllm(options, text, max_length, SilentProgress())
-        case EngineName.transformers:
-            engine, load = _hosted_transformers(options, text, SilentProgress())
+def build_hosted(config: RolloutServerConfig) -> Hosted:
+    """Start the engine."""
+    tokenizer = read_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    max_length = config.max_model_len or tokenizer.max_length
+    match config.backend:
+        case RolloutBackend.vllm:
+            engine, load = _vllm(config, tokenizer, max_length)
+        case RolloutBackend.transformers:
+            engine, load = _transformers(config, tokenizer)
     receiver = WeightReceiver(load)
-    told = ServedModel(
-        model=options.model,
-        dtype=options.dtype.value,
+    served = ServedModel(
+        model=config.model,
+        dtype=config.dtype.value,
         max_length=max_length,
-        stop_ids=text.stop_ids,
+        stop_ids=tokenizer.stop_ids,
     )
-    return Hosted(engine=engine, model=told, take=receiver.take, held=receiver.held)
+    return Hosted(engine=engine, model=served, take=receiver.take, state=receiver.state)
 
 
-def _hosted_vllm(
-    options: "RolloutServerOptions", text: Text, max_length: int, progress: Progress
-) -> tuple[RolloutEngine, "Load"]:
-    import torch
-
-    from opd.rollout.vllm import VllmRollouts, VllmSettings, start_llm
-    from opd.sync.colocated import VllmWeights
-    from opd.sync.in_place import loaded_whole, patched_in_place
-
+def _vllm(
+    config: RolloutServerConfig, tokenizer: StudentTokenizer, max_length: int
+) -> tuple[RolloutEngine, Load]:
     on_gpu = torch.cuda.is_available()
-    settings = VllmSettings(
-        model=options.model,
-        dtype=options.dtype.value,
-        max_length=max_length,
-        seed=options.seed,
-        gpu_memory_fraction=options.gpu_memory_fraction,
-        kv_cache_mib=options.kv_cache_mib,
-        eager=(not on_gpu) if options.eager is None else options.eager,
-        sleep=False,
-        trust_remote_code=options.trust_remote_code,
+    llm = start_llm(
+        config.model,
+        config,
+        dtype=config.dtype,
+        max_model_len=max_length,
+        seed=config.seed,
+        sleeps=False,
+        device=torch.device("cuda" if on_gpu else "cpu"),
+        trust_remote_code=config.trust_remote_code,
     )
-    llm = start_llm(settings, torch.device("cuda" if on_gpu else "cpu"))
-    engine = VllmRollouts(llm, stop_ids=text.stop_ids, progress=progress, sleeps=False)
+    engine = VllmRollouts(llm, stop_ids=tokenizer.stop_ids, progress=SilentProgress(), sleeps=False)
     whole = VllmWeights(llm, wake=engine.wake, mark=engine.mark)
     if on_gpu:
         return engine, patched_in_place(llm, whole, mark=engine.mark)
     return engine, loaded_whole(whole)
 
 
-def _hosted_transformers(
-    options: "RolloutServerOptions", text: Text, progress: Progress
-) -> tuple[RolloutEngine, "Load"]:
-    import torch
-
-    from opd.rollout.transformers import TransformersRollouts
-    from opd.sync.colocated import ModuleWeights
-    from opd.sync.in_place import loaded_whole
-    from opd.train.weights import load_student
-
-    module = load_student(
-        options.model,
-        dtype=torch_dtype(options.dtype),
-        attention="sdpa",
-        trust_remote_code=options.trust_remote_code,
-    ).to("cuda" if torch.cuda.is_available() else "cpu")
+def _transformers(
+    config: RolloutServerConfig, tokenizer: StudentTokenizer
+) -> tuple[RolloutEngine, Load]:
+    student = StudentConfig(model=config.model, trust_remote_code=config.trust_remote_code)
+    module = load_student(config.model, student, dtype=torch_dtype(config.dtype.value))
+    module = module.to("cuda" if torch.cuda.is_available() else "cpu")
     engine = TransformersRollouts(
         module,
-        stop_ids=text.stop_ids,
-        pad_id=text.pad_id,
-        batch_size=options.batch_size,
-        progress=progress,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        batch_size=config.batch_size,
+        progress=SilentProgress(),
     )
     return engine, loaded_whole(ModuleWeights(module, mark=engine.mark))

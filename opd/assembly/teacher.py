@@ -1,198 +1,262 @@
-"""Who scores."""
+"""Who scores: a teacher, several, the student itself, nobody; and a verifier beside them."""
 
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
-from opd.assembly.numbers import torch_dtype
-from opd.config.models import DType, LocalTeacherConfig, PoolTeacherConfig, ServedTeacherConfig, ServerTeacherConfig, TeacherConfig
+import torch
+
+from opd.checkpoint.tensors import torch_dtype
+from opd.config.adapter import LoraConfig
+from opd.config.reward import GroupRewardConfig
+from opd.config.schema import Config
+from opd.config.student import DType
+from opd.config.teacher import (
+    LocalTeacherConfig,
+    PoolTeacherConfig,
+    SelfTeacher,
+    SelfTeacherConfig,
+    ServerTeacherConfig,
+    TeacherConfig,
+    has_teacher,
+)
+from opd.data.tokenizer import StudentTokenizer
+from opd.evaluate.reward import reward_function
 from opd.interfaces import Progress, Teacher
-from opd.types import Sampling, TeacherInfo, ScoreRequest
+from opd.sync.ema import EMAWeights
+from opd.teacher.backend import Backend
+from opd.teacher.backend_torch import TorchBackend
+from opd.teacher.connect import TEACHER_URL, TEACHER_URLS, member_urls, server_client
+from opd.teacher.local import LocalTeacher
+from opd.teacher.model_info import longest, read_info, read_spec
+from opd.teacher.no_teacher import NoTeacher
+from opd.teacher.pool import BalancedTeacher, RoutedTeacher
+from opd.teacher.rewarded import RewardedTeacher
+from opd.teacher.self_teacher import ModuleBackend
+from opd.teacher.vocabulary import Vocabulary
+from opd.train.student import TeacherHeads, causal_lm
+from opd.train.weights import load_student
+from opd.types import Rollout, ScoreRequest
+from opd.world import World
 
-if TYPE_CHECKING:
-    from opd.teacher.client import ServerTeacher
-    from opd.teacher.options import TeacherServerOptions
-    from opd.teacher.vocabulary import Vocabulary
-    from opd.world import World
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teachers:
+    """One teacher behind three clients.
+
+    ``training`` is asked for what the loss needs, with rewards; ``whole`` for the full distribution
+    and ``sampled`` for the tokens written, both None without a teacher. ``heads`` turn its hidden
+    states into logits. ``average`` follows the student.
+    """
+
+    training: Teacher
+    heads: TeacherHeads
+    whole: Teacher | None = None
+    sampled: Teacher | None = None
+    average: EMAWeights | None = None
 
 
-TEACHER_URL = "OPD_TEACHER_URL"
-"""Environment variable by which a launcher tells where the teacher that it started is."""
+def no_teachers(tokenizer: StudentTokenizer, world: World) -> Teachers:
+    """Nobody scores."""
+    nobody = _nobody(tokenizer)
+    return Teachers(training=nobody, heads=TeacherHeads(nobody, 1, world.device))
 
 
-def build_teacher(
+def build_teachers(
+    config: Config,
+    model: torch.nn.Module,
+    tokenizer: StudentTokenizer,
+    student: Vocabulary,
+    world: World,
+    progress: Progress,
+) -> Teachers:
+    """Everybody who scores what was written; ValueError if a teacher does not fit.
+
+    ``model`` is the learner's transformers (or peft) model, which a self-teacher reads.
+    """
+    nobody = _nobody(tokenizer)
+    if not has_teacher(config):
+        rewarded = _with_reward(config, nobody, tokenizer)
+        return Teachers(training=rewarded, heads=TeacherHeads(nobody, 1, world.device))
+    request = config.loss.request(config.rollout.temperature)
+    requests = [
+        request,
+        ScoreRequest(full=True, temperature=request.temperature),
+        ScoreRequest(temperature=request.temperature),
+    ]
+    copy = None
+    if isinstance(config.teacher, SelfTeacherConfig):
+        copy = _copy_of_student(config, config.teacher, world)
+        backend = _self_backend(config, config.teacher, model, copy)
+        teachers = _local_clients(
+            backend, config.teacher.max_num_batched_tokens, DType.float32, requests, student, progress
+        )  # float32: nothing is sent
+    else:
+        teachers = _clients(config.teacher, student, requests, world, progress)
+    training, whole, sampled = teachers
+    members = config.teacher.members if isinstance(config.teacher, PoolTeacherConfig) else ()
+    heads = TeacherHeads(whole, max(1, len(members)), world.device)
+    return Teachers(
+        training=_with_reward(config, training if request.sampled else nobody, tokenizer),
+        whole=whole,
+        sampled=sampled,
+        heads=heads,
+        average=_average(config.teacher, copy, heads),
+    )
+
+
+def _nobody(tokenizer: StudentTokenizer) -> NoTeacher:
+    return NoTeacher(vocab_size=tokenizer.vocab_size, max_length=tokenizer.max_length)
+
+
+def _clients(
     config: TeacherConfig,
-    student: "Vocabulary",
-    wanted: Sequence[ScoreRequest],
-    world: "World",
+    student: Vocabulary,
+    requests: Sequence[ScoreRequest],
+    world: World,
     progress: Progress,
 ) -> list[Teacher]:
-    """One teacher behind as many clients as there are things to ask; ValueError if it does not fit."""
+    """One teacher behind as many clients as there are requests."""
     match config:
         case ServerTeacherConfig():
             url = config.url or os.environ.get(TEACHER_URL)
             assert url is not None, "the launcher starts a teacher where no url is given"
-            return [server_client(config, url, student, want, progress) for want in wanted]
+            return [server_client(config, url, student, each, progress) for each in requests]
         case PoolTeacherConfig():
-            from opd.assembly.pool import pool_teachers
-
-            return pool_teachers(config, student, wanted, progress)
-        case LocalTeacherConfig():
-            return _local_teachers(config, student, wanted, world, progress)
+            return _pools(config, student, requests, progress)
+        case LocalTeacherConfig(model=str(model)):
+            backend = TorchBackend(model, config, device=str(world.device))
+            limit = config.max_num_batched_tokens
+            return _local_clients(backend, limit, config.hidden_dtype, requests, student, progress)
     raise AssertionError(f"no teacher for {type(config).__name__}")
 
 
-def server_client(
-    config: ServedTeacherConfig,
-    url: str,
-    student: "Vocabulary",
-    wanted: ScoreRequest,
-    progress: Progress | None = None,
-) -> "ServerTeacher":
-    """A client of one server, with the run's token and patience."""
-    from opd.teacher.client import ServerTeacher
-    from opd.teacher.options import TOKEN_VARIABLE
-
-    return ServerTeacher(
-        url,
-        wanted=wanted,
-        student=student,
-        token=os.environ.get(TOKEN_VARIABLE),
-        timeout=config.timeout,
-        retries=config.retries,
-        hidden_dtype=config.hidden_dtype,
-        progress=progress,
-    )
-
-
-def transport_words(
-    config: TeacherConfig,
-    infos: Sequence[TeacherInfo],
-    student: "Vocabulary",
-    wanted: ScoreRequest,
-    sampling: Sampling,
-) -> str:
-    """How the answers of these teachers travel and what that costs, a line for each way."""
-    from opd.teacher.transport import arithmetic
-    from opd.teacher.vocabulary import common_vocab_size
-
-    lines = [
-        arithmetic(
-            info,
-            wanted,
-            vocab_size=common_vocab_size(student.matrix_size, info),
-            hidden_dtype=config.hidden_dtype,
-            named=sampling.support_k,
-        )
-        for info in infos
-    ]
-    return "\n".join(dict.fromkeys(lines))
-
-
-def _local_teachers(
-    config: LocalTeacherConfig,
-    student: "Vocabulary",
-    wanted: Sequence[ScoreRequest],
-    world: "World",
+def _local_clients(
+    backend: Backend,
+    max_num_batched_tokens: int,
+    hidden_dtype: DType,
+    requests: Sequence[ScoreRequest],
+    student: Vocabulary,
     progress: Progress,
 ) -> list[Teacher]:
-    from opd.teacher.backend_torch import TorchBackend
-    from opd.teacher.local import LocalTeacher
-
-    assert config.model is not None
-    backend = TorchBackend(
-        config.model,
-        dtype=config.dtype,
-        device=str(world.device),
-        batch_tokens=config.batch_tokens,
-        max_length=config.max_length,
-    )
     return [
         LocalTeacher(
             backend,
-            wanted=want,
+            request=request,
             student=student,
-            batch_tokens=config.batch_tokens,
-            hidden_dtype=config.hidden_dtype,
+            max_num_batched_tokens=max_num_batched_tokens,
+            hidden_dtype=hidden_dtype,
             progress=progress,
         )
-        for want in wanted
+        for request in requests
     ]
 
 
-def teacher_options(config: ServedTeacherConfig, model: str) -> "TeacherServerOptions":
-    """How to start a server of ``model`` that a run brings along."""
-    from opd.teacher.options import BackendName, TeacherServerOptions
+def _pools(
+    config: PoolTeacherConfig,
+    student: Vocabulary,
+    requests: Sequence[ScoreRequest],
+    progress: Progress,
+) -> list[Teacher]:
+    """One pool behind as many clients as there are requests.
 
-    return TeacherServerOptions(
-        model=model,
-        backend=BackendName(config.backend),
-        dtype=config.dtype,
-        max_length=config.max_length,
-        tensor_parallel_size=config.tensor_parallel,
-        gpu_memory_fraction=config.gpu_memory_fraction,
+    All members speak of the smallest vocabulary among them. ``ValueError`` when one does not fit, or
+    when it is a model and nobody has started its server.
+    """
+    started = json.loads(os.environ.get(TEACHER_URLS, "{}"))
+    servers = {name: _servers(name, member, started) for name, member in config.members.items()}
+    distinct = tuple(dict.fromkeys(servers.values()))
+    sizes = [_member(config, urls, student, ScoreRequest(), progress).info() for urls in distinct]
+    common = min(student.matrix_size, *(info.vocab_size for info in sizes))
+    student = replace(student, matrix_size=common)
+    pools: list[Teacher] = []
+    for request in requests:
+        teachers = {urls: _member(config, urls, student, request, progress) for urls in distinct}
+        members = {name: teachers[urls] for name, urls in servers.items()}
+        pools.append(RoutedTeacher(members, progress=progress))
+    return pools
+
+
+def _servers(name: str, member: str, started: Mapping[str, list[str]]) -> tuple[str, ...]:
+    urls = member_urls(member) or tuple(started.get(member, ()))
+    if not urls:
+        raise ValueError(
+            f"teacher.members.{name}={member} is a model, and another launcher than opd train starts "
+            "no servers: start one with `opd teacher` and give its address"
+        )
+    return urls
+
+
+def _member(
+    config: PoolTeacherConfig,
+    urls: Sequence[str],
+    student: Vocabulary,
+    request: ScoreRequest,
+    progress: Progress,
+) -> Teacher:
+    if len(urls) == 1:
+        return server_client(config, urls[0], student, request, progress)
+    return BalancedTeacher(
+        [partial(server_client, config, url, student, request) for url in urls], progress=progress
     )
 
 
-def teacher_infos(config: TeacherConfig, student: "Vocabulary") -> list[TeacherInfo]:
-    """What each teacher is, before it is loaded; they stand in the order of ``teacher.members``.
-
-    Raises ValueError when one cannot be reached or read, or when its vocabulary does not fit.
-    """
-    match config:
-        case PoolTeacherConfig(members=members):
-            return [
-                info
-                for name, member in members.items()
-                for info in _member_infos(config, f"teacher.members.{name}", member, student)
-            ]
-        case ServerTeacherConfig(url=str(url)):
-            return [_served_info(config, "teacher.url", url, student)]
-    assert config.model is not None
-    return [_read_info(config, "teacher.model", config.model, student)]
-
-
-def _member_infos(
-    config: PoolTeacherConfig, setting: str, member: str, student: "Vocabulary"
-) -> list[TeacherInfo]:
-    from opd.assembly.pool import urls_of
-
-    urls = urls_of(member)
-    if urls:
-        return [_served_info(config, setting, url, student) for url in urls]
-    return [_read_info(config, setting, member, student)]
-
-
-def _served_info(
-    config: ServedTeacherConfig, setting: str, url: str, student: "Vocabulary"
-) -> TeacherInfo:
-    brief = replace(config, timeout=10, retries=1)
-    try:
-        return server_client(brief, url, student, ScoreRequest()).info()
-    except ConnectionError as error:
-        raise ValueError(
-            f"{setting}={url} cannot be reached ({error}): start one with "
-            "`opd teacher --model MODEL`, or give a model"
-        ) from None
-
-
-def _read_info(
-    config: TeacherConfig, setting: str, model: str, student: "Vocabulary"
-) -> TeacherInfo:
-    from opd.teacher.model_info import longest, read_info
-    from opd.teacher.vocabulary import require_fit
-
-    try:
-        info = read_info(
-            model,
-            max_length=config.max_length or longest(model),
-            dtype=None if config.dtype == DType.auto else torch_dtype(config.dtype),
+def _self_backend(
+    config: Config,
+    teacher: SelfTeacherConfig,
+    model: torch.nn.Module,
+    copy: torch.nn.Module | None,
+) -> Backend:
+    """The student's model as a back end: a copy of it, or the live one with its adapters off."""
+    name = config.student.model
+    info = read_info(name, max_length=teacher.max_model_len or longest(name))
+    spec, limit = read_spec(name), teacher.max_num_batched_tokens
+    if copy is None:
+        adapted = causal_lm(model)
+        return ModuleBackend(
+            adapted,
+            info=info,
+            spec=spec,
+            max_tokens=limit,
+            around=model.disable_adapter,  # pyright: ignore[reportArgumentType]  (peft's)
         )
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{setting}={model} cannot be read as a model folder or hub id ({first})"
-        ) from None
-    require_fit(info, student)
-    return info
+    return ModuleBackend(copy, info=info, spec=spec, max_tokens=limit)
+
+
+def _copy_of_student(
+    config: Config, teacher: SelfTeacherConfig, world: World
+) -> torch.nn.Module | None:
+    """A second copy of the student's initial weights; None where adapters can be switched off."""
+    if teacher.weights == SelfTeacher.frozen and isinstance(config.adapter, LoraConfig):
+        return None
+    dtype = DType.float32 if teacher.dtype == DType.auto else teacher.dtype
+    copy = load_student(config.student.model, config.student, dtype=torch_dtype(dtype.value))
+    return copy.eval().requires_grad_(False).to(world.device)
+
+
+def _average(
+    teacher: TeacherConfig, copy: torch.nn.Module | None, heads: TeacherHeads
+) -> EMAWeights | None:
+    """What lets the copy follow the student; its head is read again whenever it has moved."""
+    if not isinstance(teacher, SelfTeacherConfig) or copy is None:
+        return None
+    match teacher.weights:
+        case SelfTeacher.frozen:
+            return None
+        case SelfTeacher.ema:
+            return EMAWeights(copy, decay=teacher.ema_decay, moved=heads.forget)
+        case SelfTeacher.latest:
+            return EMAWeights(copy, decay=0.0, moved=heads.forget)
+
+
+def _with_reward(config: Config, teacher: Teacher, tokenizer: StudentTokenizer) -> Teacher:
+    if not isinstance(config.reward, GroupRewardConfig):
+        return teacher
+    function = reward_function(config.reward, config.eval)
+
+    def reward(rollout: Rollout) -> float:
+        return function(tokenizer.decode(rollout.token_ids.tolist()), rollout.prompt.answer)
+
+    return RewardedTeacher(teacher, reward, scale_rewards=config.reward.scale_rewards)

@@ -207,6 +207,16 @@ def _bin_tensors(file: Path) -> dict[str, Stored]:
     }
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """bfloat16 -> torch.bfloat16"""
+    return getattr(torch, name)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> bfloat16"""
+    return str(dtype).removeprefix("torch.")
+
+
 def digest(name: str, tensor: torch.Tensor) -> bytes:
     """Digest of a tensor's name, dtype, shape and every bit [32 bytes]."""
     header = f"{name} {tensor.dtype} {tuple(tensor.shape)}"

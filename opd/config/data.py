@@ -1,7 +1,7 @@
 """``data``: the prompts to learn from and the prompts to be evaluated on."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
@@ -55,12 +55,27 @@ class DataConfig:
     """Text around a string prompt, with {prompt} in it."""
     chat: bool = False
     """Put string prompts into the tokenizer's chat template as the user's turn."""
+    chat_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the chat template, for example {enable_thinking: false} with Qwen3."""
     system: str | None = None
     """System message, when the chat template is used."""
     limit: int | None = bounded(None, least=1)
     """Use only the first so many training prompts."""
     eval_limit: int | None = bounded(None, least=1)
     """Use only the first so many held-out prompts."""
+
+    def for_eval(self) -> "DataConfig":
+        """The same settings with those of data.eval in the place of data.train's."""
+        return replace(
+            self,
+            subset=self.eval_subset or self.subset,
+            split=self.eval_split,
+            prompt_field=self.eval_prompt_field or self.prompt_field,
+            answer_field=self.eval_answer_field or self.answer_field,
+            teacher_template=self.eval_teacher_template or self.teacher_template,
+            completion_field=None,
+            limit=self.eval_limit,
+        )
 
 
 def off_policy_prompts_have_completions(config: "Config") -> str | None:

@@ -1,304 +1,87 @@
 """Turns rows into tokenised prompts, checking every row and naming the one that is wrong."""
 
-import itertools
-import re
-import string
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any
 
-import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from opd.data.rows import read_rows
-from opd.types import IntArray, Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from opd.config.data import DataConfig
+from opd.config.functions import load_function
+from opd.data.reading import Completions, PromptReader, teacher_name
+from opd.data.rows import Row, read_rows
+from opd.types import Prompt
 
 
 def load_prompts(
     source: str,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
     *,
-    prompt_field: str = "prompt",
-    answer_field: str = "answer",
-    answer_regex: str | None = None,
-    template: str | None = None,
-    split: str = "train",
-    subset: str | None = None,
-    chat_template: bool = False,
-    chat_options: Mapping[str, Any] | None = None,
-    system: str | None = None,
-    limit: int | None = None,
     max_prompt_tokens: int | None = None,
-    teacher_field: str | None = None,
-    completions: "Completions | None" = None,
-    teacher_view: "TeacherView | None" = None,
+    completions: Completions | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Prompt]:
-    """The prompts of ``source``, in its order, at most the first ``limit``.
+    """The prompts of ``source``, in its order, at most the first ``data.limit``.
 
-    source: a .jsonl, .jsonl.gz, .json, .csv or .parquet path, or a hub id (``split``, ``subset``).
-    prompt_field: a string, or a list of {"role", "content"} messages.
-    template: builds the prompt from the row's fields instead: ``"{question}\\nAnswer:"``; literal
-        braces are doubled.
-    answer_field: optional in a row; a string, number or boolean, or a list of alternatives, which
-        are joined by ``|``. ``answer_regex`` keeps its first group (or whole match) of the answer,
-        stripped: ``"#### (.+)"`` for GSM8K.
-    chat_template: put a string into the tokenizer's chat template as the user's turn; messages
-        always are. ``system`` opens the turns where the template is used and they have no system
-        message; ``chat_options`` go to the template (``{"enable_thinking": False}``).
-    teacher_field: the column that names the teacher of a row; every row must have it.
-    completions: reads what the data set answers into ``Prompt.completion_ids``.
-    teacher_view: what the teacher sees in the prompt's place, ``Prompt.teacher_ids``; of the same
-        rows, so that it may show the teacher a reference solution.
+    source: a .jsonl, .jsonl.gz, .json, .csv or .parquet path, or a hub id.
+    completions: reads the data set's own completions into ``Prompt.completion_ids``.
+    teacher_tokenizer: whose chat template writes the teacher's prompts; by default the student's.
     uid: the row's ``uid`` when it has one, else its number in the source.
 
     Raises ``ValueError`` naming file, line, what was found and what is allowed: for unreadable
     rows, missing or empty prompts, wrong types, duplicate uids and prompts of more than
     ``max_prompt_tokens`` tokens. Prompts are never cut or dropped silently.
     """
-    reading = _Reading(
-        tokenizer=tokenizer,
-        prompt_field=prompt_field,
-        answer_field=answer_field,
-        answer_regex=_compiled(answer_regex),
-        template=template,
-        chat_template=chat_template,
-        chat_options=dict(chat_options or {}),
-        system=system,
-        max_prompt_tokens=max_prompt_tokens,
-    )
-    seen = None if teacher_view is None else teacher_view.reading(reading)
-    rows = itertools.islice(read_rows(source, split=split, subset=subset), limit)
+    reader = PromptReader.from_config(data, tokenizer, max_prompt_tokens)
+    teacher_reader = reader.for_teacher(data, teacher_tokenizer)
     prompts: list[Prompt] = []
     first_seen: dict[str, str] = {}
-    for index, (place, row) in enumerate(rows):
-        prompt = reading.prompt(place, row, index)
+    for index, (place, row) in enumerate(source_rows(source, data)):
+        prompt = reader.prompt(place, row, index)
         if prompt.uid in first_seen:
             raise ValueError(
                 f"{place}: found uid {prompt.uid!r} again, first at {first_seen[prompt.uid]}; "
                 "make each uid unique, or leave uid out"
             )
         first_seen[prompt.uid] = place
-        prompts.append(
-            replace(
-                prompt,
-                teacher=None if teacher_field is None else _teacher(place, row, teacher_field),
-                completion_ids=None if completions is None else completions.of(place, row),
-                teacher_ids=None if seen is None else seen.prompt(place, row, index).token_ids,
-            )
-        )
+        if data.teacher_field is not None:
+            prompt = replace(prompt, teacher=teacher_name(place, row, data.teacher_field))
+        if completions is not None:
+            prompt = replace(prompt, completion_ids=completions.read(place, row))
+        if teacher_reader is not None:
+            seen = teacher_reader.prompt(place, row, index)
+            prompt = replace(prompt, teacher_ids=seen.token_ids)
+        prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{source}: found no rows; expected at least one prompt")
     return prompts
 
 
-def _compiled(answer_regex: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if answer_regex is None else re.compile(answer_regex)
-    except re.error as error:
-        raise ValueError(
-            f"answer_regex={answer_regex!r} is not a regular expression ({error})"
-        ) from error
+def source_rows(source: str, data: DataConfig) -> Iterator[Row]:
+    """(place, row) of a source as ``data`` selects them, through ``data.function`` where there is one."""
+    rows = read_rows(source, split=data.split, subset=data.subset)
+    if data.function is not None:
+        rows = _converted(rows, data.function)
+    return islice(rows, data.limit)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completions:
-    """What a data set answers: the text in ``field``, tokenised, and the token that ends it.
-
-    Longer than ``max_tokens``, end included, is refused.
-    """
-
-    field: str
-    tokenizer: "PreTrainedTokenizerBase"
-    end_id: int
-    max_tokens: int
-
-    def of(self, place: str, row: Mapping[str, Any]) -> IntArray:
-        """Token ids [T] of one row; ValueError naming it when there is none."""
-        said = row.get(self.field)
-        if not isinstance(said, str) or not said:
-            raise ValueError(
-                f"{place}: found {'no' if said is None else 'an unusable'} completion in field "
-                f"{self.field!r}; found the fields {_names(row)}; expected a non-empty string, as "
-                "`opd write` leaves them"
-            )
-        ids = self.tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"]
-        token_ids = np.asarray([*ids, self.end_id], np.int32)
-        if len(token_ids) > self.max_tokens:
-            raise ValueError(
-                f"{place}: found a completion of {len(token_ids)} tokens; allowed: "
-                f"rollout.max_tokens={self.max_tokens}; shorten or remove it, or raise the limit"
-            )
-        return token_ids
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherView:
-    """How the teacher's prompt differs: another template, system message or chat template.
-
-    None keeps the student's. ``tokenizer`` brings the chat template; ids are the student's.
-    """
-
-    template: str | None = None
-    system: str | None = None
-    tokenizer: "PreTrainedTokenizerBase | None" = None
-    max_prompt_tokens: int | None = None
-
-    def reading(self, students: "_Reading") -> "_Reading":
-        """The student's way of reading a row, changed."""
-        return replace(
-            students,
-            template=self.template or students.template,
-            system=self.system or students.system,
-            tokenizer=self.tokenizer or students.tokenizer,
-            max_prompt_tokens=self.max_prompt_tokens,
-        )
-
-
-def _teacher(place: str, row: Mapping[str, Any], field: str) -> str:
-    named = row.get(field)
-    if not isinstance(named, str) or not named:
-        raise ValueError(
-            f"{place}: found {named!r} in field {field!r}; expected the name of a teacher, one of "
-            "teacher.members"
-        )
-    return named
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reading:
-    """How one row becomes one prompt."""
-
-    tokenizer: "PreTrainedTokenizerBase"
-    prompt_field: str
-    answer_field: str
-    answer_regex: re.Pattern[str] | None
-    template: str | None
-    chat_template: bool
-    chat_options: dict[str, Any] = field(default_factory=dict)
-    system: str | None
-    max_prompt_tokens: int | None
-
-    def prompt(self, place: str, row: Mapping[str, Any], index: int) -> Prompt:
-        said = self._filled(place, row) if self.template is not None else self._said(place, row)
-        text, templated = self._rendered(place, said)
-        # The chat template writes the special tokens itself; twice would be once too many.
-        ids = self.tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"]
-        token_ids: IntArray = np.asarray(ids, dtype=np.int32)
-        if len(token_ids) == 0:
-            raise ValueError(f"{place}: the prompt {text[:60]!r} tokenises to nothing; remove it")
-        if self.max_prompt_tokens is not None and len(token_ids) > self.max_prompt_tokens:
-            raise ValueError(
-                f"{place}: found a prompt of {len(token_ids)} tokens; allowed: "
-                f"{self.max_prompt_tokens}; shorten or remove it, or raise the limit"
-            )
-        return Prompt(
-            uid=_uid(place, row, index),
-            token_ids=token_ids,
-            answer=self._answer(place, row),
-            text=text,
-        )
-
-    def _filled(self, place: str, row: Mapping[str, Any]) -> str:
-        assert self.template is not None
+def _converted(rows: Iterator[Row], name: str) -> Iterator[Row]:
+    convert = load_function("data.function", name)
+    for place, row in rows:
         try:
-            named = {"prompt": row[self.prompt_field]} if self.prompt_field in row else {}
-            return string.Formatter().vformat(self.template, (), {**row, **named})
-        except (KeyError, IndexError) as error:
+            found: Any = convert(dict(row))
+        except Exception as error:  # the user's code may raise anything
             raise ValueError(
-                f"{place}: the template asks for {error}; found the fields {_names(row)}; "
-                "double literal braces: {{ }}"
+                f"{place}: data.function={name} failed ({type(error).__name__}: {error}); correct the "
+                "function or the row"
             ) from error
-        except (ValueError, AttributeError, TypeError) as error:
+        if found is None:
+            continue
+        if not isinstance(found, Mapping):
             raise ValueError(
-                f"template={self.template!r} cannot be filled ({error}); write fields as {{name}} "
-                "and double literal braces: {{ }}"
-            ) from error
-
-    def _said(self, place: str, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
-        if self.prompt_field not in row:
-            raise ValueError(
-                f"{place}: no field {self.prompt_field!r}; found {_names(row)}; name the right one "
-                "with prompt_field, or use a template"
+                f"{place}: data.function={name} returned a {type(found).__name__}; expected a dict "
+                "(the row to use) or None (drop it)"
             )
-        said = row[self.prompt_field]
-        if isinstance(said, str):
-            return said
-        if not isinstance(said, list):
-            raise ValueError(
-                f"{place}: found a prompt of type {type(said).__name__}; expected a string or a "
-                'list of {"role", "content"} messages'
-            )
-        return [_message(place, number, message) for number, message in enumerate(said, start=1)]
-
-    def _rendered(self, place: str, said: str | list[dict[str, Any]]) -> tuple[str, bool]:
-        """The prompt's text, and whether the chat template wrote it."""
-        if not (said.strip() if isinstance(said, str) else said):
-            raise ValueError(f"{place}: the prompt is empty; write one or remove the row")
-        if isinstance(said, str):
-            if not self.chat_template:
-                if self.system:
-                    warnings.warn("system has no effect without chat_template", stacklevel=2)
-                return said, False
-            said = [{"role": "user", "content": said}]
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"{place}: the tokenizer {self.tokenizer.name_or_path!r} has no chat template; "
-                "give plain strings without chat_template, or use an instruct model"
-            )
-        if self.system and said[0]["role"] != "system":
-            said = [{"role": "system", "content": self.system}, *said]
-        text = self.tokenizer.apply_chat_template(
-            said, tokenize=False, add_generation_prompt=True, **self.chat_options
-        )
-        assert isinstance(text, str)
-        return text, True
-
-    def _answer(self, place: str, row: Mapping[str, Any]) -> str | None:
-        said = row.get(self.answer_field)
-        if said is None:
-            return None
-        parts = said if isinstance(said, list) else [said]
-        if not parts or not all(isinstance(part, str | int | float) for part in parts):
-            raise ValueError(
-                f"{place}: found an answer of type {type(said).__name__} ({str(said)[:60]!r}); "
-                "expected a string, a number, a boolean or a list of these"
-            )
-        answer = "|".join(str(part) for part in parts)
-        if self.answer_regex is None:
-            return answer
-        match = self.answer_regex.search(answer)
-        if match is None:
-            raise ValueError(
-                f"{place}: answer_regex={self.answer_regex.pattern!r} finds nothing in "
-                f"{answer[-60:]!r}; correct the expression or the row"
-            )
-        return (match.group(1) if self.answer_regex.groups else match.group()).strip()
-
-
-def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, row)) or "none"
-
-
-def _uid(place: str, row: Mapping[str, Any], index: int) -> str:
-    uid = row.get("uid")
-    if uid is None:
-        return str(index)
-    if not isinstance(uid, str | int) or isinstance(uid, bool) or not str(uid):
-        raise ValueError(f"{place}: found uid {uid!r}; expected a non-empty string or an integer")
-    return str(uid)
-
-
-def _message(place: str, number: int, message: Any) -> dict[str, Any]:
-    if (
-        not isinstance(message, dict)
-        or not isinstance(message.get("role"), str)
-        or not isinstance(message.get("content"), str)
-    ):
-        raise ValueError(
-            f"{place}: message {number} is {str(message)[:60]}; expected "
-            '{"role": "user", "content": "..."}'
-        )
-    return message
+        yield place, found

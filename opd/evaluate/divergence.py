@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from opd.interfaces import RolloutEngine
-from opd.types import Evaluation, Prompt, Rollout, Sampling
+from opd.config.loss import DivergenceLossConfig
+from opd.interfaces import RolloutEngine, StudentScorer, Teacher
+from opd.losses.divergence import Divergence
+from opd.types import DivergenceKind, Evaluation, Prompt, Rollout, Sampling
 from opd.world import World
 
 
@@ -33,3 +35,16 @@ class DivergenceEvaluator:
         )
         measured = self.measure(self.engine.generate(share, sampling))
         return Evaluation(metrics={f"eval/{self.task}/{k}": v for k, v in measured.items()})
+
+
+def exact_reverse_kl(
+    learner: StudentScorer, teacher: Teacher
+) -> Callable[[Sequence[Rollout]], dict[str, float]]:
+    """A ``measure``: the exact reverse KL of the learner to the teacher; collective."""
+    loss = Divergence(DivergenceLossConfig(kind=DivergenceKind.reverse_kl))
+
+    def measure(rollouts: Sequence[Rollout]) -> dict[str, float]:
+        measured = learner.measure(teacher.score(rollouts), loss)
+        return {"reverse_kl": measured["loss/reverse_kl"]}
+
+    return measure

@@ -1,24 +1,23 @@
 """Evaluates one task: ask, grade, sum over ranks, keep a few transcripts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from math import comb
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from opd.config.eval import EvalConfig
 from opd.evaluate.grade import Grade
 from opd.interfaces import Evaluator, RolloutEngine, Teacher
 from opd.types import Evaluation, FinishReason, Prompt, Rollout, Sampling
-
-if TYPE_CHECKING:
-    from opd.world import World
+from opd.world import World
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens left out."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class TaskEvaluator:
     """An ``Evaluator`` of one task; each rank asks every ``world.size``-th prompt.
 
@@ -36,27 +35,25 @@ class TaskEvaluator:
     its share is empty.
     """
 
-    task: str
+    config: EvalConfig
+    _: KW_ONLY
     prompts: Sequence[Prompt]
     engine: RolloutEngine
     decode: Decode
     grade: Grade
-    world: "World"
+    world: World
     max_tokens: int
     seed: int = 0
-    k: int = 0
-    temperature: float = 1.0
-    samples: int = 4
     teacher: Teacher | None = None
     teacher_accuracy: float | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise ValueError(f"task {self.task}: found no prompts; give at least one")
+            raise ValueError(f"task {self.config.task}: found no prompts; give at least one")
         unanswered = next((prompt.uid for prompt in self.prompts if prompt.answer is None), None)
         if unanswered is not None:
             raise ValueError(
-                f"task {self.task}: prompt {unanswered} has no answer to grade against; "
+                f"task {self.config.task}: prompt {unanswered} has no answer to grade against; "
                 "name the right answer_field, or add the answers"
             )
 
@@ -70,8 +67,8 @@ class TaskEvaluator:
         if step == 0 and self.teacher_accuracy is not None:
             metrics["teacher_accuracy"] = self.teacher_accuracy
         return Evaluation(
-            metrics={f"eval/{self.task}/{name}": value for name, value in metrics.items()},
-            samples=self._transcripts(greedy[: self.samples], right),
+            metrics={f"eval/{self.config.task}/{name}": value for name, value in metrics.items()},
+            samples=self._transcripts(greedy[: self.config.samples], right),
         )
 
     def _ask(self, prompts: Sequence[Prompt], n: int, temperature: float) -> list[Rollout]:
@@ -85,14 +82,14 @@ class TaskEvaluator:
         return self.grade(self.decode(rollout.token_ids.tolist()), rollout.prompt.answer)
 
     def _sampled_sums(self, share: Sequence[Prompt]) -> dict[str, float]:
-        if not self.k:
+        if not self.config.k:
             return {}
-        rollouts = self._ask(share, n=self.k, temperature=self.temperature)
+        rollouts = self._ask(share, n=self.config.k, temperature=self.config.temperature)
         right = np.array([self._right(rollout) for rollout in rollouts], dtype=bool)
-        counts = right.reshape(len(share), self.k).sum(axis=1).tolist()
-        powers = [2**e for e in range(1, self.k.bit_length()) if 2**e <= self.k]
-        return {"mean_at_k": sum(counts) / self.k} | {
-            f"pass_at_{j}": sum(pass_at(j, self.k, count) for count in counts) for j in powers
+        counts = right.reshape(len(share), self.config.k).sum(axis=1).tolist()
+        powers = [2**e for e in range(1, self.config.k.bit_length()) if 2**e <= self.config.k]
+        return {"mean_at_k": sum(counts) / self.config.k} | {
+            f"pass_at_{j}": sum(pass_at(j, self.config.k, count) for count in counts) for j in powers
         }
 
     def _transcripts(self, rollouts: list[Rollout], right: list[bool]) -> list[dict[str, Any]]:
@@ -106,7 +103,7 @@ class TaskEvaluator:
         if self.world.rank != 0:
             return []
         return [
-            _transcript(self.task, rollout, self.decode, correct, gap)
+            _transcript(self.config.task, rollout, self.decode, correct, gap)
             for rollout, correct, gap in zip(rollouts, right, gaps, strict=False)
         ]
 

@@ -1,13 +1,25 @@
-"""Rewards: what a verifier says about one completion."""
+"""Rewards: what a verifier gives for one completion."""
 
-import importlib
 from collections.abc import Callable
-from typing import cast
 
-from opd.evaluate.grade import Grade
+from opd.config.eval import EvalConfig
+from opd.config.functions import load_function
+from opd.config.reward import FunctionRewardConfig, GraderRewardConfig, RewardConfig
+from opd.evaluate.grade import Grade, grader
 
 RewardFunction = Callable[[str, str | None], float]
 """(completion, answer) -> reward"""
+
+
+def reward_function(config: RewardConfig, evaluation: EvalConfig) -> RewardFunction:
+    """The reward of a run; ValueError where a function of the user's cannot be imported."""
+    match config:
+        case GraderRewardConfig(grader=kind, marker=marker):
+            chosen = kind or evaluation.grader
+            return graded(grader(chosen.value, marker or evaluation.marker))
+        case FunctionRewardConfig(function=name):
+            return load_function("reward.function", name)
+    raise AssertionError(f"no reward for {type(config).__name__}")
 
 
 def graded(grade: Grade) -> RewardFunction:
@@ -17,17 +29,3 @@ def graded(grade: Grade) -> RewardFunction:
         return 0.0 if answer is None else float(grade(completion, answer))
 
     return reward
-
-
-def named_function(name: str) -> RewardFunction:
-    """``module:name`` -> that function. ValueError when it cannot be imported or called."""
-    module, colon, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute) if colon else None
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward.function={name} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(
-            f"reward.function={name}: expected module:name of a function (completion, answer) -> float"
-        )
-    return cast(RewardFunction, found)

@@ -39,7 +39,7 @@ class Hosted:
     held: Callable[[], ReceiverState]
 
 
-def rollout_app(make: Callable[[], Hosted], *, token: str | None, max_body_bytes: int) -> FastAPI:
+def rollout_app(make: Callable[[], Hosted], *, token: str | None, max_request_bytes: int) -> FastAPI:
     """The application. One thread makes the engine and alone uses it, a request at a time.
 
     So prompts are batched as the caller grouped them and what is drawn does not depend on who else
@@ -57,7 +57,7 @@ def rollout_app(make: Callable[[], Hosted], *, token: str | None, max_body_bytes
     @app.post("/weights")
     async def weights(request: Request) -> Response:
         require_token(request, token, TOKEN_VARIABLE)
-        body = await read_body(request, max_body_bytes)
+        body = await read_body(request, max_request_bytes)
         try:
             held = await asyncio.wrap_future(thread.submit(hosted.take, body))
         except Exception as error:
@@ -68,7 +68,7 @@ def rollout_app(make: Callable[[], Hosted], *, token: str | None, max_body_bytes
     @app.post("/generate")
     async def generate(request: Request) -> Response:
         require_token(request, token, TOKEN_VARIABLE)
-        body = await read_body(request, max_body_bytes)
+        body = await read_body(request, max_request_bytes)
         try:
             asked = await asyncio.to_thread(read_request, body)
         except ValueError as error:
@@ -103,5 +103,5 @@ def _require_room(asked: GenerateRequest, model: ServedModel) -> None:
         raise Refusal(
             400,
             f"prompt plus completion can reach {longest} tokens, this server takes "
-            f"{model.max_length}; start it with a larger --max-length",
+            f"{model.max_length}; start it with a larger max_model_len",
         )

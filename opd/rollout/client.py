@@ -1,14 +1,20 @@
 """A rollout engine behind HTTP."""
 
+import os
 from collections.abc import Sequence
 
+from opd.config.rollout import ServerRolloutConfig, engine_dtype
+from opd.config.schema import Config
+from opd.config.student import DType
 from opd.interfaces import Progress
-from opd.rollout.wire import GenerateRequest, read_answer, request_bytes
+from opd.rollout.wire import TOKEN_VARIABLE, GenerateRequest, read_answer, request_bytes
 from opd.serving.client import ServiceClient
 from opd.serving.server import MEDIA_TYPE
 from opd.types import Prompt, Rollout, Sampling
 
-REMEDY = "is it running? (start one with `opd rollout --model MODEL --port PORT`)"
+ROLLOUT_URLS = "OPD_ROLLOUT_URLS"
+"""Environment variable: the rollout servers that the launcher started, comma separated."""
+REMEDY = "is it running? (start one with `opd rollout model=MODEL port=PORT`)"
 WHAT = "the rollout server"
 
 
@@ -43,3 +49,45 @@ class ServerRollouts:
     def mark(self, version: int) -> None:
         """The weights are now those after ``version`` optimizer steps; servers must have them."""
         self._version = version
+
+
+def server_connection(config: ServerRolloutConfig, url: str) -> ServiceClient:
+    """A connection to one rollout server, with the run's token and patience."""
+    return ServiceClient(
+        url,
+        what=WHAT,
+        remedy=REMEDY,
+        token=os.environ.get(TOKEN_VARIABLE),
+        timeout=config.timeout,
+        retries=config.retries,
+    )
+
+
+def require_servers_fit(config: Config, stop_ids: list[int], max_length: int) -> None:
+    """Ask every server that the run is told to use; ValueError when one is away or does not fit."""
+    if isinstance(config.rollout, ServerRolloutConfig):
+        for url in config.rollout.urls:
+            server = server_connection(config.rollout, url)
+            require_server_fits(server, engine_dtype(config), stop_ids, max_length, retries=1)
+
+
+def require_server_fits(
+    server: ServiceClient, dtype: DType, stop_ids: list[int], max_length: int, *, retries: int
+) -> None:
+    """ValueError when a server is away, or has another dtype, end tokens or a shorter context."""
+    try:
+        info = server.send("GET", "/info", retries=retries).json()
+    except ConnectionError as error:
+        raise ValueError(str(error)) from None
+    needed = {"dtype": dtype.value, "stop_ids": stop_ids}
+    for name, value in needed.items():
+        if info[name] != value:
+            raise ValueError(
+                f"the rollout server at {server.url} has {name} {info[name]}, this run needs "
+                f"{value}: start it with the run's student.model and rollout.dtype"
+            )
+    if info["max_length"] < max_length:
+        raise ValueError(
+            f"prompt plus completion can reach {max_length} tokens, the rollout server at "
+            f"{server.url} takes {info['max_length']}: start it with a larger max_model_len"
+        )

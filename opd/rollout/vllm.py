@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from opd.config.rollout import VllmEngineConfig
+from opd.config.student import DType
 from opd.interfaces import Progress
 from opd.rollout.seeds import request_seed
 from opd.types import FinishReason, IntArray, Prompt, Rollout, Sampling
@@ -19,57 +20,54 @@ if TYPE_CHECKING:
 
 
 CPU_STEP_TOKENS = 4096
+CPU_CACHE_BYTES = 512 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VllmSettings:
-    """How the engine is started. ``max_length`` counts prompt and completion; sizes are MiB."""
-
-    model: str
-    dtype: str
-    max_length: int
-    seed: int
-    gpu_memory_fraction: float
-    kv_cache_mib: int | None
-    eager: bool
-    sleep: bool
-    trust_remote_code: bool
-
-
-def start_llm(settings: VllmSettings, device: torch.device) -> "LLM":
+def start_llm(
+    model: str,
+    config: VllmEngineConfig,
+    *,
+    dtype: DType,
+    max_model_len: int,
+    seed: int,
+    sleeps: bool,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> "LLM":
     """Start vLLM inside this process, beside a trainer; about 3 s for a small model on CPU.
 
-    The engine's core stays in this process (no multiprocessing), so that weights can be handed
-    over without copies.
+    ``max_model_len`` counts prompt and completion. The engine's core stays in this process (no
+    multiprocessing), so that weights can be handed over without copies.
     """
+    on_gpu = device.type == "cuda"
+    eager = not on_gpu if config.enforce_eager is None else config.enforce_eager
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault(
         "VLLM_LOGGING_LEVEL", "ERROR"
     )  # each reload warns of modules without weights
-    if settings.eager:
+    if eager:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from vllm import LLM
 
-    on_gpu = device.type == "cuda"
     launched = on_gpu and "RANK" in os.environ
-    kv_cache_mib = settings.kv_cache_mib or (None if on_gpu else 512)
-    memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_fraction}
-    if kv_cache_mib is not None:
-        memory["kv_cache_memory_bytes"] = kv_cache_mib << 20
+    cache_bytes = config.kv_cache_memory_bytes or (None if on_gpu else CPU_CACHE_BYTES)
+    memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+    if cache_bytes is not None:
+        memory["kv_cache_memory_bytes"] = cache_bytes
     if not on_gpu:
         # a prompt cut in two rewinds its request's random generator, which a CPU generator cannot
         memory["enable_chunked_prefill"] = False
-        memory["max_num_batched_tokens"] = max(CPU_STEP_TOKENS, settings.max_length)
+        memory["max_num_batched_tokens"] = max(CPU_STEP_TOKENS, max_model_len)
     return LLM(
-        settings.model,
-        tokenizer=settings.model,
+        model,
+        tokenizer=model,
         skip_tokenizer_init=True,
-        dtype=settings.dtype,  # pyright: ignore[reportArgumentType]
-        max_model_len=settings.max_length,
-        seed=settings.seed,
-        enforce_eager=settings.eager,
-        enable_sleep_mode=settings.sleep and on_gpu,
-        trust_remote_code=settings.trust_remote_code,
+        dtype=dtype.value,  # pyright: ignore[reportArgumentType]
+        max_model_len=max_model_len,
+        seed=seed,
+        enforce_eager=eager,
+        enable_sleep_mode=sleeps,
+        trust_remote_code=trust_remote_code,
         distributed_executor_backend="external_launcher" if launched else "uni",
         max_logprobs=-1,
         use_tqdm_on_load=False,

@@ -20,6 +20,8 @@ from safetensors.numpy import load, save
 from opd.types import FinishReason, Prompt, Rollout, Sampling
 
 FORMAT = "opd-rollout-1"
+TOKEN_VARIABLE = "OPD_ROLLOUT_TOKEN"
+"""Environment variable of the bearer token."""
 HEADER_BYTES = 16 << 20  # of a request: uids
 
 

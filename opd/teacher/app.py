@@ -19,9 +19,7 @@ from opd.teacher.work_queue import WorkQueue
 log = logging.getLogger("opd.teacher")
 
 
-def teacher_app(
-    work: WorkQueue, *, token: str | None, max_body_bytes: int, max_answer_bytes: int
-) -> FastAPI:
+def teacher_app(work: WorkQueue, config: TeacherServerConfig, *, token: str | None) -> FastAPI:
     """The application; ``token`` None lets in everybody who reaches the port."""
     backend = work.backend()
     app = bare_app("opd teacher")
@@ -39,8 +37,8 @@ def teacher_app(
     def _head(start: int, stop: int) -> Response:
         if not 0 <= start < stop <= backend.info.vocab_size:
             raise Refusal(400, f"rows {start} to {stop} are not in 0 to {backend.info.vocab_size}")
-        if 4 * (stop - start) * backend.info.hidden_size > max_answer_bytes:
-            raise Refusal(413, f"{stop - start} rows are more than {max_answer_bytes} bytes")
+        if 4 * (stop - start) * backend.info.hidden_size > config.max_response_bytes:
+            raise Refusal(413, f"{stop - start} rows are more than {config.max_response_bytes} bytes")
         rows_VD = folded_head(
             backend.head_VD[start:stop], replace(backend.spec, vocab_size=stop - start)
         )
@@ -49,7 +47,7 @@ def teacher_app(
     @app.post("/score")
     async def score(request: Request) -> Response:
         require_token(request, token, TOKEN_VARIABLE)
-        body = await read_body(request, max_body_bytes)
+        body = await read_body(request, config.max_request_bytes)
         asked = await asyncio.to_thread(read, body)
         try:
             answer = await asyncio.wrap_future(work.submit(asked))
@@ -72,11 +70,11 @@ def teacher_app(
             support=asked.support_width(),
             vocab_size=asked.vocab_size,
         )
-        if size > max_answer_bytes:
+        if size > config.max_response_bytes:
             raise Refusal(
                 413,
                 f"the answer about {targets} tokens would be {size} bytes, at most "
-                f"{max_answer_bytes} are sent; ask about fewer tokens or for a top_k",
+                f"{config.max_response_bytes} are sent; ask about fewer tokens or for a top_k",
             )
         return asked
 

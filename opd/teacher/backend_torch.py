@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd.config.models import DType
+from opd.config.teacher import TeacherModelConfig
 from opd.head import HeadSpec
 from opd.teacher.model_info import longest, read_info, read_spec
 from opd.types import IntArray, TeacherInfo
 
 
 class TorchBackend:
-    """A frozen ``AutoModelForCausalLM`` on ``device``, run in batches of ``batch_tokens``.
+    """A frozen ``AutoModelForCausalLM`` on ``device``, run in batches of ``max_num_batched_tokens``.
 
     No quantised models and no code from the checkpoint.
     """
@@ -21,13 +21,11 @@ class TorchBackend:
     def __init__(
         self,
         model: str,
+        config: TeacherModelConfig,
         *,
-        dtype: DType = DType.auto,
         device: str = "cpu",
-        batch_tokens: int = 8192,
-        max_length: int | None = None,
     ) -> None:
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value)
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=config.dtype.value)
         head = network.get_output_embeddings()
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:
             raise ValueError(f"{model}: its output head is not a plain matrix: {head}")
@@ -35,23 +33,23 @@ class TorchBackend:
         self.head_VD: torch.Tensor = head.weight.detach().to(device).float()
         self.spec: HeadSpec = read_spec(model)
         self.info: TeacherInfo = read_info(
-            model, max_length=max_length or longest(model), dtype=network.dtype
+            model, max_length=config.max_model_len or longest(model), dtype=network.dtype
         )
-        self.batch_tokens = batch_tokens
+        self.max_tokens = config.max_num_batched_tokens
 
     @torch.inference_mode()
     def hidden(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
         """See ``Backend``; the tensors lie on the model's device."""
-        return hidden_states(self.network, sequences, self.batch_tokens)
+        return hidden_states(self.network, sequences, self.max_tokens)
 
 
 def hidden_states(
-    network: torch.nn.Module, sequences: Sequence[IntArray], batch_tokens: int
+    network: torch.nn.Module, sequences: Sequence[IntArray], max_tokens: int
 ) -> list[torch.Tensor]:
-    """The final-norm hidden states [L, D] float32 of each sequence, ``batch_tokens`` padded at a time."""
+    """The final-norm hidden states [L, D] float32 of each sequence, ``max_tokens`` padded at a time."""
     device = next(network.parameters()).device
     found: dict[int, torch.Tensor] = {}
-    for group in _groups([len(s) for s in sequences], batch_tokens):
+    for group in _groups([len(s) for s in sequences], max_tokens):
         width = len(sequences[group[0]])
         ids_BT = np.zeros((len(group), width), np.int64)
         mask_BT = np.zeros((len(group), width), np.int64)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from opd.config.models import DType
+from opd.config.teacher import TeacherEngineConfig
 from opd.head import HeadSpec
 from opd.teacher.model_info import read_head, read_info, read_spec
 from opd.types import IntArray, TeacherInfo
@@ -25,21 +25,14 @@ CPU_ENVIRONMENT = {
 class VllmBackend:
     """One vLLM engine; the float32 copy of the head lies on its first device.
 
-    ``gpu_memory_fraction`` is the engine's share of each GPU: leave room for the head beside it.
-    ``kv_cache_bytes`` is the whole cache on a machine without GPU. ``batch_tokens`` bounds one
-    engine step; longer sequences are prefilled in chunks.
+    Leave room for the head beside the engine's share of each GPU. Sequences longer than
+    ``max_num_batched_tokens`` are prefilled in chunks.
     """
 
     def __init__(
         self,
         model: str,
-        *,
-        dtype: DType = DType.auto,
-        max_length: int | None = None,
-        batch_tokens: int = 8192,
-        tensor_parallel_size: int = 1,
-        gpu_memory_fraction: float = 0.8,
-        kv_cache_bytes: int = 1 << 30,
+        config: TeacherEngineConfig,
     ) -> None:
         cuda = torch.cuda.is_available()
         for name, value in (QUIET if cuda else CPU_ENVIRONMENT).items():
@@ -47,18 +40,18 @@ class VllmBackend:
         from vllm import LLM
         from vllm.config import PoolerConfig
 
-        one_process = not cuda and tensor_parallel_size == 1
+        one_process = not cuda and config.tensor_parallel_size == 1
         self.engine = LLM(
             model,
             runner="pooling",
             convert="embed",
             pooler_config=PoolerConfig(task="token_embed"),
-            dtype=dtype.value,
-            max_model_len=max_length,
-            max_num_batched_tokens=batch_tokens,
-            tensor_parallel_size=tensor_parallel_size,
-            gpu_memory_utilization=gpu_memory_fraction,
-            kv_cache_memory_bytes=None if cuda else kv_cache_bytes,
+            dtype=config.dtype.value,
+            max_model_len=config.max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            kv_cache_memory_bytes=None if cuda else config.kv_cache_memory_bytes,
             enforce_eager=not cuda,
             distributed_executor_backend="uni" if one_process else None,
             enable_prefix_caching=False,  # a cached prefix has no hidden states to return

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 from safetensors.numpy import load
 
-from opd.config.models import DType
+from opd.config.teacher import ServedTeacherConfig
 from opd.interfaces import Progress
 from opd.serving.client import ServiceClient
 from opd.serving.server import MEDIA_TYPE
 from opd.teacher.batches import at_once, bar, by_tokens
 from opd.teacher.transport import bytes_per_target, transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
-from opd.teacher.wire import WireRequest, read_answer, request_bytes, request_of, scored_of
+from opd.teacher.wire import WireRequest, read_answer, request_bytes, wire_request_from, scored_rollouts
 from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo, ScoreRequest
 
 HEAD_BYTES = 64 << 20  # of one piece of the head
@@ -24,7 +24,7 @@ class ServerTeacher:
 
     Asks the server what it is at once. ``ValueError`` when its vocabulary does not fit the
     student's or it refuses a request; ``ConnectionError`` when it stays away, or fails, at the last
-    of ``retries`` repetitions.
+    of ``config.retries`` repetitions.
     A request carries at most ``batch_tokens`` tokens, its answer at most ``answer_bytes`` (a single
     longer rollout goes alone), and ``connections`` of them are under way at once. ``hidden_dtype``
     is that in which hidden states travel, see ``transports``.
@@ -33,19 +33,17 @@ class ServerTeacher:
     def __init__(
         self,
         url: str,
+        config: ServedTeacherConfig,
         *,
-        wanted: ScoreRequest,
+        request: ScoreRequest,
         student: Vocabulary,
         token: str | None = None,
-        timeout: float = 600.0,
-        retries: int = 6,
         batch_tokens: int = 16384,
         answer_bytes: int = 256 << 20,
         connections: int = 4,
-        hidden_dtype: DType = DType.auto,
         progress: Progress | None = None,
     ) -> None:
-        self.url, self.wanted = url, wanted
+        self.url, self.request = url, request
         self.batch_tokens, self.answer_bytes = batch_tokens, answer_bytes
         self.connections, self.progress = connections, progress
         self._service = ServiceClient(
@@ -53,13 +51,13 @@ class ServerTeacher:
             what="teacher",
             remedy="is it running? (start one with `opd teacher`)",
             token=token,
-            timeout=timeout,
-            retries=retries,
+            timeout=config.timeout,
+            retries=config.retries,
         )
         self._info = TeacherInfo(**self._service.send("GET", "/info").json())
         self.vocab_size = require_fit(self._info, student)
         self._transport, *_ = transports(
-            self._info, wanted, vocab_size=self.vocab_size, hidden_dtype=hidden_dtype
+            self._info, request, vocab_size=self.vocab_size, hidden_dtype=config.hidden_dtype
         )
         self._head: FloatArray | None = None
 
@@ -122,12 +120,12 @@ class ServerTeacher:
         body = request_bytes(self._request(rollouts))
         told = {"Content-Type": MEDIA_TYPE}
         answer = self._service.send("POST", "/score", body, told, retries=retries)
-        return scored_of(rollouts, read_answer(answer.content))
+        return scored_rollouts(rollouts, read_answer(answer.content))
 
     def _request(self, rollouts: Sequence[Rollout]) -> WireRequest:
-        return request_of(
+        return wire_request_from(
             rollouts,
-            self.wanted,
+            self.request,
             want=self._transport.want,
             vocab_size=self.vocab_size,
             hidden_dtype=self._transport.hidden_dtype,

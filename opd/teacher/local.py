@@ -11,12 +11,12 @@ from opd.teacher.batches import bar, by_tokens
 from opd.teacher.scoring import folded_head
 from opd.teacher.transport import transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
-from opd.teacher.wire import request_of, scored_of
+from opd.teacher.wire import wire_request_from, scored_rollouts
 from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo, ScoreRequest
 
 
 class LocalTeacher:
-    """Scores with ``backend`` (usually a ``TorchBackend``), ``batch_tokens`` at a time.
+    """Scores with ``backend`` (usually a ``TorchBackend``), ``max_num_batched_tokens`` at a time.
 
     ``ValueError`` at once when its vocabulary does not fit the student's.
     """
@@ -25,26 +25,26 @@ class LocalTeacher:
         self,
         backend: Backend,
         *,
-        wanted: ScoreRequest,
+        request: ScoreRequest,
         student: Vocabulary,
-        batch_tokens: int = 16384,
+        max_num_batched_tokens: int = 16384,
         hidden_dtype: DType = DType.auto,
         progress: Progress | None = None,
     ) -> None:
         self.backend = backend
-        self.wanted = wanted
+        self.request = request
         self.vocab_size = require_fit(backend.info, student)
         self._transport, *_ = transports(
-            backend.info, wanted, vocab_size=self.vocab_size, hidden_dtype=hidden_dtype
+            backend.info, request, vocab_size=self.vocab_size, hidden_dtype=hidden_dtype
         )
-        self.batch_tokens = batch_tokens
+        self.max_num_batched_tokens = max_num_batched_tokens
         self.progress = progress
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """See ``Teacher``."""
         scored: list[ScoredRollout] = []
         with bar(self.progress, rollouts) as advance:
-            for group in by_tokens(rollouts, self.batch_tokens):
+            for group in by_tokens(rollouts, self.max_num_batched_tokens):
                 scored += self._score_group(group)
                 advance(len(group))
         return scored
@@ -59,13 +59,13 @@ class LocalTeacher:
         return folded_head(self.backend.head_VD, spec).numpy()
 
     def _score_group(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        request = request_of(
+        wire_request = wire_request_from(
             rollouts,
-            self.wanted,
+            self.request,
             want=self._transport.want,
             vocab_size=self.vocab_size,
             hidden_dtype=self._transport.hidden_dtype,
         )
-        require_answerable(request, self.backend.info, self.backend.spec)
-        (hidden_ND,) = hidden_of(self.backend, [request])
-        return scored_of(rollouts, answer(self.backend, request, hidden_ND))
+        require_answerable(wire_request, self.backend.info, self.backend.spec)
+        (hidden_ND,) = hidden_of(self.backend, [wire_request])
+        return scored_rollouts(rollouts, answer(self.backend, wire_request, hidden_ND))

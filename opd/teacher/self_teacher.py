@@ -26,11 +26,11 @@ class ModuleBackend:
         *,
         info: TeacherInfo,
         spec: HeadSpec,
-        batch_tokens: int,
+        max_tokens: int,
         around: Around = nullcontext,
     ) -> None:
         self._model = model
-        self._batch_tokens = batch_tokens
+        self._max_tokens = max_tokens
         self._around = around
         self.info = info
         self.spec = spec
@@ -48,6 +48,6 @@ class ModuleBackend:
         model.eval()
         try:
             with self._around():
-                return hidden_states(model.base_model, sequences, self._batch_tokens)
+                return hidden_states(model.base_model, sequences, self._max_tokens)
         finally:
             model.train(was_training)

@@ -50,7 +50,7 @@ def bytes_per_target(
 
 
 def transports(
-    info: TeacherInfo, wanted: ScoreRequest, *, vocab_size: int, hidden_dtype: DType, named: int = 0
+    info: TeacherInfo, request: ScoreRequest, *, vocab_size: int, hidden_dtype: DType, named: int = 0
 ) -> list[Transport]:
     """Every way in which what was wanted can travel, the cheapest first.
 
@@ -61,9 +61,9 @@ def transports(
     if hidden_dtype is DType.auto:
         hidden_dtype = DType.bfloat16 if info.dtype == DType.bfloat16.value else DType.float32
     wants = [Want.logps]
-    if wanted.full:
+    if request.full:
         wants = [Want.full_logps, Want.hidden] if info.linear_head else [Want.full_logps]
-    support = min(wanted.top_k, vocab_size) + (named if wanted.rollout_support else 0)
+    support = min(request.top_k, vocab_size) + (named if request.rollout_support else 0)
     ways = [
         Transport(
             want=want,
@@ -78,11 +78,11 @@ def transports(
 
 
 def arithmetic(
-    info: TeacherInfo, wanted: ScoreRequest, *, vocab_size: int, hidden_dtype: DType, named: int = 0
+    info: TeacherInfo, request: ScoreRequest, *, vocab_size: int, hidden_dtype: DType, named: int = 0
 ) -> str:
     """One sentence: what travels, at how many bytes a token, and what the other ways would cost."""
     chosen, *others = transports(
-        info, wanted, vocab_size=vocab_size, hidden_dtype=hidden_dtype, named=named
+        info, request, vocab_size=vocab_size, hidden_dtype=hidden_dtype, named=named
     )
     said = f"{chosen.words()}, {chosen.bytes_per_token:,} bytes a token"
     for other in others:

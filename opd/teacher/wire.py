@@ -24,6 +24,8 @@ from opd.config.models import DType
 from opd.types import BFloat16Bits, FloatArray, IntArray, Rollout, ScoredRollout, SupportLogps, ScoreRequest
 
 FORMAT = "opd-teacher-1"
+TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
+"""Environment variable of the bearer token."""
 HEADER_BYTES = 1 << 16  # of a request; ours have four tensors and five strings
 
 
@@ -77,9 +79,9 @@ class WireResponse:
     outside: FloatArray | None = None
 
 
-def request_of(
+def wire_request_from(
     rollouts: Sequence[Rollout],
-    wanted: ScoreRequest,
+    request: ScoreRequest,
     *,
     want: Want,
     vocab_size: int,
@@ -94,16 +96,16 @@ def request_of(
         token_ids=np.concatenate(sequences),
         lengths=np.array([len(s) for s in sequences], np.int32),
         starts=np.array([len(r.teacher_prompt) for r in rollouts], np.int32),
-        named_ids=_named_ids(rollouts, vocab_size) if wanted.rollout_support else None,
-        top_k=wanted.top_k,
+        named_ids=_named_ids(rollouts, vocab_size) if request.rollout_support else None,
+        top_k=request.top_k,
         want=want,
-        temperature=wanted.temperature,
+        temperature=request.temperature,
         vocab_size=vocab_size,
         hidden_dtype=hidden_dtype,
     )
 
 
-def scored_of(rollouts: Sequence[Rollout], answer: WireResponse) -> list[ScoredRollout]:
+def scored_rollouts(rollouts: Sequence[Rollout], answer: WireResponse) -> list[ScoredRollout]:
     """Threshold an answer back into one ``ScoredRollout`` a rollout; arrays are copies, so the answer can go."""
     scored, start = [], 0
     for rollout in rollouts:

@@ -22,13 +22,13 @@ class _Job:
 class WorkQueue:
     """``submit`` from any thread; the model is built and used by one thread only.
 
-    Requests that wait together share one backend call, up to ``group_tokens`` tokens, which bounds
+    Requests that wait together share one backend call, up to ``max_waiting_tokens`` tokens, which bounds
     the hidden states held at once.
     """
 
-    def __init__(self, build: Callable[[], Backend], *, group_tokens: int) -> None:
+    def __init__(self, build: Callable[[], Backend], *, max_waiting_tokens: int) -> None:
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._group_tokens = group_tokens
+        self._max_waiting_tokens = max_waiting_tokens
         self._built: Future[Backend] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(build,), daemon=True, name="teacher"
@@ -59,7 +59,7 @@ class WorkQueue:
 
     def _waiting(self, first: _Job) -> tuple[list[_Job], _Job | None]:
         """``first`` and what waits behind it, and the job that no longer fitted, if any."""
-        group, room = [first], self._group_tokens - len(first.request.token_ids)
+        group, room = [first], self._max_waiting_tokens - len(first.request.token_ids)
         while True:
             try:
                 job = self._jobs.get_nowait()

@@ -1,0 +1,90 @@
+"""The evaluations of a run, and the check of engine against learner."""
+
+from collections.abc import Callable, Sequence
+
+from opd.config.rollout import DatasetRolloutConfig, training_sampling
+from opd.config.schema import Config
+from opd.config.sync import DEFAULT_MAX_GAP
+from opd.data.prompt_sets import PromptSets
+from opd.data.tokenizer import StudentTokenizer
+from opd.evaluate.divergence import DivergenceEvaluator, exact_reverse_kl
+from opd.evaluate.evaluator import Evaluators, TaskEvaluator
+from opd.evaluate.grade import grader
+from opd.interfaces import Evaluator, RolloutEngine, StudentScorer, Teacher
+from opd.sync.verify import SyncCheck
+from opd.types import Rollout
+from opd.world import World
+
+VERIFY_PROMPTS = 4
+
+
+def build_evaluator(
+    config: Config,
+    prompts: PromptSets,
+    tokenizer: StudentTokenizer,
+    engine: RolloutEngine,
+    world: World,
+    *,
+    teacher: Teacher | None = None,
+    measure: Callable[[Sequence[Rollout]], dict[str, float]] | None = None,
+    teacher_accuracy: float | None = None,
+) -> Evaluator | None:
+    """The evaluation of ``config.eval``; None when there is nothing to evaluate."""
+    if isinstance(config.rollout, DatasetRolloutConfig):
+        return None
+    tasks: list[Evaluator] = []
+    if prompts.eval:
+        tasks.append(
+            TaskEvaluator(
+                config.eval,
+                prompts=prompts.eval,
+                engine=engine,
+                decode=tokenizer.decode,
+                grade=grader(config.eval.grader.value, config.eval.marker),
+                world=world,
+                max_tokens=config.eval.max_tokens or config.rollout.max_tokens,
+                seed=config.seed,
+                teacher=teacher,
+                teacher_accuracy=teacher_accuracy,
+            )
+        )
+    if prompts.divergence and measure is not None:
+        tasks.append(
+            DivergenceEvaluator(
+                task=config.eval.task,
+                prompts=prompts.divergence,
+                engine=engine,
+                measure=measure,
+                world=world,
+                max_tokens=config.rollout.max_tokens,
+                temperature=config.rollout.temperature,
+                seed=config.seed,
+            )
+        )
+    return Evaluators(tasks=tasks) if tasks else None
+
+
+def build_divergence_measure(
+    learner: StudentScorer, teacher: Teacher | None
+) -> Callable[[Sequence[Rollout]], dict[str, float]] | None:
+    """Exact reverse KL of the learner to the teacher in nats per token; None without a teacher."""
+    if teacher is None:
+        return None
+    return exact_reverse_kl(learner, teacher)
+
+
+def build_sync_check(
+    config: Config, prompts: PromptSets, engine: RolloutEngine, learner: StudentScorer, world: World
+) -> Callable[[], dict[str, float]]:
+    """Compares engine and learner on a few training prompts of each rank, where there is an engine."""
+    if isinstance(config.rollout, DatasetRolloutConfig):
+        return dict
+    check = SyncCheck(
+        engine,
+        learner,
+        prompts.train[world.rank :: world.size][:VERIFY_PROMPTS],
+        training_sampling(config),
+        bound=config.sync.max_gap or DEFAULT_MAX_GAP[config.train.precision],
+        world=world,
+    )
+    return check.verify

@@ -1,0 +1,54 @@
+"""The student's model: loaded, with adapters, held to a mask."""
+
+from pathlib import Path
+
+import torch
+
+from opd.config.adapter import LoraConfig
+from opd.config.mask import DiscoverMaskConfig, FileMaskConfig, MaskTraining, active_mask
+from opd.config.schema import Config
+from opd.config.train import Precision
+from opd.mask.mask import Mask
+from opd.train.parameter_mask import (
+    DenseTraining,
+    ParameterMask,
+    RestoredTraining,
+    SparseTraining,
+)
+from opd.train.weights import load_student, with_lora
+from opd.world import World
+
+RUN_MASK = "mask.safetensors"
+"""Where a run keeps the mask that it trains."""
+
+
+def read_run_mask(config: Config, folder: Path) -> Mask | None:
+    """The mask of a run, which was put into its folder before it started; None trains everything."""
+    if active_mask(config) is None:
+        return None
+    return Mask.read(folder / RUN_MASK)
+
+
+def build_model(
+    config: Config, mask: Mask | None, world: World
+) -> tuple[torch.nn.Module, ParameterMask]:
+    """The transformers (or peft) model to train, and what of it is trained."""
+    pure = config.train.precision == Precision.pure_bf16
+    dtype = torch.bfloat16 if pure else torch.float32
+    model = load_student(config.student.model, config.student, dtype=dtype).to(world.device)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
+    if isinstance(config.adapter, LoraConfig):
+        model = with_lora(model, config.adapter)
+    return model, _parameter_mask(config, mask, model)
+
+
+def _parameter_mask(config: Config, mask: Mask | None, model: torch.nn.Module) -> ParameterMask:
+    if mask is None:
+        return DenseTraining(model)
+    assert isinstance(config.mask, FileMaskConfig | DiscoverMaskConfig)
+    match config.mask.training:
+        case MaskTraining.compact:
+            return SparseTraining(model, mask)
+        case MaskTraining.restore:
+            return RestoredTraining(model, mask)

@@ -1,0 +1,18 @@
+"""What computes hidden states in a teacher server."""
+
+import torch
+
+from opd.config.teacher import TeacherBackend, TeacherServerConfig
+from opd.teacher.backend import Backend
+from opd.teacher.backend_torch import TorchBackend
+from opd.teacher.backend_vllm import VllmBackend
+
+
+def build_backend(config: TeacherServerConfig) -> Backend:
+    """Load the model."""
+    match config.backend:
+        case TeacherBackend.vllm:
+            return VllmBackend(config.model, config)
+        case TeacherBackend.torch:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            return TorchBackend(config.model, config, device=device)

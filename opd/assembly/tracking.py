@@ -1,0 +1,59 @@
+"""Where metrics go."""
+
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from opd.config.record import WeightRecordConfig
+from opd.config.schema import Config
+from opd.config.tracking import WandbConfig
+from opd.interfaces import Progress, Tracker
+from opd.tracking.console import ConsoleProgress, ConsoleTracker, SilentProgress
+from opd.tracking.fanout import Trackers
+from opd.tracking.jsonl import JsonlTracker, WeightRecord
+from opd.tracking.wandb import WandbTracker
+from opd.train.record import Write
+from opd.world import World
+
+
+def build_console(world: World, terminal: TextIO) -> tuple[Console, Progress]:
+    """A rich console and its progress bars on rank 0; silence elsewhere."""
+    console = Console(file=terminal, quiet=not world.is_main)
+    return console, ConsoleProgress(console) if world.is_main else SilentProgress()
+
+
+def build_trackers(
+    config: Config,
+    folder: Path,
+    resolved: dict[str, Any],
+    console: Console,
+    world: World,
+    resumed: int | None,
+) -> Tracker:
+    """Files always, the console always, Weights & Biases when asked; nothing but on rank 0.
+
+    ``resumed`` is the step of the checkpoint that the run resumes from.
+    """
+    if not world.is_main:
+        return Trackers()
+    trackers: list[Tracker] = [
+        JsonlTracker(folder, resumed),
+        ConsoleTracker(console, config.train.steps),
+    ]
+    if isinstance(config.tracking, WandbConfig):
+        trackers.append(
+            WandbTracker(
+                config.tracking, name=config.run.name, folder=folder, resolved=resolved
+            )
+        )
+    return Trackers(trackers)
+
+
+def build_weight_record(
+    config: Config, folder: Path, world: World, resumed: int | None
+) -> Write:
+    """Where record=weights writes."""
+    if not world.is_main or not isinstance(config.record, WeightRecordConfig):
+        return lambda step, row: None
+    return WeightRecord(folder, resumed).append

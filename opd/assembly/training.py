@@ -1,0 +1,145 @@
+"""One rank of a run, built in the order engine, model, teacher, learner."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from opd.assembly.evaluate import build_divergence_measure, build_evaluator, build_sync_check
+from opd.assembly.learner import build_learner
+from opd.assembly.model import build_model, read_run_mask
+from opd.assembly.rollout import EngineInputs, build_engine, build_sync, build_writer
+from opd.assembly.teacher import Teachers, build_teachers
+from opd.assembly.tracking import build_console, build_trackers, build_weight_record
+from opd.config.rollout import training_sampling
+from opd.config.schema import Config
+from opd.config.train import last_step
+from opd.data.prompt_sets import PromptSets, read_prompt_sets
+from opd.data.stream import ShuffledPrompts
+from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
+from opd.loop import Loop
+from opd.teacher.vocabulary import vocabulary_of
+from opd.train.checkpoints import newest_checkpoint, write_checkpoint
+from opd.train.learner import StudentLearner
+from opd.world import World, join_world
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """A rank that is ready: the loop, what it holds, and the checkpoint that it resumes from."""
+
+    loop: Loop
+    learner: StudentLearner
+    model: torch.nn.Module
+    teachers: Teachers
+    tokenizer: StudentTokenizer
+    prompts: PromptSets
+    world: World
+    checkpoint: tuple[Path, int] | None
+
+    @property
+    def start(self) -> int:
+        """Finished steps."""
+        return 0 if self.checkpoint is None else self.checkpoint[1]
+
+    def resume(self) -> None:
+        """Load the checkpoint, if there is one; collective."""
+        if self.checkpoint is None:
+            return
+        folder, step = self.checkpoint
+        self.learner.load(str(folder))
+        if self.teachers.average is not None:
+            self.teachers.average.load(str(folder), step)
+
+
+def build_training(
+    config: Config,
+    folder: Path,
+    resolved: dict[str, Any],
+    terminal: TextIO,
+    teacher_accuracy: float | None,
+) -> Training:
+    """Build everything of this rank; collective. Raises ValueError for configuration errors.
+
+    ``teacher_accuracy`` is the teacher's in the same evaluation, where it is known.
+    """
+    world = join_world()
+    console, progress = build_console(world, terminal)
+    tokenizer = read_student_tokenizer(config.student)
+    prompts = read_prompt_sets(config, tokenizer)
+    checkpoint = newest_checkpoint(folder, processes=world.size)
+    resumed = None if checkpoint is None else checkpoint[1]
+    mask = read_run_mask(config, folder)
+    inputs = EngineInputs(
+        config=config,
+        model=config.student.model,
+        tokenizer=tokenizer,
+        max_length=prompts.max_length,
+        world=world,
+        progress=progress,
+    )
+    engine, sync = build_engine(inputs, mask)
+    model, parameter_mask = build_model(config, mask, world)
+    vocabulary = vocabulary_of(tokenizer.tokenizer, tokenizer.vocab_size)
+    teachers = build_teachers(config, model, tokenizer, vocabulary, world, progress)
+    write = build_weight_record(config, folder, world, resumed)
+    learner = build_learner(
+        config, model, parameter_mask, teachers, tokenizer, world, progress, write
+    )
+    evaluator = build_evaluator(
+        config,
+        prompts,
+        tokenizer,
+        engine,
+        world,
+        teacher=teachers.sampled,
+        measure=build_divergence_measure(learner, teachers.whole),
+        teacher_accuracy=teacher_accuracy,
+    )
+    loop = Loop(
+        prompts=ShuffledPrompts(
+            prompts.train, config.train.prompts_per_step, config.seed, world.rank, world.size
+        ),
+        engine=build_writer(config, engine),
+        teacher=teachers.training,
+        learner=learner,
+        sync=build_sync(config, sync, teachers.average),
+        evaluator=evaluator,
+        tracker=build_trackers(config, folder, resolved, console, world, resumed),
+        verify=build_sync_check(config, prompts, engine, learner, world),
+        save=_saver(config, folder, learner, teachers, world),
+        total=world.sum,
+        sampling=training_sampling(config),
+        steps=last_step(config),
+        eval_every=config.eval.every,
+        save_every=config.save.every,
+        verify_every=config.sync.verify_every,
+    )
+    return Training(
+        loop=loop,
+        learner=learner,
+        model=model,
+        teachers=teachers,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        world=world,
+        checkpoint=checkpoint,
+    )
+
+
+def _saver(
+    config: Config, folder: Path, learner: StudentLearner, teachers: Teachers, world: World
+) -> Callable[[int], None]:
+    """Writes the checkpoint of a step; collective."""
+
+    def save_state(partial: str) -> None:
+        learner.save(partial)
+        if teachers.average is not None and world.is_main:
+            teachers.average.save(partial)
+
+    def save(step: int) -> None:
+        write_checkpoint(folder, step, save_state, keep=config.save.keep, world=world)
+
+    return save

@@ -1,0 +1,118 @@
+"""Every prompt of a run, tokenised: to learn from, to be evaluated on, to measure the divergence on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from opd.config.data import DataConfig
+from opd.config.rollout import VllmEngineConfig
+from opd.config.schema import Config
+from opd.data.prompts import load_prompts
+from opd.data.reading import Completions
+from opd.data.tokenizer import StudentTokenizer
+from opd.types import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSets:
+    """What the run learns from and is evaluated on; each list fits the model's context."""
+
+    train: list[Prompt]
+    eval: list[Prompt]
+    divergence: list[Prompt]
+    max_length: int
+    """Longest prompt plus completion that can occur, in tokens."""
+    teacher_max_length: int
+    """The same with prompts as the teacher sees them."""
+
+
+def read_prompt_sets(config: Config, student: StudentTokenizer) -> PromptSets:
+    """Load and tokenise every prompt. Raises ValueError naming file and line of what is wrong."""
+    data, context = config.data, student.max_length
+    if isinstance(config.rollout, VllmEngineConfig) and config.rollout.max_model_len:
+        context = min(context, config.rollout.max_model_len)
+    train_tokens = config.rollout.max_tokens
+    eval_tokens = config.eval.max_tokens or train_tokens
+    reader = _SetReader(data=data, student=student, teacher_tokenizer=_teacher_tokenizer(data, student))
+    train = reader.read(data.train, data, context - train_tokens, completions=_completions(config, student))
+    held_out: list[Prompt] = []
+    if data.eval is not None:
+        room = context - max(eval_tokens, train_tokens)
+        held_out = reader.read(data.eval, data.for_eval(), room)
+    divergence = held_out
+    if config.eval.kl_data is not None:
+        divergence = reader.read(config.eval.kl_data, data.for_eval(), context - train_tokens)
+    every = [*train, *held_out, *divergence]
+    longest = max(len(p.token_ids) for p in every)
+    return PromptSets(
+        train=train,
+        eval=held_out,
+        divergence=divergence[: config.eval.kl_prompts],
+        max_length=min(context, longest + max(train_tokens, eval_tokens)),
+        teacher_max_length=max(
+            _longest_for_teacher(every) + train_tokens, _longest_for_teacher(held_out) + eval_tokens
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SetReader:
+    data: DataConfig
+    student: StudentTokenizer
+    teacher_tokenizer: Any
+
+    def read(
+        self, source: str, data: DataConfig, room: int, completions: Completions | None = None
+    ) -> list[Prompt]:
+        """The prompts of a source; each has at most ``room`` tokens."""
+        if room < 1:
+            raise ValueError(
+                f"rollout.max_tokens leaves no room for a prompt in the model's context of "
+                f"{self.student.max_length} tokens: lower it"
+            )
+        return load_prompts(
+            source,
+            self.student.tokenizer,
+            data,
+            max_prompt_tokens=room,
+            completions=completions,
+            teacher_tokenizer=self.teacher_tokenizer,
+        )
+
+
+def _longest_for_teacher(prompts: Sequence[Prompt]) -> int:
+    seen = (p.token_ids if p.teacher_ids is None else p.teacher_ids for p in prompts)
+    return max(map(len, seen), default=0)
+
+
+def _completions(config: Config, student: StudentTokenizer) -> Completions | None:
+    if config.data.completion_field is None or config.rollout.on_policy == 1:
+        return None
+    return Completions(
+        field=config.data.completion_field,
+        tokenizer=student.tokenizer,
+        end_id=student.end_id,
+        max_tokens=config.rollout.max_tokens,
+    )
+
+
+def _teacher_tokenizer(data: DataConfig, student: StudentTokenizer) -> Any:
+    """The tokenizer whose chat template the teacher's prompts use; ValueError if its ids differ."""
+    if data.teacher_chat_template is None:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(data.teacher_chat_template)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"data.teacher_chat_template={data.teacher_chat_template} cannot be read as a model "
+            f"folder or hub id ({first})"
+        ) from None
+    if tokenizer.get_vocab() != student.tokenizer.get_vocab():
+        raise ValueError(
+            f"data.teacher_chat_template={data.teacher_chat_template} has another vocabulary than "
+            "the student: name a model with the student's tokenizer"
+        )
+    return tokenizer

@@ -1,0 +1,139 @@
+"""Which servers a teacher setting means, their clients, and what each teacher says of itself."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from opd.checkpoint.tensors import torch_dtype
+from opd.config.student import DType
+from opd.config.teacher import (
+    PoolTeacherConfig,
+    ServedTeacherConfig,
+    ServerTeacherConfig,
+    TeacherConfig,
+    TeacherModelConfig,
+)
+from opd.interfaces import Progress
+from opd.teacher.client import ServerTeacher
+from opd.teacher.model_info import longest, read_info
+from opd.teacher.transport import arithmetic
+from opd.teacher.vocabulary import Vocabulary, common_vocab_size, require_fit
+from opd.teacher.wire import TOKEN_VARIABLE
+from opd.types import ScoreRequest, TeacherInfo
+
+TEACHER_URL = "OPD_TEACHER_URL"
+"""Environment variable: the address of the teacher that the launcher started."""
+TEACHER_URLS = "OPD_TEACHER_URLS"
+"""Environment variable: the servers that the launcher started for a pool, as JSON, model -> urls."""
+
+
+def member_urls(member: str) -> tuple[str, ...]:
+    """The addresses that a member of a pool lists; none when it is a model."""
+    listed = tuple(part.strip() for part in member.split(",") if part.strip())
+    return listed if listed and all(u.startswith(("http://", "https://")) for u in listed) else ()
+
+
+def pool_models(members: Mapping[str, str]) -> list[str]:
+    """The models of a pool that need servers, each once."""
+    return list(dict.fromkeys(m for m in members.values() if not member_urls(m)))
+
+
+def server_client(
+    config: ServedTeacherConfig,
+    url: str,
+    student: Vocabulary,
+    request: ScoreRequest,
+    progress: Progress | None = None,
+) -> ServerTeacher:
+    """A client of one server, with the run's token and patience."""
+    return ServerTeacher(
+        url,
+        config,
+        request=request,
+        student=student,
+        token=os.environ.get(TOKEN_VARIABLE),
+        progress=progress,
+    )
+
+
+def describe_transport(
+    config: TeacherConfig,
+    infos: Sequence[TeacherInfo],
+    student: Vocabulary,
+    request: ScoreRequest,
+    support_k: int,
+) -> str:
+    """How the responses of these teachers are sent and what that costs, a line for each way.
+
+    ``support_k`` is the number of ids that a rollout names per token.
+    """
+    lines = [
+        arithmetic(
+            info,
+            request,
+            vocab_size=common_vocab_size(student.matrix_size, info),
+            hidden_dtype=config.hidden_dtype,
+            named=support_k,
+        )
+        for info in infos
+    ]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def teacher_infos(config: TeacherConfig, student: Vocabulary) -> list[TeacherInfo]:
+    """What each teacher is, before it is loaded; they stand in the order of ``teacher.members``.
+
+    Raises ValueError when one cannot be reached or read, or when its vocabulary does not fit.
+    """
+    match config:
+        case PoolTeacherConfig(members=members):
+            return [
+                info
+                for name, member in members.items()
+                for info in _member_infos(config, f"teacher.members.{name}", member, student)
+            ]
+        case ServerTeacherConfig(url=str(url)):
+            return [_served_info(config, "teacher.url", url, student)]
+    assert config.model is not None
+    assert isinstance(config, TeacherModelConfig)
+    return [_read_info(config, "teacher.model", config.model, student)]
+
+
+def _member_infos(
+    config: PoolTeacherConfig, setting: str, member: str, student: Vocabulary
+) -> list[TeacherInfo]:
+    urls = member_urls(member)
+    if urls:
+        return [_served_info(config, setting, url, student) for url in urls]
+    return [_read_info(config, setting, member, student)]
+
+
+def _served_info(
+    config: ServedTeacherConfig, setting: str, url: str, student: Vocabulary
+) -> TeacherInfo:
+    brief = replace(config, timeout=10, retries=1)
+    try:
+        return server_client(brief, url, student, ScoreRequest()).info()
+    except ConnectionError as error:
+        raise ValueError(
+            f"{setting}={url} cannot be reached ({error}): start one with "
+            "`opd teacher model=MODEL`, or give a model"
+        ) from None
+
+
+def _read_info(
+    config: TeacherModelConfig, setting: str, model: str, student: Vocabulary
+) -> TeacherInfo:
+    try:
+        info = read_info(
+            model,
+            max_length=config.max_model_len or longest(model),
+            dtype=None if config.dtype == DType.auto else torch_dtype(config.dtype.value),
+        )
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{setting}={model} cannot be read as a model folder or hub id ({first})"
+        ) from None
+    require_fit(info, student)
+    return info
