@@ -25,7 +25,7 @@ from opd.analysis.placement import MASKS, Placement, placements
 from opd.analysis.sides import MANTISSA, NumberFormat, Sides
 from opd.analysis.spectrum import RANKS, Spectra, rank_of, shape_of, spectra
 from opd.analysis.formatting import Spectrum
-from opd.delta.format import word
+from opd.checkpoint.tensors import dtype_name
 from opd.checkpoint.names import place
 
 Row = dict[str, Any]
@@ -59,7 +59,7 @@ def measured(pair: Pair, other: Pair | None = None, spectrum: Spectrum = Spectru
         "block": where.block,
         "shape": list(pair.shape),
         "numel": pair.numel,
-        "dtypes": [word(side.dtype) for side in (pair.base, pair.trained) if side is not None],
+        "dtypes": [dtype_name(side.dtype) for side in (pair.base, pair.trained) if side is not None],
         "status": pair.reason or "ok",
     }
     if pair.reason:

@@ -28,12 +28,6 @@ def write_base(trained: Checkpoint, delta: Delta, out: Path) -> None:
     _rebuild(trained, delta, out, Side.trained, Side.base)
 
 
-def require_free(out: Path) -> None:
-    """ValueError when the folder is there and holds something."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out={out} is there already: name a new folder, or remove it")
-
-
 def _rebuild(source: Checkpoint, delta: Delta, out: Path, start: Side, end: Side) -> None:
     require_free(out)
     delta.require(start, source.fingerprint(), source.model)
@@ -101,11 +95,3 @@ def _shards(source: Checkpoint) -> Iterator[list[str]]:
 
 def _bytes(source: Checkpoint, name: str) -> int:
     return source[name].numel * source[name].dtype.itemsize
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Configuration, tokenizer and the like; no weights and no list of shards."""
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)

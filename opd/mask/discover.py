@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from opd.checkpoint.chunks import Progress, quiet
 from opd.mask.search import Search
 from opd.mask.settings import require_sound
 from opd.checkpoint.tensors import Checkpoint
+
+if TYPE_CHECKING:
+    from opd.mask.mask import Mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,20 +49,22 @@ def discover_mask(
     rule: RuleConfig,
     out: Path,
     *,
+    like: "Mask | None" = None,
     command: str = "",
     progress: Progress = quiet,
 ) -> Summary:
     """Find the mask of a rule and write it to ``out``; equal settings write equal bytes.
 
     Holds a few MiB and one parameter's kept coordinates at a time. A rule that watches a run reads
-    the file that the run left as ``rule.scores``. Raises ValueError for settings that contradict
+    the file that the run left as ``rule.scores``;
+    ``like`` is the mask of ``rule.like``. Raises ValueError for settings that contradict
     each other, files that do not belong to the base and densities that cannot be met.
     """
-    require_sound(rule)
+    require_valid_rule(rule)
     fingerprint = base.fingerprint()
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=".discover-") as folder:
-        search = Search(base, rule, fingerprint, Path(folder) / "scores", progress)
+        search = Search(base, rule, like, fingerprint, Path(folder) / "scores", progress)
         counts: dict[str, int] = {}
 
         def counted() -> Iterator[tuple[str, torch.Tensor]]:

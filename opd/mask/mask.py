@@ -1,52 +1,21 @@
 """The Mask: for every parameter of one base model the coordinates that are kept for training."""
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from opd.checkpoint.writer import write_tensors
-
-FORMAT = "opd-mask-1"
-INT32_MOST = 2**31 - 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """Where a mask comes from.
-
-    ``base`` is the fingerprint of the model it belongs to, ``model`` what that was called, ``command``
-    how the mask was made.
-    """
-
-    rule: str
-    base: str
-    model: str
-    seed: int = 0
-    command: str = ""
-
-
-class LazyIndices(Mapping[str, torch.Tensor]):
-    """Index tensors that are read or computed when asked for, one at a time, and not kept."""
-
-    def __init__(self, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
-        self._names = dict.fromkeys(names)
-        self._read = read
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+from opd.checkpoint.chunks import Progress, quiet
+from opd.checkpoint.tensors import open_checkpoint
+from opd.config.mask import RuleConfig
+from opd.mask.discover import discover_mask
+from opd.mask.file import INT32_MOST, LazyIndices, Origin, read_mask_file, write_mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +31,43 @@ class Mask:
     indices: Mapping[str, torch.Tensor]
     shapes: Mapping[str, tuple[int, ...]]
     origin: Origin
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Mask":
+        """A mask file; index tensors are read when asked for.
+
+        Raises ValueError when the file is missing, is not a mask, or holds impossible coordinates.
+        """
+        indices, shapes, origin = read_mask_file(Path(path))
+        return cls(indices=indices, shapes=shapes, origin=origin)
+
+    @classmethod
+    def discover(
+        cls,
+        base: str,
+        rule: RuleConfig | None = None,
+        *,
+        out: str | Path | None = None,
+        progress: Progress = quiet,
+        **settings: Any,
+    ) -> "Mask":
+        """The mask of a rule on the model ``base`` (folder or hub id), written to ``out`` if given.
+
+        ``settings`` are those of ``RuleConfig``: rule="near_zero", density=0.1. Without ``out`` the
+        coordinates are held in memory. Raises ValueError for settings that contradict each other,
+        files that do not belong to the base and densities that cannot be met.
+        """
+        rule = rule or RuleConfig(**_typed(settings))
+        like = None if rule.like is None else cls.read(rule.like)
+        with TemporaryDirectory(prefix="opd-mask-") as folder:
+            file = Path(folder) / "mask.safetensors"
+            discover_mask(open_checkpoint(base), rule, file, like=like, progress=progress)
+            if out is not None:
+                Path(out).parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(file, out)
+                return cls.read(out)
+            found = cls.read(file)
+            return replace(found, indices=dict(found.indices.items()))
 
     def __post_init__(self) -> None:
         if set(self.indices) != set(self.shapes):
@@ -134,9 +140,9 @@ class Mask:
             ),
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the file, a tensor at a time; it appears whole or not at all."""
-        write_mask(path, self.shapes, self.indices.items(), self.origin)
+        write_mask(Path(path), self.shapes, self.indices.items(), self.origin)
 
 
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -162,90 +168,12 @@ def _union(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.cat([a, _difference(b, a)]).sort().values
 
 
-def index_dtype(shapes: Mapping[str, tuple[int, ...]]) -> torch.dtype:
-    """int32, or int64 when a tensor has more than 2^31 - 1 elements."""
-    largest = max((torch.Size(shape).numel() for shape in shapes.values()), default=0)
-    return torch.int64 if largest > INT32_MOST else torch.int32
-
-
-def write_mask(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    indices: Iterable[tuple[str, torch.Tensor]],
-    origin: Origin,
-) -> None:
-    """A mask file from (name, sorted flat coordinates) in any order, holding one tensor at a time.
-
-    The file is safetensors: one index tensor a parameter and, as metadata, the origin, every
-    parameter's shape and the density.
-    """
-    dtype = index_dtype(shapes)
-    counts: dict[str, int] = {}
-
-    def counted() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, index in indices:
-            counts[name] = len(index)
-            yield name, index.to(dtype)
-
-    def metadata() -> dict[str, str]:
-        assert counts.keys() == shapes.keys(), "a mask lists every parameter once"
-        total = sum(torch.Size(shape).numel() for shape in shapes.values())
-        return {
-            "format": FORMAT,
-            **{key: str(value) for key, value in asdict(origin).items()},
-            "density": repr(sum(counts.values()) / total),
-            "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
-        }
-
-    write_tensors(path, counted(), metadata)
-
-
-def read_mask(path: Path) -> Mask:
-    """A mask file; index tensors are read when asked for.
-
-    Raises ValueError when the file is missing, is no mask, or holds coordinates that cannot be.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ValueError(f"there is no mask file {path}: make one with `opd mask discover`")
-    try:
-        opened: Any = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as a mask ({error}): make it again") from None
-    found = opened.metadata() or {}
-    if found.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is no mask file of ours (format {found.get('format')}, expected {FORMAT}): make "
-            "one with `opd mask discover`"
-        )
-    shapes = {name: tuple(shape) for name, shape in json.loads(found["shapes"]).items()}
-
-    def read(name: str) -> torch.Tensor:
-        index: torch.Tensor = opened.get_tensor(name)
-        require_sound(index, torch.Size(shapes[name]).numel(), f"{name} in {path}")
-        return index
-
-    return Mask(
-        indices=LazyIndices(opened.keys(), read),
-        shapes=shapes,
-        origin=Origin(
-            rule=found["rule"],
-            base=found["base"],
-            model=found["model"],
-            seed=int(found["seed"]),
-            command=found["command"],
-        ),
-    )
-
-
-def require_sound(index: torch.Tensor, numel: int, what: str) -> None:
-    """ValueError unless these are sorted, distinct flat coordinates of ``numel`` elements."""
-    if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{what} is {list(index.shape)} {index.dtype}: expected flat int32 or int64"
-        )
-    if len(index) == 0:
-        return
-    if index[0] < 0 or index[-1] >= numel or not bool((index[1:] > index[:-1]).all()):
-        raise ValueError(f"{what} is not a sorted list of coordinates below {numel}: make it again")
+def _typed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Names of enumerations as their values, as they are typed on a command line."""
+    plain = RuleConfig()
+    return {
+        name: type(getattr(plain, name))(value)
+        if isinstance(getattr(plain, name, None), StrEnum)
+        else value
+        for name, value in settings.items()
+    }

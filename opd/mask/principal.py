@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from opd.checkpoint.chunks import PIECE, Chunk, Progress, float32
+from opd.mask.spool import spooled
 from opd.checkpoint.tensors import Checkpoint, Stored
 
 
@@ -23,22 +24,13 @@ def safe(
     Scores cost a decomposition, so they are kept in the file ``spool``, 4 bytes a weight; the
     caller removes it.
     """
-    starts: dict[str, int] = {}
-    written, total = 0, base.numel
-    with spool.open("wb") as file:
-        for name, stored in base.items():
-            starts[name] = written
-            for part in _scores(stored, rank_share):
-                file.write(part.data)
-                written += len(part)
-                progress("decomposing matrices", written / total)
-    held = np.memmap(spool, np.float32, "r")
-
-    def read(piece: Chunk) -> np.ndarray:
-        start = starts[piece.name]
-        return np.array(held[start + piece.start : start + piece.stop])
-
-    return read
+    return spooled(
+        base,
+        lambda _, stored: _scores(stored, rank_share),
+        spool,
+        progress,
+        "decomposing matrices",
+    )
 
 
 def _scores(stored: Stored, rank_share: float) -> Iterator[np.ndarray]:

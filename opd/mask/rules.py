@@ -1,11 +1,14 @@
 """What makes a weight worth training: each rule as scores of the coordinates of a piece."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from opd.checkpoint.chunks import Chunk, float32, stretch
+from opd.config.functions import load_function
+from opd.mask.spool import spooled
+
+from opd.checkpoint.chunks import Chunk, Progress, float32, stretch
 from opd.checkpoint.tensors import Checkpoint, Stored, open_checkpoint, open_tensors
 
 Read = Callable[[Chunk], np.ndarray]
@@ -20,7 +23,7 @@ def delta(base: Checkpoint, other: Checkpoint, trained: str) -> Read:
 
     def read(piece: Chunk) -> np.ndarray:
         before, after = (stretch(side[piece.name], piece).bfloat16() for side in (base, other))
-        return _sound(np.abs(float32(after) - float32(before)), piece.name, f"|D| of {trained}")
+        return _without_nan(np.abs(float32(after) - float32(before)), piece.name, f"|D| of {trained}")
 
     return read
 
@@ -29,7 +32,7 @@ def near_zero(base: Checkpoint) -> Read:
     """-|W0|: the smallest weights first."""
 
     def read(piece: Chunk) -> np.ndarray:
-        return _sound(-np.abs(float32(stretch(base[piece.name], piece))), piece.name, base.model)
+        return _without_nan(-np.abs(float32(stretch(base[piece.name], piece))), piece.name, base.model)
 
     return read
 
@@ -40,9 +43,27 @@ def scores(base: Checkpoint, file: str) -> Read:
     require_same(base, given, f"scores={file}")
 
     def read(piece: Chunk) -> np.ndarray:
-        return _sound(float32(stretch(given[piece.name], piece)), piece.name, file)
+        return _without_nan(float32(stretch(given[piece.name], piece)), piece.name, file)
 
     return read
+
+
+def function(base: Checkpoint, name: str, spool: Path, progress: Progress) -> Read:
+    """The scores of a function of the user's: (parameter's name, weight) -> scores of its shape."""
+    rank = load_function("function", name)
+
+    def scored(parameter: str, stored: Stored) -> Iterator[np.ndarray]:
+        weight = stored.read()
+        found = rank(parameter, weight)
+        if tuple(found.shape) != stored.shape:
+            raise ValueError(
+                f"function={name} returned scores of shape {list(found.shape)} for {parameter}, "
+                f"expected {list(stored.shape)}"
+            )
+        values = np.ascontiguousarray(float32(found).reshape(-1))
+        yield _without_nan(values, parameter, f"function={name}")
+
+    return spooled(base, scored, spool, progress, "scoring weights")
 
 
 def trained_weights(trained: str) -> Checkpoint:
@@ -72,7 +93,7 @@ def _shape(stored: Stored | None) -> str:
     return "absent" if stored is None else str(list(stored.shape))
 
 
-def _sound(values: np.ndarray, name: str, source: str) -> np.ndarray:
+def _without_nan(values: np.ndarray, name: str, source: str) -> np.ndarray:
     if np.isnan(values).any():
         raise ValueError(f"{name} of {source} holds NaN, which has no rank: mend the file first")
     return values

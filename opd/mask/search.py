@@ -5,19 +5,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from opd.config.masks import MaskBudget, MaskRule, MaskStructure, RuleConfig
 from opd.mask import rules
-from opd.mask.mask import Mask, read_mask
 from opd.checkpoint.names import place
 from opd.checkpoint.chunks import Chunk, Progress, binades, counts_by_binade, stretch
 from opd.mask.principal import safe
 from opd.mask.top_k import TopKQuery, Threshold, Read, Selection, cut_at
 from opd.mask.units import UnitSelection
 from opd.checkpoint.tensors import Checkpoint
+
+if TYPE_CHECKING:
+    from opd.mask.mask import Mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,13 @@ class Search:
     """One discovery. ``tied``, ``tied_kept`` and ``warnings`` are complete once ``kept`` is through."""
 
     def __init__(
-        self, base: Checkpoint, rule: RuleConfig, fingerprint: str, spool: Path, progress: Progress
+        self,
+        base: Checkpoint,
+        rule: RuleConfig,
+        like: "Mask | None",
+        fingerprint: str,
+        spool: Path,
+        progress: Progress,
     ) -> None:
         self.tied = 0
         self.tied_kept = 0
@@ -40,9 +49,8 @@ class Search:
         self._base = base
         self._rule = rule
         self._progress = progress
-        self._like: Mask | None = None
-        if rule.like is not None:
-            self._like = read_mask(Path(rule.like))
+        self._like = like
+        if self._like is not None:
             self._like.require_base(fingerprint, base.model)
             self._like.require_parameters(base.shapes)
         self._scores, source = self._ranking(spool)
@@ -84,6 +92,10 @@ class Search:
                 return rules.near_zero(base), ""
             case MaskRule.safe:
                 return safe(base, rule.rank_share, spool, self._progress), ""
+            case MaskRule.function:
+                assert rule.function is not None
+                read = rules.function(base, rule.function, spool, self._progress)
+                return read, rule.function
             case MaskRule.random | MaskRule.magnitude_matched:
                 return None, "" if rule.like is None else _digest(Path(rule.like))
             case _:
@@ -124,7 +136,7 @@ class Search:
         for group in groups:
             yield from search.kept(group.names, group.quota, self._scores)
 
-    def _as_in(self, like: Mask) -> Iterator[tuple[str, torch.Tensor]]:
+    def _as_in(self, like: "Mask") -> Iterator[tuple[str, torch.Tensor]]:
         """As many of each parameter as in another mask; matched, as many of each of its binades."""
         matched = self._rule.rule == MaskRule.magnitude_matched
         selection = self._selection(5 if matched else 3)

@@ -1,4 +1,4 @@
-"""The doors of a rollout server: POST /generate, POST /weights, GET /info, GET /health."""
+"""The endpoints of a rollout server: POST /generate, POST /weights, GET /info, GET /health."""
 
 import asyncio
 import logging
@@ -10,8 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from opd.interfaces import RolloutEngine
-from opd.rollout.options import TOKEN_VARIABLE
-from opd.rollout.wire import GenerateRequest, answer_bytes, read_request
+from opd.rollout.wire import TOKEN_VARIABLE, GenerateRequest, answer_bytes, read_request
 from opd.serving.client import CONFLICT
 from opd.serving.server import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
 from opd.types import ReceiverState
@@ -31,12 +30,12 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hosted:
-    """An engine, and the two doors through which weights reach it."""
+    """An engine, and the two endpoints through which weights reach it."""
 
     engine: RolloutEngine
     model: ServedModel
     take: Callable[[bytes], ReceiverState]
-    held: Callable[[], ReceiverState]
+    state: Callable[[], ReceiverState]
 
 
 def rollout_app(make: Callable[[], Hosted], *, token: str | None, max_request_bytes: int) -> FastAPI:
@@ -52,7 +51,7 @@ def rollout_app(make: Callable[[], Hosted], *, token: str | None, max_request_by
     @app.get("/info")
     async def info(request: Request) -> Response:
         require_token(request, token, TOKEN_VARIABLE)
-        return JSONResponse(asdict(hosted.model) | {"held": asdict(hosted.held())})
+        return JSONResponse(asdict(hosted.model) | {"held": asdict(hosted.state())})
 
     @app.post("/weights")
     async def weights(request: Request) -> Response:
@@ -86,7 +85,7 @@ def rollout_app(make: Callable[[], Hosted], *, token: str | None, max_request_by
 
 
 def _generated(hosted: Hosted, asked: GenerateRequest) -> Response:
-    held = hosted.held()
+    held = hosted.state()
     if (held.run, held.version) != (asked.run, asked.version):
         raise Refusal(
             CONFLICT,

@@ -1,6 +1,6 @@
 """A copy of the student that follows it slowly, fed by the weights on their way to the engine."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +18,17 @@ FILE = "averaged_teacher.safetensors"
 class EMAWeights:
     """``module``'s weights become decay * themselves + (1 - decay) * what is pushed, once a version.
 
-    ``version`` is the last one taken in. decay 0 follows at once. The first push is of weights that
+    ``version`` is the last one taken in; ``moved`` is called when the weights have changed. decay 0 follows at once. The first push is of weights that
     the module already has, and the same version twice counts once, so a resumed run goes on as if
     nothing had happened.
     """
 
-    def __init__(self, module: torch.nn.Module, *, decay: float) -> None:
+    def __init__(
+        self, module: torch.nn.Module, *, decay: float, moved: Callable[[], None]
+    ) -> None:
         self._parameters = dict(module.named_parameters())
         self._decay = decay
+        self._moved = moved
         self.version = 0
 
     def passing(self, weights: "Weights", version: int) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -38,6 +41,8 @@ class EMAWeights:
                     own.lerp_(tensor.to(own), 1.0 - self._decay)
             yield name, tensor
         self.version = version
+        if fresh:
+            self._moved()
 
     def save(self, folder: str) -> None:
         """The average, for ``load`` of a resumed run."""
@@ -50,6 +55,7 @@ class EMAWeights:
             for name, tensor in load_file(Path(folder) / FILE).items():
                 self._parameters[name].copy_(tensor)
         self.version = version
+        self._moved()
 
 
 class EMASync:

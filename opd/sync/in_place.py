@@ -26,7 +26,7 @@ def patched_in_place(llm: "LLM", whole: WeightSync, *, mark: Callable[[int], Non
     """Only the coordinates that changed, into the tensors of a vLLM model on a GPU.
 
     vLLM's own loader maps names, shards and fused modules. It marks unchanged places with NaN, so a
-    patch that holds NaN, like an anchor, goes through ``whole``. Not for engines that repack weights
+    patch that holds NaN, like a snapshot, goes through ``whole``. Not for engines that repack weights
     after loading: vLLM on a CPU, quantised models.
     """
 

@@ -4,10 +4,10 @@
     length [8]   of the JSON header at the end, little endian
     payloads     of all records, end to end
     records      one a tensor that says something, ``RECORD`` each
-    header       JSON: format, kind, run, version, base_version, mask, records, and with an anchor
+    header       JSON: format, kind, run, version, base_version, mask, records, and with a snapshot
                  dtype and the table of tensors: [name, shape] each
 
-An anchor holds every tensor whole. A patch holds what differs from ``base_version``; its places are
+A snapshot holds every tensor whole. A patch holds what differs from ``base_version``; its places are
 positions among the coordinates that ``mask`` keeps, or among all. A mask message holds those
 coordinates. No pickle.
 """
@@ -40,7 +40,7 @@ RECORD = np.dtype(
 class Kind(StrEnum):
     """What a message is for."""
 
-    anchor = "anchor"
+    snapshot = "snapshot"
     patch = "patch"
     mask = "mask"
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from opd.interfaces import Weights
 
 MOST_MESSAGES = 6
-"""To one receiver in one push; mask and patch are two, an anchor after a refusal is one."""
+"""To one receiver in one push; mask and patch are two, a snapshot after a refusal is one."""
 WATCH_S = 1.0
 
 log = logging.getLogger("opd.sync")
@@ -27,7 +27,7 @@ class ServerWeights:
 
     Nobody returns before every server has acknowledged. Between pushes rank 0 looks after servers
     that were started anew and sends them the version that the others have.
-    ``ConnectionError`` when a server stays away, ``ValueError`` when it refuses anchors.
+    ``ConnectionError`` when a server stays away, ``ValueError`` when it refuses snapshots.
     ``mark`` tells this rank's engine the version.
     """
 
@@ -45,7 +45,7 @@ class ServerWeights:
         self._watching = False
 
     def push(self, weights: "Weights", version: int) -> Mapping[str, float]:
-        told = {"sync/bytes": 0.0, "sync/changed": 0.0, "sync/anchors": 0.0}
+        told = {"sync/bytes": 0.0, "sync/changed": 0.0, "sync/snapshots": 0.0}
         if self._world.is_main:
             with self._lock:
                 told = self._pushed(weights, version)
@@ -65,7 +65,7 @@ class ServerWeights:
         return {
             "sync/bytes": float(travelled),
             "sync/changed": self._sender.changed,
-            "sync/anchors": float(self._sender.anchors),
+            "sync/snapshots": float(self._sender.snapshots),
         }
 
     def _bring(self, server: ServiceClient) -> int:

@@ -56,16 +56,16 @@ class Replica:
         return flat_bits(self.tensors[name]).numpy()
 
     def changes(self, message: Message) -> list[Change]:
-        """What an anchor or a patch changes, decoded and checked against this replica, in table order.
+        """What a snapshot or a patch changes, decoded and checked against this replica, in table order.
 
         Touches nothing. ``ValueError`` when the message does not fit.
         """
         header = message.header
-        if header.kind == Kind.anchor:
+        if header.kind == Kind.snapshot:
             if header.dtype not in DTYPES:
                 raise ValueError(f"numbers are {header.dtype}, known are {', '.join(DTYPES)}")
             if len(message.records) != len(header.table):
-                raise ValueError("an anchor must say something about each of its tensors")
+                raise ValueError("a snapshot must say something about each of its tensors")
             return [
                 _whole(entry, record, DTYPES[header.dtype])
                 for entry, record in _paired(header.table, message.records)

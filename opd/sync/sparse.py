@@ -35,7 +35,7 @@ class _Pending:
 
     version: int
     message: bytes
-    is_anchor: bool
+    is_snapshot: bool
     table: list[TensorEntry]
     changed: int
 
@@ -44,9 +44,9 @@ class WeightSender:
     """Holds what the receivers hold, and says what they need.
 
     ``dtype`` is the engine's: weights are cast before they are compared, bit by bit. Every
-    ``anchor_every``-th version goes to everybody whole. ``kept`` names the coordinates that may
+    ``snapshot_every``-th version goes to everybody whole. ``kept`` names the coordinates that may
     change (flat, rising, int32 or int64; a name that is not in it is frozen) and ``fingerprint``
-    names that mask; only these are compared, and each anchor checks all the others.
+    names that mask; only these are compared, and each snapshot checks all the others.
     Memory: one copy of the weights in ``dtype``, one tensor, and the message under way.
     """
 
@@ -54,7 +54,7 @@ class WeightSender:
         self,
         *,
         dtype: torch.dtype,
-        anchor_every: int,
+        snapshot_every: int,
         kept: Mapping[str, torch.Tensor] | None = None,
         fingerprint: str | None = None,
         run: str | None = None,
@@ -62,18 +62,18 @@ class WeightSender:
         assert dtype in INTEGERS, f"no integer view of {dtype}"
         assert (kept is None) == (fingerprint is None), "a mask and its fingerprint come together"
         self.run = run or secrets.token_hex(6)
-        self._dtype, self._anchor_every = dtype, anchor_every
+        self._dtype, self._snapshot_every = dtype, snapshot_every
         self._given_mask, self._fingerprint = kept, fingerprint
         self._mirror = Replica()
         self._committed: int | None = None
         self._pushes = 0
-        self.anchors = False
+        self.snapshots = False
         """Whether the version prepared last goes to everybody whole."""
         self.changed = 1.0
         """Share of the coordinates that the version prepared last changed; 1 for the first."""
         self._pending: _Pending | None = None
         self._mask_message: bytes | None = None
-        self._late_anchor: bytes | None = None
+        self._late_snapshot: bytes | None = None
         self._lock = threading.Lock()
 
     @property
@@ -84,14 +84,14 @@ class WeightSender:
     def prepare(self, weights: "Weights", version: int) -> None:
         """Read the stream to its end and encode what it changes. Nothing is committed.
 
-        Raises FrozenWeightsMoved when an anchor finds that a weight outside the mask moved.
+        Raises FrozenWeightsMoved when a snapshot finds that a weight outside the mask moved.
         """
         assert self._committed is None or version > self._committed, "versions rise"
-        self._pending, self._late_anchor = None, None
-        is_anchor = self._committed is None or self._pushes % self._anchor_every == 0
-        self._pending = (self._anchored if is_anchor else self._patched)(weights, version)
+        self._pending, self._late_snapshot = None, None
+        is_snapshot = self._committed is None or self._pushes % self._snapshot_every == 0
+        self._pending = (self._snapshot if is_snapshot else self._patched)(weights, version)
         self._pushes += 1
-        self.anchors = is_anchor
+        self.snapshots = is_snapshot
         if self._committed is not None:
             self.changed = self._pending.changed / max(1, self._mirror.numel)
 
@@ -105,11 +105,11 @@ class WeightSender:
             return None
         with self._lock:
             pending = self._pending
-            if pending is not None and pending.is_anchor:
+            if pending is not None and pending.is_snapshot:
                 return pending.message
             fits = held.run == self.run and held.version == self._committed
             if pending is None or not fits or held.refused is not None:
-                return self._anchor_for_late()
+                return self._snapshot_for_late()
             if self._fingerprint is not None and held.mask != self._fingerprint:
                 return self._mask()
             return pending.message
@@ -119,15 +119,15 @@ class WeightSender:
         pending = self._pending
         assert pending is not None, "nothing has been prepared"
         message = read_message(pending.message)
-        if pending.is_anchor:
+        if pending.is_snapshot:
             self._mirror.become(pending.table, self._dtype)
             if self._given_mask is not None and self._mirror.fingerprint is None:
                 self._mirror.kept = checked_kept(self._given_mask, self._mirror)
                 self._mirror.fingerprint = self._fingerprint
         self._mirror.apply(self._mirror.changes(message))
-        self._committed, self._pending, self._late_anchor = pending.version, None, None
+        self._committed, self._pending, self._late_snapshot = pending.version, None, None
 
-    def _anchored(self, weights: "Weights", version: int) -> _Pending:
+    def _snapshot(self, weights: "Weights", version: int) -> _Pending:
         table: list[TensorEntry] = []
         changed = 0
 
@@ -139,7 +139,7 @@ class WeightSender:
                 table.append(TensorEntry(name=name, shape=tuple(tensor.shape)))
                 yield _whole_record(len(table) - 1, new)
 
-        message = write_message(self._header(Kind.anchor, version), records(), table)
+        message = write_message(self._header(Kind.snapshot, version), records(), table)
         return _Pending(version, message, True, table, changed)
 
     def _patched(self, weights: "Weights", version: int) -> _Pending:
@@ -198,9 +198,9 @@ class WeightSender:
                 )
         return changed
 
-    def _anchor_for_late(self) -> bytes:
+    def _snapshot_for_late(self) -> bytes:
         """The version under way, or the one committed, whole: for a receiver that lost the thread."""
-        if self._late_anchor is None:
+        if self._late_snapshot is None:
             replica, version = self._mirror, self.version
             assert version is not None
             told = {}
@@ -216,9 +216,9 @@ class WeightSender:
                         flat_bits(new).numpy()[change.places_n] = change.bits_n
                     yield _whole_record(i, new)
 
-            header = self._header(Kind.anchor, version)
-            self._late_anchor = write_message(header, records(), list(replica.table))
-        return self._late_anchor
+            header = self._header(Kind.snapshot, version)
+            self._late_snapshot = write_message(header, records(), list(replica.table))
+        return self._late_snapshot
 
     def _mask(self) -> bytes:
         """The kept coordinates; encoded once."""
@@ -246,8 +246,8 @@ class WeightSender:
             run=self.run,
             version=version,
             base_version=self._committed if patch else None,
-            mask=None if kind == Kind.anchor else self._fingerprint,
-            dtype=str(self._dtype).removeprefix("torch.") if kind == Kind.anchor else None,
+            mask=None if kind == Kind.snapshot else self._fingerprint,
+            dtype=str(self._dtype).removeprefix("torch.") if kind == Kind.snapshot else None,
         )
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -258,7 +258,7 @@ class WeightReceiver:
     """Keeps the weights that were sent, and brings an engine to them: all of a message, or none.
 
     ``load`` is called after the replica has changed and before the version is told; when it raises,
-    everything is forgotten, so that the next answer asks for an anchor, and the error goes on.
+    everything is forgotten, so that the next answer asks for a snapshot, and the error goes on.
     """
 
     def __init__(self, load: Load) -> None:
@@ -267,7 +267,7 @@ class WeightReceiver:
         self._run: str | None = None
         self._version: int | None = None
 
-    def held(self, refused: str | None = None) -> ReceiverState:
+    def state(self, refused: str | None = None) -> ReceiverState:
         """What is here."""
         return ReceiverState(
             run=self._run,
@@ -287,15 +287,15 @@ class WeightReceiver:
             header = message.header
             if header.kind == Kind.mask:
                 self._take_mask(message)
-                return self.held()
+                return self.state()
             if (header.run, header.version) == (self._run, self._version):
-                return self.held()
+                return self.state()
             self._require_successor(header)
             changes = self._mirror.changes(message)
         except ValueError as error:
-            return self.held(str(error))
+            return self.state(str(error))
         self._version = None
-        if header.kind == Kind.anchor:
+        if header.kind == Kind.snapshot:
             assert header.dtype is not None
             self._mirror.become(header.table, DTYPES[header.dtype])
             if header.run != self._run:  # another sender may mean another mask by this name
@@ -303,7 +303,7 @@ class WeightReceiver:
         self._mirror.apply(changes)
         self._load(self._mirror.tensors, changes, header.version)
         self._run, self._version = header.run, header.version
-        return self.held()
+        return self.state()
 
     def _require_successor(self, header: Header) -> None:
         same = header.run == self._run and self._version is not None
@@ -321,7 +321,7 @@ class WeightReceiver:
     def _take_mask(self, message: Message) -> None:
         header = message.header
         if header.run != self._run or self._version is None:
-            raise ValueError(f"a mask of run {header.run} before its first anchor")
+            raise ValueError(f"a mask of run {header.run} before its first snapshot")
         self._mirror.kept = self._mirror.mask_of(message)
         self._mirror.fingerprint = header.mask
 

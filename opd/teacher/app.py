@@ -1,4 +1,4 @@
-"""The teacher's doors: POST /score, GET /info, GET /head, GET /health."""
+"""The endpoints of a teacher server: POST /score, GET /info, GET /head, GET /health."""
 
 import asyncio
 import logging
@@ -10,10 +10,9 @@ from safetensors.numpy import save
 
 from opd.serving.server import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
 from opd.teacher.response import require_answerable
-from opd.teacher.options import TOKEN_VARIABLE
 from opd.teacher.scoring import folded_head
 from opd.teacher.transport import bytes_per_target
-from opd.teacher.wire import WireRequest, answer_bytes, read_request
+from opd.teacher.wire import TOKEN_VARIABLE, WireRequest, answer_bytes, read_request
 from opd.teacher.work_queue import WorkQueue
 
 log = logging.getLogger("opd.teacher")

@@ -16,10 +16,10 @@ class RewardedTeacher:
     The group of a completion are the rollouts of the same prompt in one call.
     """
 
-    def __init__(self, teacher: Teacher, reward: Reward, *, scale: bool) -> None:
+    def __init__(self, teacher: Teacher, reward: Reward, *, scale_rewards: bool) -> None:
         self._teacher = teacher
         self._reward = reward
-        self._scale = scale
+        self._scale = scale_rewards
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """See ``Teacher``. ValueError when the verifier gives something that is not a finite number."""
@@ -32,7 +32,7 @@ class RewardedTeacher:
             replace(
                 said,
                 reward=reward,
-                advantage=advantage(reward, groups[said.rollout.prompt.uid], scale=self._scale),
+                advantage=advantage(reward, groups[said.rollout.prompt.uid], scale_rewards=self._scale),
             )
             for said, reward in zip(scored, rewards, strict=True)
         ]
@@ -46,14 +46,14 @@ class RewardedTeacher:
         return self._teacher.head(name)
 
 
-def advantage(reward: float, group: Sequence[float], *, scale: bool) -> float:
+def advantage(reward: float, group: Sequence[float], *, scale_rewards: bool) -> float:
     """reward - mean(group), divided by the group's standard deviation where ``scale``.
 
     A group without spread teaches nothing: 0 (GRPO, arXiv 2402.03300; without scale Dr. GRPO,
     arXiv 2503.20783).
     """
     mean = math.fsum(group) / len(group)
-    if not scale or len(group) < 2:
+    if not scale_rewards or len(group) < 2:
         return reward - mean
     spread = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / (len(group) - 1))
     return 0.0 if spread < 1e-8 else (reward - mean) / spread

@@ -16,13 +16,12 @@ Around = Callable[[], AbstractContextManager[Any]]
 class ModuleBackend:
     """A ``Backend`` over a live transformers model, whose weights others may move between calls.
 
-    ``model`` gives the causal language model, asked for at every call so that it may be built
-    later; ``around`` wraps each forward pass, for example peft's ``disable_adapter``.
+    ``model`` is the causal language model; ``around`` wraps each forward pass, for example peft's ``disable_adapter``.
     """
 
     def __init__(
         self,
-        model: Callable[[], Any],
+        model: Any,
         *,
         info: TeacherInfo,
         spec: HeadSpec,
@@ -38,12 +37,12 @@ class ModuleBackend:
     @property
     def head_VD(self) -> torch.Tensor:
         """The output head as it is now, float32."""
-        return self._model().get_output_embeddings().weight.detach().float()
+        return self._model.get_output_embeddings().weight.detach().float()
 
     @torch.no_grad()
     def hidden(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
         """See ``Backend``; the tensors lie on the model's device."""
-        model = self._model()
+        model = self._model
         was_training = model.training
         model.eval()
         try:

@@ -3,7 +3,9 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from opd.config.tracking import WandbConfig
 
 RUN_ID = "wandb_run_id.txt"
 _SAMPLE_COLUMNS = ("task", "uid", "prompt", "completion", "answer", "correct")
@@ -19,23 +21,22 @@ class WandbTracker:
 
     def __init__(
         self,
+        config: WandbConfig,
         *,
-        project: str,
         name: str,
         folder: str | Path,
-        config: Mapping[str, Any],
-        mode: Literal["online", "offline"] = "online",
+        resolved: Mapping[str, Any],
     ) -> None:
         import wandb
 
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:
             self._run = wandb.init(
-                project=project,
+                project=config.project,
                 name=name,
                 dir=str(folder),
-                config=dict(config),
-                mode=mode,
+                config=dict(resolved),
+                mode=config.mode.value,
                 id=_run_id(Path(folder)),
                 resume="allow",
                 settings=wandb.Settings(console="off"),

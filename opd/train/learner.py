@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from opd.batch import TOKEN_MEAN, Batch, LossOutput, LossReduction, collate, micro_batches
-from opd.config.training import OptimConfig, Watched
+from opd.config.train import MaskScores, TrainConfig
 from opd.interfaces import Loss, Progress
 from opd.checkpoint.tensors import Stored
 from opd.train.parameter_mask import ParameterMask
 from opd.train.engine import TrainingEngine
-from opd.train.optimizers import lr_at
-from opd.train.record import Recorder, Unrecorded
+from opd.train.optimizers import LearningRate
+from opd.train.record import NoRecord, Recorder
 from opd.train.student import causal_lm
 from opd.train.mask_scores import scores
 from opd.train.weights import full_weights
@@ -31,8 +31,7 @@ class StudentLearner:
 
     Args:
         model: the transformers (or peft) model inside the engine; its weights are handed over.
-        parameter_mask: what of it may learn.
-        micro_tokens: padded tokens of one forward and backward pass; results do not depend on it.
+        parameter_mask: what of it is trained.
         discount: fills ``Batch.future_N`` when above 0.
         reduction: which tokens count, and what a step's sum is divided by.
         teachers: the names that prompts may give; each gets metrics of its own.
@@ -44,11 +43,10 @@ class StudentLearner:
         engine: TrainingEngine,
         model: torch.nn.Module,
         loss: Loss,
+        train: TrainConfig,
         *,
         parameter_mask: ParameterMask,
-        optim: OptimConfig,
-        steps: int,
-        micro_tokens: int,
+        learning_rate: LearningRate,
         pad_id: int,
         discount: float,
         world: World,
@@ -61,16 +59,15 @@ class StudentLearner:
         self._model = model
         self._loss = loss
         self._confinement = parameter_mask
-        self._optim = optim
-        self._steps = steps
-        self._micro_tokens = micro_tokens
+        self._train = train
+        self._learning_rate = learning_rate
         self._pad_id = pad_id
         self._discount = discount
         self._reckoning = reduction
         self._teachers = teachers
         self._world = world
         self._progress = progress
-        self._recorder = recorder or Unrecorded()
+        self._recorder = recorder or NoRecord()
         self.version = 0
 
     def step(self, scored: Sequence[ScoredRollout]) -> StepReport:
@@ -87,7 +84,7 @@ class StudentLearner:
                 )
                 totals.add(out, batch)
                 advance(1)
-        lr = lr_at(self.version, self._steps, self._optim)
+        lr = self._learning_rate(self.version)
         self._recorder.before_step(self.version)
         norm = self._engine.step(lr)
         self._confinement.write_back(self._engine)
@@ -116,7 +113,7 @@ class StudentLearner:
         self._model.eval()
         with torch.no_grad():
             batches = self._batches(scored, TOKEN_MEAN)
-            # ghosts have no group: they are run for their collectives alone
+            # dummys have no group: they are run for their collectives alone
             for group, batch in zip_longest(self._groups(scored), batches, fillvalue=[]):
                 assert isinstance(batch, Batch)
                 logp_N = self._engine.forward(batch, None).total.float().cpu().numpy()
@@ -132,10 +129,10 @@ class StudentLearner:
         yield from full_weights(self._model, self._engine.gathered)
 
     def scores(
-        self, watched: Watched, base: Mapping[str, Stored]
+        self, kind: MaskScores, base: Mapping[str, Stored]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """What the run saw of every weight (see ``opd.train.mask_scores``); collective."""
-        yield from scores(causal_lm(self._model), self._engine, watched, base)
+        yield from scores(causal_lm(self._model), self._engine, kind, base)
 
     def save(self, folder: str) -> None:
         """Trained weights, masters, optimizer state, version, mask, record and dropout's random state."""
@@ -174,16 +171,16 @@ class StudentLearner:
         return {"reward/mean": sums["reward"] / sums["count"]} if sums["count"] else {}
 
     def _groups(self, scored: Sequence[ScoredRollout]) -> list[list[ScoredRollout]]:
-        return micro_batches(scored, tokens=self._micro_tokens)
+        return micro_batches(scored, tokens=self._train.max_tokens_per_micro_batch)
 
     def _batches(
         self, scored: Sequence[ScoredRollout], reduction: LossReduction, *, discount: float = 0.0
     ) -> list[Batch]:
-        """As many micro-batches as the busiest rank has: collectives must match, so ghosts fill up."""
+        """As many micro-batches as the busiest rank has: collectives must match, so dummys fill up."""
         batches = [self._collated(group, reduction, discount) for group in self._groups(scored)]
         most = int(self._world.max({"batches": float(len(batches))})["batches"])
-        ghost = self._collated(list(scored[:1]), reduction, discount).rows(0, 0)
-        return batches + [ghost] * (most - len(batches))
+        dummy = self._collated(list(scored[:1]), reduction, discount).rows(0, 0)
+        return batches + [dummy] * (most - len(batches))
 
     def _collated(self, scored: Sequence[ScoredRollout], reduction: LossReduction, discount: float) -> Batch:
         return collate(scored, pad_id=self._pad_id, discount=discount, reduction=reduction)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from opd.config.training import Watched
+from opd.config.training import MaskScores
 from opd.checkpoint.tensors import Stored
 from opd.train.engine import TrainingEngine
 from opd.train.weights import named_weights
@@ -36,7 +36,7 @@ class SquaredGradients(torch.optim.Optimizer):
 def scores(
     causal: torch.nn.Module,
     engine: TrainingEngine,
-    watched: Watched,
+    kind: MaskScores,
     base: Mapping[str, Stored],
     eps: float = 1e-12,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,17 +47,17 @@ def scores(
     first_gradient: its root.
     """
     for name, parameter in named_weights(causal):
-        match watched:
-            case Watched.early_delta:
+        match kind:
+            case MaskScores.early_delta:
                 master = engine.full_state(parameter, "master").cpu()
                 score = (master - base[name].read().to(torch.float32)).abs()
-            case Watched.adam_saliency:
+            case MaskScores.adam_saliency:
                 first = engine.full_state(parameter, "exp_avg")
                 score = first.abs() / (engine.full_state(parameter, "exp_avg_sq").sqrt() + eps)
-            case Watched.fisher:
+            case MaskScores.fisher:
                 score = engine.full_state(parameter, "squares")
-            case Watched.first_gradient:
+            case MaskScores.first_gradient:
                 score = engine.full_state(parameter, "squares").sqrt()
-            case Watched.none:
-                raise AssertionError("nothing was watched")
+            case MaskScores.none:
+                raise AssertionError("no scores were asked for")
         yield name, score.float().cpu()

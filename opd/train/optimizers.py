@@ -1,6 +1,7 @@
 """Optimizers of torch, and the learning rate of every step."""
 
 import math
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
@@ -30,17 +31,26 @@ def build_optimizer(student: torch.nn.Module, config: OptimConfig) -> torch.opti
     raise AssertionError(f"no optimizer for {type(config).__name__}")
 
 
-def lr_at(step: int, steps: int, config: OptimConfig) -> float:
-    """Learning rate of optimizer step ``step`` (from 0) of ``steps``: linear warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    floor = config.min_lr_ratio
-    match config.schedule:
-        case LearningRateSchedule.constant:
-            share = 1.0
-        case LearningRateSchedule.linear:
-            share = 1.0 - (1.0 - floor) * done
-        case LearningRateSchedule.cosine:
-            share = floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-    return config.lr * share
+@dataclass(frozen=True, slots=True)
+class LearningRate:
+    """The learning rate of optimizer step ``step`` (from 0): linear warm-up, then the schedule."""
+
+    config: OptimConfig
+    _: KW_ONLY
+    steps: int
+    warmup_steps: int
+
+    def __call__(self, step: int) -> float:
+        config = self.config
+        if step < self.warmup_steps:
+            return config.lr * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        floor = config.min_lr_ratio
+        match config.schedule:
+            case LearningRateSchedule.constant:
+                share = 1.0
+            case LearningRateSchedule.linear:
+                share = 1.0 - (1.0 - floor) * done
+            case LearningRateSchedule.cosine:
+                share = floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+        return config.lr * share

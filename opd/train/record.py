@@ -54,7 +54,7 @@ class Recorder(Protocol):
         ...
 
 
-class Unrecorded:
+class NoRecord:
     """Looks at nothing."""
 
     def before_step(self, version: int) -> None:
@@ -146,7 +146,7 @@ class WeightRecorder:
         began = time.perf_counter()
         moments = None
         if self._adam is not None:
-            clip = self._adam.clip
+            clip = self._adam.max_grad_norm
             factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
             moments = Moments(config=self._adam, step=version, lr=lr, clipped=factor)
         row = self._record(version, moments)

@@ -12,7 +12,7 @@ from torch import nn
 
 from opd.batch import Batch, LossOutput
 from opd.head import HeadSpec, chunk_rows
-from opd.interfaces import Loss
+from opd.interfaces import Loss, Teacher
 from opd.train.chunked import chunked_logps, chunked_loss
 
 
@@ -93,6 +93,33 @@ class Student(nn.Module):
             teacher_spec=HeadSpec(vocab_size=self.spec.vocab_size),
             chunk=self.chunk,
         )
+
+
+class TeacherHeads:
+    """The heads [V, D] of teachers by name, on ``device``; the ``most`` used last are kept.
+
+    ``teacher`` gives them; None where no hidden states come.
+    """
+
+    def __init__(self, teacher: Teacher | None, most: int, device: torch.device) -> None:
+        self._teacher = teacher
+        self._most = most
+        self._device = device
+        self._kept: dict[str | None, torch.Tensor] = {}
+
+    def __call__(self, name: str | None) -> torch.Tensor:
+        assert self._teacher is not None, "hidden states come from a teacher"
+        head_VD = self._kept.pop(name, None)
+        if head_VD is None:
+            head_VD = torch.from_numpy(self._teacher.head(name)).to(self._device)
+        self._kept[name] = head_VD
+        while len(self._kept) > self._most:
+            del self._kept[next(iter(self._kept))]
+        return head_VD
+
+    def forget(self) -> None:
+        """The teacher's weights have moved."""
+        self._kept.clear()
 
 
 def with_sequence_gaps(batch: Batch, logp_N: torch.Tensor) -> Batch:

@@ -8,24 +8,26 @@ from typing import Any
 
 import torch
 
-from opd.config.models import LoraConfig
+from opd.config.adapter import LoraConfig
+from opd.config.student import StudentConfig
 from opd.train.compact import dense_parameters
 from opd.train.student import causal_lm
 
 Gathered = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[None]]
 
 
-def load_student(
-    model: str, *, dtype: torch.dtype, attention: str, trust_remote_code: bool
-) -> torch.nn.Module:
-    """A causal language model of transformers with every weight in ``dtype``.
+def load_student(model: str, config: StudentConfig, *, dtype: torch.dtype) -> torch.nn.Module:
+    """The causal language model ``model`` of transformers with every weight in ``dtype``.
 
     Raises ValueError for a head with a bias, which the chunked head does not apply.
     """
     from transformers import AutoModelForCausalLM
 
     student = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        model,
+        dtype=dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
     )
     head = student.get_output_embeddings()
     if head is None or head.bias is not None:
@@ -41,14 +43,16 @@ def with_lora(student: Any, config: LoraConfig) -> torch.nn.Module:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
-    targets = config.targets if config.targets == "all-linear" else config.targets.split(",")
+    targets = config.target_modules
+    if targets != "all-linear":
+        targets = targets.split(",")
     return get_peft_model(
         student,
         PeftLoraConfig(
             task_type="CAUSAL_LM",
-            r=config.rank,
-            lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (a float is fine)
-            lora_dropout=config.dropout,
+            r=config.r,
+            lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]  (a float is fine)
+            lora_dropout=config.lora_dropout,
             target_modules=targets,
         ),
     )

@@ -1,0 +1,20 @@
+"""What lies beside the weights in a model folder: configuration, tokenizer, chat template, code."""
+
+import shutil
+from pathlib import Path
+
+from opd.checkpoint.tensors import COMPANIONS
+
+
+def require_free(out: Path) -> None:
+    """ValueError when the folder is there and holds something."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"out={out} is there already: name a new folder, or remove it")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Configuration, tokenizer and the like; no weights and no list of shards."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,135 @@
+"""The mask file: safetensors with one index tensor a parameter, and where the mask comes from."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from opd.checkpoint.writer import write_tensors
+
+FORMAT = "opd-mask-1"
+INT32_MOST = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a mask comes from.
+
+    ``base`` is the fingerprint of the model it belongs to, ``model`` what that was called, ``command``
+    how the mask was made.
+    """
+
+    rule: str
+    base: str
+    model: str
+    seed: int = 0
+    command: str = ""
+
+
+class LazyIndices(Mapping[str, torch.Tensor]):
+    """Index tensors that are read or computed when asked for, one at a time, and not kept."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._read = read
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def index_dtype(shapes: Mapping[str, tuple[int, ...]]) -> torch.dtype:
+    """int32, or int64 when a tensor has more than 2^31 - 1 elements."""
+    largest = max((torch.Size(shape).numel() for shape in shapes.values()), default=0)
+    return torch.int64 if largest > INT32_MOST else torch.int32
+
+
+def write_mask(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    indices: Iterable[tuple[str, torch.Tensor]],
+    origin: Origin,
+) -> None:
+    """A mask file from (name, sorted flat coordinates) in any order, holding one tensor at a time.
+
+    The file is safetensors: one index tensor a parameter and, as metadata, the origin, every
+    parameter's shape and the density.
+    """
+    dtype = index_dtype(shapes)
+    counts: dict[str, int] = {}
+
+    def counted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, index in indices:
+            counts[name] = len(index)
+            yield name, index.to(dtype)
+
+    def metadata() -> dict[str, str]:
+        assert counts.keys() == shapes.keys(), "a mask lists every parameter once"
+        total = sum(torch.Size(shape).numel() for shape in shapes.values())
+        return {
+            "format": FORMAT,
+            **{key: str(value) for key, value in asdict(origin).items()},
+            "density": repr(sum(counts.values()) / total),
+            "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
+        }
+
+    write_tensors(path, counted(), metadata)
+
+
+def read_mask_file(
+    path: Path,
+) -> tuple[LazyIndices, dict[str, tuple[int, ...]], Origin]:
+    """Indices, shapes and origin of a mask file; index tensors are read when asked for.
+
+    Raises ValueError when the file is missing, is not a mask, or holds impossible coordinates.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no mask file {path}: make one with `opd mask discover`")
+    try:
+        opened: Any = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as a mask ({error}): make it again") from None
+    found = opened.metadata() or {}
+    if found.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not an opd mask file (format {found.get('format')}, expected {FORMAT}): make "
+            "one with `opd mask discover`"
+        )
+    shapes = {name: tuple(shape) for name, shape in json.loads(found["shapes"]).items()}
+
+    def read(name: str) -> torch.Tensor:
+        index: torch.Tensor = opened.get_tensor(name)
+        require_coordinates(index, torch.Size(shapes[name]).numel(), f"{name} in {path}")
+        return index
+
+    origin = Origin(
+        rule=found["rule"],
+        base=found["base"],
+        model=found["model"],
+        seed=int(found["seed"]),
+        command=found["command"],
+    )
+    return LazyIndices(opened.keys(), read), shapes, origin
+
+
+def require_coordinates(index: torch.Tensor, numel: int, what: str) -> None:
+    """ValueError unless these are sorted, distinct flat coordinates of ``numel`` elements."""
+    if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{what} is {list(index.shape)} {index.dtype}: expected flat int32 or int64"
+        )
+    if len(index) == 0:
+        return
+    if index[0] < 0 or index[-1] >= numel or not bool((index[1:] > index[:-1]).all()):
+        raise ValueError(f"{what} is not a sorted list of coordinates below {numel}: make it again")
