@@ -72,9 +72,9 @@ def ours(base: str, trained: str, layers: int) -> None:
 
 def fast(base: str, trained: str, layers: int) -> None:
     """The same with spectrum=fast."""
+    from opd.analysis.formatting import Spectrum
     from opd.analysis.summary import summary
     from opd.analysis.walk import measured_all
-    from opd.analysis.formatting import Spectrum
 
     pairs = chosen(base, trained, layers)
     summary([row for _, row in measured_all(pairs, {}, Spectrum.fast)])

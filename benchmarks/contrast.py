@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from opd.tracking.study_report import Arms, arms_table, measures_of, write_arms
 from opd.tracking.runs import RunRecord, read_run
+from opd.tracking.study_report import Arms, arms_table, measures_of, write_arms
 
 ARMS = {
     "sft": ["method=sft"],

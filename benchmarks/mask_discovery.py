@@ -38,10 +38,10 @@ def anonymous() -> int:
 
 def measure(model: str, settings: dict[str, str | float], out: str) -> dict[str, float]:
     """Seconds, CPU seconds, MiB above the start, and kept weights of one discovery."""
-    from opd.config.arguments import typed
-    from opd.config.masks import RuleConfig
-    from opd.mask.discover import discover_mask
     from opd.checkpoint.tensors import open_checkpoint
+    from opd.config.arguments import typed
+    from opd.config.mask import RuleConfig
+    from opd.mask.discover import discover_mask
 
     rule = typed(RuleConfig, [f"{key}={value}" for key, value in settings.items()])
     base = open_checkpoint(model)

@@ -47,17 +47,19 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
     wire = _counted_collectives(dist)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from opd.config.training import AdamWConfig, SGDConfig
-    from opd.config.training import Precision
+    from opd.config.launch import merged_deepspeed
+    from opd.config.optim import AdamWConfig, SGDConfig
+    from opd.config.train import Precision
     from opd.head import HeadSpec
     from opd.losses.divergence import Divergence
-    from opd.mask.mask import Mask, Origin
+    from opd.mask.file import Origin
+    from opd.mask.mask import Mask
     from opd.tracking.console import SilentProgress
     from opd.train.compact import MaskedWeight
-    from opd.train.parameter_mask import SparseTraining, DenseTraining
-    from opd.train.engine import DeepSpeedEngine, merged_deepspeed
+    from opd.train.deepspeed_engine import DeepSpeedEngine
     from opd.train.learner import StudentLearner
     from opd.train.optimizers import build_optimizer
+    from opd.train.parameter_mask import DenseTraining, SparseTraining
     from opd.train.student import Student
     from opd.train.weights import named_weights
     from opd.world import join_world

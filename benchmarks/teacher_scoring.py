@@ -140,14 +140,14 @@ def opd_cases(
 ) -> Iterator[tuple[int, dict[str, Score]]]:
     """Our server in a process of its own; the first token of each sequence is the prompt."""
     import httpx
+    from opd.teacher.options import TeacherServerOptions
     from transformers import AutoTokenizer
 
-    from opd.config.models import DType
+    from opd.config.student import DType
+    from opd.run.teacher_servers import running_teacher
+    from opd.serving.app import MEDIA_TYPE
     from opd.teacher.client import ServerTeacher
-    from opd.teacher.launch import running_teacher
-    from opd.teacher.options import TeacherServerOptions
     from opd.teacher.vocabulary import vocabulary_of
-    from opd.serving.server import MEDIA_TYPE
     from opd.teacher.wire import Want, read_answer, request_bytes, request_of
     from opd.types import FinishReason, Prompt, Rollout, ScoreRequest
 

@@ -36,10 +36,10 @@ from safetensors.torch import load_file
 from vs_trl_page import BETAS, MOST, SIDES, THEIRS, VLLM, draw, losses_table, page
 
 from opd import build
+from opd.config.optim import AdamWConfig
+from opd.config.schema import Config
 from opd.run.recipe import composed, find_recipe
 from opd.run.worker import divergence_measure
-from opd.config.training import AdamWConfig
-from opd.config.schema import Config
 from opd.teacher.vocabulary import vocabulary_of
 from opd.tracking.console import SilentProgress
 from opd.train.checkpoints import checkpoints

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opd.config.training import AdamWConfig
+from opd.config.optim import AdamWConfig
 from opd.config.schema import Config
 from opd.tracking.study_report import interval
 

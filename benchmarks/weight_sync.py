@@ -77,8 +77,8 @@ def receive(port_file: str) -> None:
 
 def measured(arguments: argparse.Namespace) -> Iterator[dict[str, float | str]]:
     """One row a way of sending."""
-    from opd.serving.client import ServiceClient
     from opd.serving.child import running_service
+    from opd.serving.client import ServiceClient
 
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -172,7 +172,7 @@ def way(
 
 def push(service, sender, weights: dict[str, torch.Tensor], version: int, held):
     """Seconds and bytes of one push."""
-    from opd.serving.server import MEDIA_TYPE
+    from opd.serving.app import MEDIA_TYPE
     from opd.types import ReceiverState
 
     start = time.perf_counter()

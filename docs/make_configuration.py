@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from opd import config
-from opd.config.arguments import allowed, default, sentence
+from opd.config.fields import allowed, default, sentence
 
 OUT = Path(__file__).parent / "configuration.md"
 GROUP_OF = {"teacher", "rollout", "loss", "optim", "adapter", "tracking"}

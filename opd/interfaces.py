@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from opd.batch import Batch, LossOutput
 
-    Weights = Iterable[tuple[str, torch.Tensor]]
+Weights = Iterable[tuple[str, "torch.Tensor"]]
+"""(name, tensor) of each weight, under its Hugging Face name."""
 
 
 class PromptStream(Protocol):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from opd.run.recipe import composed, packaged_recipes
 from opd.cli.main import _answer
-from opd.config.rules import problems
+from opd.config.schema import problems
+from opd.run.recipe import composed, packaged_recipes
 
 RECIPES = packaged_recipes()
 NEEDS_FILES = {"smollm2_135m_heal"}

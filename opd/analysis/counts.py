@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from opd.analysis.largest import Largest, counted, large_first
-from opd.analysis.sides import PIECE, UpdateChunk, NumberFormat, Sides
+from opd.analysis.sides import CHUNK, NumberFormat, Sides, UpdateChunk
 from opd.checkpoint.chunks import BINS, binades
 
 THRESHOLDS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
@@ -53,7 +53,7 @@ def bad_numbers(sides: Sides) -> str:
     """What is wrong with the values: NaN or infinity on either side; empty when they are sound."""
     told = []
     for side, tensor in (("base", sides.base), ("trained model", sides.trained)):
-        parts = tensor.reshape(-1).split(PIECE)
+        parts = tensor.reshape(-1).split(CHUNK)
         found = sum(int((~torch.isfinite(part)).sum()) for part in parts)
         if found:
             told.append(f"{found} NaN or infinite values in the {side}")
@@ -64,7 +64,7 @@ def on_bf16_grid(base: torch.Tensor) -> bool:
     """Whether every weight is a bfloat16 number, whatever it is stored in."""
     if base.dtype == torch.bfloat16:
         return True
-    parts = base.reshape(-1).split(PIECE)
+    parts = base.reshape(-1).split(CHUNK)
     return all(torch.equal(p.bfloat16().float(), p.float()) for p in parts)
 
 
@@ -74,7 +74,7 @@ def count(sides: Sides) -> Counts:
     The upper 16 bits of abs(D) are its whole value in bfloat16, so that a histogram of them holds
     every threshold and the largest moves; finer values are compared one by one.
     """
-    energy = sum(_squares(cut.float()) for cut in sides.base_pieces())
+    energy = sum(_squares(cut.float()) for cut in sides.base_chunks())
     counts = Counts(numel=sides.numel, base_energy=energy)
     histogram = np.zeros(1 << 16, np.int64)
     for part, cut in sides.flat():

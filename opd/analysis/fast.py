@@ -1,6 +1,6 @@
 """Leading singular values of an update without decomposing it, each between two bounds.
 
-G = D^T D acts on the shorter side, a pass over the pieces of D for each product, in float64. Ritz
+G = D^T D acts on the shorter side, a pass over the chunks of D for each product, in float64. Ritz
 values of a block Krylov space of G never exceed its eigenvalues. What they may miss is bounded from
 the coupling of the space to the rest of G, and from the largest eigenvalue of that rest, which is at
 most its energy, and at most what random witnesses of it tell: a Gaussian vector w has a part below e

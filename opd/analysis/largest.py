@@ -1,4 +1,4 @@
-"""The k largest of many numbers that come a piece at a time, exactly."""
+"""The k largest of many numbers that come a chunk at a time, exactly."""
 
 import numpy as np
 
@@ -18,10 +18,10 @@ def small_first(values: np.ndarray) -> np.ndarray:
 class Largest:
     """Which coordinates hold the ``count`` largest keys; among equals the first ones.
 
-    All pieces are counted first; then, in the same order, ``certain`` marks what is surely in and
+    All chunks are counted first; then, in the same order, ``certain`` marks what is surely in and
     remembers what lies in the boundary's bin, a 2^-7 step of magnitude; ``rest`` decides there.
-    What is remembered is laid down in one stretch: many small ones between the pieces' temporaries
-    would keep the memory of each piece from being used again.
+    What is remembered is laid down in one chunk_values: many small ones between the chunks' temporaries
+    would keep the memory of each chunk from being used again.
     """
 
     def __init__(self, count: int) -> None:
@@ -32,11 +32,11 @@ class Largest:
         self._low = np.empty(0, np.uint16)
 
     def add(self, bins: np.ndarray) -> None:
-        """Count a piece: how many of its keys share their upper 16 bits, [65536]."""
+        """Count a chunk: how many of its keys share their upper 16 bits, [65536]."""
         self._bins += bins
 
     def certain(self, keys: np.ndarray, start: int) -> np.ndarray:
-        """The coordinates of a piece, flat from ``start``, that are in whatever the boundary is."""
+        """The coordinates of a chunk, flat from ``start``, that are in whatever the boundary is."""
         if self._edge < 0:
             self._edge, self._missing = _reached(self._bins, self.count)
             wide = np.uint32 if self._bins.sum() < 1 << 32 else np.int64

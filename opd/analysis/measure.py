@@ -18,15 +18,15 @@ from opd.analysis.counts import (
     visible_and_true,
 )
 from opd.analysis.fast import leading
+from opd.analysis.formatting import Spectrum
 from opd.analysis.null import Null, isotropic_spectrum, noise_edge, solved
 from opd.analysis.overlap import overlap_row
 from opd.analysis.pair import Pair
 from opd.analysis.placement import MASKS, Placement, placements
 from opd.analysis.sides import MANTISSA, NumberFormat, Sides
 from opd.analysis.spectrum import RANKS, Spectra, rank_of, shape_of, spectra
-from opd.analysis.formatting import Spectrum
-from opd.checkpoint.tensors import dtype_name
 from opd.checkpoint.names import place
+from opd.checkpoint.tensors import dtype_name
 
 Row = dict[str, Any]
 _DRAWN = 64
@@ -59,7 +59,9 @@ def measured(pair: Pair, other: Pair | None = None, spectrum: Spectrum = Spectru
         "block": where.block,
         "shape": list(pair.shape),
         "numel": pair.numel,
-        "dtypes": [dtype_name(side.dtype) for side in (pair.base, pair.trained) if side is not None],
+        "dtypes": [
+            dtype_name(side.dtype) for side in (pair.base, pair.trained) if side is not None
+        ],
         "status": pair.reason or "ok",
     }
     if pair.reason:

@@ -7,9 +7,9 @@ import torch
 
 from opd.analysis.counts import VISIBLE
 from opd.analysis.pair import Pair
-from opd.analysis.sides import PIECE, NumberFormat, Sides
-from opd.mask.compare import Expected, Overlap
+from opd.analysis.sides import CHUNK, NumberFormat, Sides
 from opd.checkpoint.chunks import BINS, binades
+from opd.mask.compare import Expected, Overlap
 
 CHANGED = {"0": 0.0, "1e-5": VISIBLE}
 
@@ -24,7 +24,7 @@ def overlap_row(a: Sides, other: Pair | None) -> dict[str, Any]:
     if other.reason or other.trained is None:
         return {"overlap": {"status": other.reason}}
     trained = other.trained.read()
-    if not all(bool(torch.isfinite(part).all()) for part in trained.reshape(-1).split(PIECE)):
+    if not all(bool(torch.isfinite(part).all()) for part in trained.reshape(-1).split(CHUNK)):
         return {"overlap": {"status": "NaN or infinite values in the other model"}}
     b = Sides(base=a.base, trained=trained, precision=NumberFormat.bf16)
     tables = {key: np.zeros((4, BINS), np.int64) for key in CHANGED}

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from opd.checkpoint.tensors import dtype_name
-from opd.checkpoint.tensors import Stored, model_config, model_folder, open_checkpoint
+from opd.checkpoint.tensors import Stored, dtype_name, model_config, model_folder, open_checkpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module\.|_orig_mod\.|^module\.)")
@@ -148,7 +147,9 @@ def _pair(name: str, base: Stored | None, trained: Stored | None) -> Pair:
     elif base.shape != trained.shape:
         reason = f"shape {list(base.shape)} in the base, {list(trained.shape)} in the trained model"
     elif not (base.dtype.is_floating_point and trained.dtype.is_floating_point):
-        reason = f"no floating-point numbers ({dtype_name(base.dtype)}, {dtype_name(trained.dtype)})"
+        reason = (
+            f"no floating-point numbers ({dtype_name(base.dtype)}, {dtype_name(trained.dtype)})"
+        )
     elif not base.numel:
         reason = "empty"
     return Pair(name=name, base=base, trained=trained, reason=reason)

@@ -9,7 +9,7 @@ import torch
 
 from opd.analysis.counts import VISIBLE_KEY
 from opd.analysis.largest import Largest, counted, large_first, small_first
-from opd.analysis.sides import UpdateChunk, Sides
+from opd.analysis.sides import Sides, UpdateChunk
 from opd.analysis.spectrum import RANKS, Directions, rank_of
 from opd.checkpoint.chunks import BINS, binades
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opd.checkpoint.chunks import Chunk, float32, pieces, stretch
-from opd.delta.rebuild import copy_companions, require_free
-from opd.mask.rules import require_same
-from opd.mask.top_k import TopKQuery, Selection
-from opd.checkpoint.writer import write_tensors
+from opd.checkpoint.chunks import Chunk, chunk_values, chunks, float32
+from opd.checkpoint.companions import copy_companions, require_free
 from opd.checkpoint.tensors import Checkpoint, model_folder
+from opd.checkpoint.writer import write_tensors
+from opd.mask.rules import require_same
+from opd.mask.top_k import Selection, TopKQuery
 
 
 class Order(StrEnum):
@@ -41,7 +41,7 @@ class Moves:
     def count(self) -> int:
         """How many there are."""
         sizes = {name: stored.numel for name, stored in self.base.items()}
-        return sum(int(np.count_nonzero(self._size(p))) for p in pieces(sizes, self.base))
+        return sum(int(np.count_nonzero(self._size(p))) for p in chunks(sizes, self.base))
 
     def reverted(self, count: int, order: Order, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
         """The trained model's tensors with exactly ``count`` moves back at the base's values.
@@ -49,8 +49,8 @@ class Moves:
         Equal moves are parted by lot; the seed fixes it. Weights that did not move stay as they are.
         """
 
-        def score(piece: Chunk) -> np.ndarray:
-            size = self._size(piece)
+        def score(chunk: Chunk) -> np.ndarray:
+            size = self._size(chunk)
             ranked = {Order.smallest: -size, Order.largest: size, Order.random: 0 * size}[order]
             return np.where(size > 0, ranked, np.float32(-np.inf)).astype(np.float32)
 
@@ -71,10 +71,11 @@ class Moves:
         write_tensors(out / "model.safetensors", tensors, lambda: {"format": "pt"})
         copy_companions(model_folder(self.trained.model), out)
 
-    def _size(self, piece: Chunk) -> np.ndarray:
+    def _size(self, chunk: Chunk) -> np.ndarray:
         """abs(D), float32; the difference of two numbers is 0 only where they are equal."""
         before, after = (
-            stretch(side[piece.name], piece).to(self.dtype) for side in (self.base, self.trained)
+            chunk_values(side[chunk.name], chunk).to(self.dtype)
+            for side in (self.base, self.trained)
         )
         return np.abs(float32(after) - float32(before))
 

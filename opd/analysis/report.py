@@ -8,11 +8,11 @@ from typing import Any
 
 import jinja2
 
-from opd.analysis import pictures
+from opd.analysis import figures
+from opd.analysis.formatting import HEADLINES, at, meaning, shown
 from opd.analysis.measure import Row
 from opd.analysis.overlap import overlaps
 from opd.analysis.walk import Question
-from opd.analysis.formatting import HEADLINES, at, meaning, shown
 
 REPORT, APPENDIX = "report.html", "report.md"
 PRUNE_PICTURE = "prune.png"
@@ -90,7 +90,7 @@ def _pictures(rows: Sequence[Row], found: dict[str, Any], out: Path) -> list[Sho
     made = [
         Shown(
             title="How many weights stayed put",
-            path=pictures.sparsity(found, out / "sparsity.png"),
+            path=figures.sparsity(found, out / "sparsity.png"),
             said="The share of weights whose change is smaller than a threshold. Where the dashed "
             "line (an update without any structure, rounded to the same format) runs along the "
             "solid one, rounding alone explains the sparsity. The right panel is the same in the "
@@ -98,13 +98,13 @@ def _pictures(rows: Sequence[Row], found: dict[str, Any], out: Path) -> list[Sho
         ),
         Shown(
             title="Sparsity by layer and module type",
-            path=pictures.heat_map(rows, share_zero, "abs(D) < 1e-5, %", out / "sparsity_map.png"),
+            path=figures.heat_map(rows, share_zero, "abs(D) < 1e-5, %", out / "sparsity_map.png"),
             said="Bright cells hardly changed. Large weights have coarse number spacing, so modules "
             "with large weights look sparser whatever was learnt.",
         ),
         Shown(
             title="Sparsity beyond the null",
-            path=pictures.heat_map(
+            path=figures.heat_map(
                 rows, over_null, "observed - null, points", out / "excess_map.png", around=0.0
             ),
             said="What is left of the picture above once rounding is taken off, in percentage "
@@ -113,7 +113,7 @@ def _pictures(rows: Sequence[Row], found: dict[str, Any], out: Path) -> list[Sho
         ),
         Shown(
             title="Where changes fall: small weights and principal weights",
-            path=pictures.near_zero(rows, found, out / "near_zero.png"),
+            path=figures.near_zero(rows, found, out / "near_zero.png"),
             said="Left: small weights have fine spacing, so the same step shows in them and drowns "
             "in large ones; a preference for small weights is the distance between the lines. "
             "Right: how much denser changes are inside a mask than overall (1 = no preference), "
@@ -121,14 +121,14 @@ def _pictures(rows: Sequence[Row], found: dict[str, Any], out: Path) -> list[Sho
         ),
         Shown(
             title="Stable rank by layer and module type",
-            path=pictures.heat_map(rows, stable_rank, "stable rank of D", out / "stable_rank.png"),
+            path=figures.heat_map(rows, stable_rank, "stable rank of D", out / "stable_rank.png"),
             said="How many directions carry an update, |D|² / s₁². A random update of these shapes "
             f"has {shown(at(found, ('null', 'stable_rank', 'median')), '')} (median); rounding "
             "cannot lower it, so low values are learnt structure.",
         ),
     ]
     if any("spectrum" in row["bf16"] for row in rows):
-        path = pictures.spectra(rows, out / "spectra.png")
+        path = figures.spectra(rows, out / "spectra.png")
         said = (
             "Singular values of the update of three matrices: the most concentrated, the median, "
             "the least. What rises above the dashed edge is more than an even random update of "
@@ -146,7 +146,7 @@ def _overlap_picture(rows: Sequence[Row], out: Path) -> list[Shown]:
     known = [bar for bar in bars if bar is not None and bar.a]
     if not known:
         return []
-    path = pictures.overlap_bars(known, out / "overlap.png")
+    path = figures.overlap_bars(known, out / "overlap.png")
     said = (
         "The share of the first model's changed weights that the second changed too. Two updates "
         "that know nothing of each other already meet in small weights, where rounding lets "

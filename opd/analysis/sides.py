@@ -1,4 +1,4 @@
-"""The two sides of one tensor and their difference, a piece at a time, in a number format."""
+"""The two sides of one tensor and their difference, a chunk at a time, in a number format."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import torch
 
-PIECE = 1 << 17
+CHUNK = 1 << 17
 """Coordinates looked at together: a few MiB of temporaries."""
 
 
@@ -32,7 +32,7 @@ class UpdateChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sides:
-    """A tensor before and after, as stored; files stay mapped, so a piece costs a piece."""
+    """A tensor before and after, as stored; files stay mapped, so a chunk costs a chunk."""
 
     base: torch.Tensor
     trained: torch.Tensor
@@ -77,29 +77,29 @@ class Sides:
     def flat(self) -> Iterator[tuple[slice, UpdateChunk]]:
         """Flat coordinates in order."""
         before, after = self.base.reshape(-1), self.trained.reshape(-1)
-        for start in range(0, self.numel, PIECE):
-            part = slice(start, min(start + PIECE, self.numel))
+        for start in range(0, self.numel, CHUNK):
+            part = slice(start, min(start + CHUNK, self.numel))
             yield part, self._chunk(before[part], after[part])
 
-    def base_pieces(self) -> Iterator[torch.Tensor]:
+    def base_chunks(self) -> Iterator[torch.Tensor]:
         """W0 alone, flat, in the format of the comparison."""
-        for part in self.base.reshape(-1).split(PIECE):
+        for part in self.base.reshape(-1).split(CHUNK):
             yield self.pair(part, part)[0]
 
     def rows(self) -> Iterator[tuple[slice, UpdateChunk]]:
         """Rows of a matrix in order."""
-        step = max(1, PIECE // self.shape[1])
+        step = max(1, CHUNK // self.shape[1])
         for start in range(0, self.shape[0], step):
             part = slice(start, min(start + step, self.shape[0]))
             yield part, self._chunk(self.base[part], self.trained[part])
 
     def tall(self) -> Iterator[UpdateChunk]:
-        """The matrix, turned so that its longer side is cut: pieces [some, shorter side]."""
+        """The matrix, turned so that its longer side is cut: chunks [some, shorter side]."""
         rows, columns = self.shape
         before, after = self.base, self.trained
         if columns > rows:
             before, after = before.T, after.T
-        step = max(1, PIECE // min(rows, columns), min(rows, columns) // 8)
+        step = max(1, CHUNK // min(rows, columns), min(rows, columns) // 8)
         for start in range(0, max(rows, columns), step):
             yield self._chunk(before[start : start + step], after[start : start + step])
 

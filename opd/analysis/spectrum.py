@@ -1,6 +1,6 @@
 """Spectra of a matrix before, after and of its update: one decomposition each, used for all.
 
-The Gram matrix of the shorter side is summed up in float64 over pieces of the longer one. Float64
+The Gram matrix of the shorter side is summed up in float64 over chunks of the longer one. Float64
 keeps singular values to 1e-8 s_1 after the loss of half the digits, which is finer than a float32
 decomposition of the matrix itself (6e-8 s_1); and memory is that of the shorter side squared.
 """

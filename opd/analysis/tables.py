@@ -11,12 +11,17 @@ from opd.analysis.measure import Row
 PARQUET, CSV = "tensors.parquet", "tensors.csv"
 
 
+def flattened(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Each row with one entry a number, its path joined by slashes."""
+    return [dict(_flat(row, "")) for row in rows]
+
+
 def write_tables(rows: Sequence[Row], out: Path) -> None:
     """``tensors.parquet`` and ``tensors.csv``; lists are JSON text in both."""
     import pyarrow
     from pyarrow import parquet
 
-    flat = [dict(_flat(row, "")) for row in rows]
+    flat = flattened(rows)
     columns = list(dict.fromkeys(key for row in flat for key in row))
     table = {column: [row.get(column) for row in flat] for column in columns}
     parquet.write_table(pyarrow.table(table), out / PARQUET)

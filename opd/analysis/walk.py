@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from opd.analysis.formatting import Spectrum
 from opd.analysis.measure import Row, measured
 from opd.analysis.pair import Pair, paired
-from opd.analysis.formatting import Spectrum
 from opd.checkpoint.chunks import THREADS, Progress, quiet
 from opd.checkpoint.tensors import model_folder, weight_files
 
@@ -75,7 +75,7 @@ def measured_all(
     pairs: Sequence[Pair], others: Mapping[str, Pair], spectrum: Spectrum = Spectrum.exact
 ) -> Iterator[tuple[Pair, Row]]:
     """Rows of pairs as they are done; THREADS at a time, the largest first, so that none is left
-    alone at the end. Each has its share of the cores: a tensor is looked at in pieces that are too
+    alone at the end. Each has its share of the cores: a tensor is looked at in chunks that are too
     small for many.
     """
 

@@ -91,7 +91,12 @@ def build_teachers(
         copy = _copy_of_student(config, config.teacher, world)
         backend = _self_backend(config, config.teacher, model, copy)
         teachers = _local_clients(
-            backend, config.teacher.max_num_batched_tokens, DType.float32, requests, student, progress
+            backend,
+            config.teacher.max_num_batched_tokens,
+            DType.float32,
+            requests,
+            student,
+            progress,
         )  # float32: nothing is sent
     else:
         teachers = _clients(config.teacher, student, requests, world, progress)

@@ -43,16 +43,12 @@ def build_trackers(
     ]
     if isinstance(config.tracking, WandbConfig):
         trackers.append(
-            WandbTracker(
-                config.tracking, name=config.run.name, folder=folder, resolved=resolved
-            )
+            WandbTracker(config.tracking, name=config.run.name, folder=folder, resolved=resolved)
         )
     return Trackers(trackers)
 
 
-def build_weight_record(
-    config: Config, folder: Path, world: World, resumed: int | None
-) -> Write:
+def build_weight_record(config: Config, folder: Path, world: World, resumed: int | None) -> Write:
     """Where record=weights writes."""
     if not world.is_main or not isinstance(config.record, WeightRecordConfig):
         return lambda step, row: None

@@ -1,4 +1,4 @@
-"""Whole models a piece at a time: what every pass over the weights shares."""
+"""Whole models a chunk at a time: what every pass over the weights shares."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +11,7 @@ import torch
 
 from opd.checkpoint.tensors import Stored
 
-PIECE = 1 << 18
+CHUNK = 1 << 18
 """Coordinates looked at together: a few MiB of temporaries."""
 THREADS = 2
 AHEAD = 4
@@ -36,12 +36,12 @@ def quiet(_doing: str, _done: float) -> None:
     """Progress that nobody watches."""
 
 
-def pieces(sizes: Mapping[str, int], names: Iterable[str]) -> list[Chunk]:
+def chunks(sizes: Mapping[str, int], names: Iterable[str]) -> list[Chunk]:
     """The parameters of these names, cut up; empty ones have none."""
     return [
-        Chunk(name, start, min(start + PIECE, sizes[name]))
+        Chunk(name, start, min(start + CHUNK, sizes[name]))
         for name in names
-        for start in range(0, sizes[name], PIECE)
+        for start in range(0, sizes[name], CHUNK)
     ]
 
 
@@ -56,9 +56,9 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterable[A
         yield under_way.popleft().result()
 
 
-def stretch(stored: Stored, piece: Chunk) -> torch.Tensor:
+def chunk_values(stored: Stored, chunk: Chunk) -> torch.Tensor:
     """These coordinates of a tensor, as stored."""
-    return stored.read().reshape(-1)[piece.start : piece.stop]
+    return stored.read().reshape(-1)[chunk.start : chunk.stop]
 
 
 def float32(values: torch.Tensor) -> np.ndarray:
@@ -80,6 +80,6 @@ def binades(values: torch.Tensor) -> np.ndarray:
 def counts_by_binade(stored: Stored, index: torch.Tensor) -> np.ndarray:
     """How many of some coordinates of a parameter lie in each binade of its weights, [BINS]."""
     weights, counts = stored.read().reshape(-1), np.zeros(BINS, np.int64)
-    for part in index.split(PIECE):
+    for part in index.split(CHUNK):
         counts += np.bincount(binades(weights[part]), minlength=BINS)
     return counts

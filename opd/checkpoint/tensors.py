@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
 
 from opd.checkpoint.fsdp import PATTERN as SHARDS
 from opd.checkpoint.fsdp import read_shards, shard_files
@@ -109,9 +112,6 @@ def _read_file(file: Path) -> dict[str, Stored]:
 
 
 def _downloaded(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", *COMPANIONS]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
@@ -167,8 +167,6 @@ def _shards(files: list[Path]) -> dict[str, Stored]:
 
 
 def _safetensors(file: Path) -> dict[str, Stored]:
-    from safetensors import safe_open
-
     opened: Any = safe_open(file, framework="pt")
     return {name: _slice(opened, name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
 

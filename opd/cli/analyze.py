@@ -1,117 +1,92 @@
 """``opd analyze``: what training changed in the weights, and is it more than rounding?"""
 
-import argparse
-import json
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
+from rich.console import Console
+from rich.table import Table
 
-from opd.analysis.formatting import HEADLINES, Spectrum, at, meaning, shown
-from opd.cli.mask_delta import final_model
-from opd.cli.mask import progress_bar
-from opd.config.arguments import explained, typed
+from opd.cli.grammar import read_words
+from opd.cli.progress import progress_bar
+from opd.config.arguments import parse_arguments, split_arguments
 
 if TYPE_CHECKING:
-    from opd.run.prune import Asked
+    from opd.run.analyze import Analysis
+
+HELP = """usage: opd analyze base=MODEL trained=MODEL out=DIR [other=MODEL] [spectrum=fast] [prune=RECIPE]
+
+Compare two checkpoints: sparsity, spectra, placement, each beside its null model.
+
+example: opd analyze base=recipes/quickstart/student trained=runs/quickstart out=analysis
+"""
 
 
 @dataclass(kw_only=True, slots=True)
-class AnalyzeCommand:
-    """What `opd analyze` is told."""
+class AnalyzeArguments:
+    """Keys of `opd analyze`."""
 
     base: str = MISSING
     """Folder or hub id of the model that training started from."""
     trained: str = MISSING
     """Folder or hub id of the trained model, or the folder of a run (its final/ is meant)."""
     out: str = MISSING
-    """Folder for tables, pictures and the report; the same command goes on with what is there."""
+    """Folder for tables, pictures and the report; the same command resumes from what is there."""
     other: str | None = None
     """A second model trained from the same base: how the two updates overlap."""
-    spectrum: Spectrum = Spectrum.exact
-    """fast: the 64 leading singular values of each update, with bounds, and no decompositions."""
+    spectrum: str = "exact"
+    """exact, or fast: the 64 leading singular values of each update, with bounds, no decompositions."""
     prune: str | None = None
-    """Recipe whose examination is asked while moves are taken back; keys of `opd prune` may follow."""
+    """Recipe to evaluate with while moves are taken back; keys of `opd prune` may follow."""
 
 
-def add_analyze_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register ``opd analyze``."""
-    parser = commands.add_parser(
-        "analyze",
-        help="what training changed in the weights, beside what rounding alone would show",
-        description="Compare two checkpoints: sparsity, spectra, placement, each beside its null model.",
-        epilog=f"Keys:\n{explained(AnalyzeCommand)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.usage = (
-        "opd analyze base=MODEL trained=MODEL out=DIR [other=MODEL] [spectrum=fast] [prune=RECIPE]"
-    )
-    parser.set_defaults(run=_analyze)
+def main(words: list[str]) -> None:
+    """Parse, run and print."""
+    read = read_words(words, HELP, shown=AnalyzeArguments)
+    own, others = split_arguments(AnalyzeArguments, read.settings)
+    prunes = any(word.startswith("prune=") for word in own)
+    arguments = parse_arguments(AnalyzeArguments, own if prunes else read.settings)
+    if arguments.spectrum not in ("exact", "fast"):
+        raise ValueError(f"spectrum={arguments.spectrum}: allowed are exact and fast")
+    from opd.run.analyze import analyze  # loads torch, which --help does not need
 
-
-def _analyze(parsed: argparse.Namespace, rest: list[str]) -> None:
-    wrong = [word for word in rest if word.startswith("-")]
-    if wrong:
-        raise ValueError(f"unknown option {wrong[0]}: see opd analyze --help")
-    own = {field.name for field in fields(AnalyzeCommand)}
-    prunes = any(word.startswith("prune=") for word in rest)
-    others = [word for word in rest if prunes and word.partition("=")[0] not in own]
-    told = typed(AnalyzeCommand, [word for word in rest if word not in others])
-    out = Path(told.out)
-    if out.is_file():
-        raise ValueError(f"out={out} is a file: name a folder")
-    pruning = None if told.prune is None else _asked(told, others)
-
-    from opd.analysis.report import write_report
-    from opd.analysis.summary import summary
-    from opd.analysis.tables import write_tables
-    from opd.analysis.walk import Question, walked
-
-    question = Question(
-        base=final_model(told.base),
-        trained=final_model(told.trained),
-        other=None if told.other is None else final_model(told.other),
-        spectrum=told.spectrum,
-    )
+    curve = None if arguments.prune is None else _pruned(arguments, others)
     with progress_bar() as progress:
-        rows = walked(question, out, progress)
-    found = summary(rows) | {"prune": None if pruning is None else _pruned(pruning)}
-    (out / "summary.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    write_tables(rows, out)
-    page = write_report(question, rows, found, out)
-    _tell(found, page)
+        found = analyze(
+            arguments.base,
+            arguments.trained,
+            other=arguments.other,
+            spectrum=arguments.spectrum,
+            out=arguments.out,
+            prune=curve,
+            progress=progress,
+        )
+    _print(found)
 
 
-def _asked(told: AnalyzeCommand, others: list[str]) -> "Asked":
-    from opd.run.prune import asked
+def _pruned(arguments: AnalyzeArguments, others: list[str]) -> dict[str, Any]:
+    from opd.cli.prune import print_curves  # loads torch, which --help does not need
+    from opd.run.prune import parse_prune, prune
 
-    words = [f"base={told.base}", f"trained={told.trained}", f"recipe={told.prune}"]
-    return asked([*words, f"out={told.out}", *others])
-
-
-def _pruned(call: "Asked") -> dict[str, Any]:
-    from opd.run.prune import print_curves, prune
-
-    result = prune(call)
+    words = [f"base={arguments.base}", f"trained={arguments.trained}", f"recipe={arguments.prune}"]
+    result = prune(parse_prune([*words, f"out={arguments.out}", *others]))
     print_curves(result)
     return result
 
 
-def _tell(found: dict[str, Any], page: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _print(found: "Analysis") -> None:
+    from opd.analysis.formatting import HEADLINES, at, shown  # with the analysis itself
 
     table = Table("bf16, as in the paper", box=None)
     for column in ("observed", "null", "excess", "z"):
         table.add_column(column, justify="right")
     for headline in HEADLINES:
-        parts = [at(found[part], headline.path) for part in ("paper", "null", "excess", "z")]
+        parts = [at(found.summary[p], headline.path) for p in ("paper", "null", "excess", "z")]
         if parts[0] is not None:
             cells = [shown(value, headline.unit) for value in parts[:3]]
             table.add_row(headline.name, *cells, shown(parts[3], "z"))
     Console().print(table)
-    print("\n".join(meaning(found)))
-    for name, reason in found["tensors"]["left_out"].items():
+    print("\n".join(found.sentences))
+    for name, reason in found.summary["tensors"]["left_out"].items():
         print(f"opd: left out {name}: {reason}")
-    print(f"report: {page}")
+    print(f"report: {found.report}")

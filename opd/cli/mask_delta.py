@@ -1,24 +1,43 @@
 """``opd mask export | apply | undo``: a trained subnetwork as a small file, and back."""
 
-import argparse
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
-from opd.config.arguments import explained, typed
-from opd.config.masks import Others
+from opd.checkpoint.companions import require_free
+from opd.checkpoint.tensors import Checkpoint, open_checkpoint, torch_dtype
+from opd.cli.grammar import read_words
+from opd.config.arguments import parse_arguments
+from opd.delta.export import cast, export_delta
+from opd.delta.format import Delta, Side, read_delta
+from opd.delta.rebuild import write_base, write_trained
+from opd.delta.shira import Adapter, Others, export_shira
+from opd.mask.mask import Mask
+from opd.run.model_names import resolved_model
 
-if TYPE_CHECKING:
-    from opd.delta.format import Delta
-    from opd.delta.shira import Adapter
-    from opd.checkpoint.tensors import Checkpoint
+EXPORT = """usage: opd mask export base=MODEL trained=MODEL out=FILE [key=value ...]
+
+Write what training changed as one small file, or as a SHiRA adapter (format=shira).
+
+example: opd mask export base=MODEL trained=runs/x out=x.safetensors
+"""
+APPLY = """usage: opd mask apply base=MODEL delta=FILE out=FOLDER
+
+Make the trained model from its base and the file of `opd mask export`, bit for bit.
+
+example: opd mask apply base=MODEL delta=x.safetensors out=trained
+"""
+UNDO = """usage: opd mask undo trained=MODEL delta=FILE out=FOLDER
+
+Make the base from the trained model and the file of `opd mask export`, bit for bit.
+
+example: opd mask undo trained=runs/x delta=x.safetensors out=base
+"""
 
 
 class Format(StrEnum):
@@ -38,8 +57,8 @@ class CastTo(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
-class ExportCommand:
-    """What `opd mask export` is told."""
+class ExportArguments:
+    """Keys of `opd mask export`."""
 
     base: str = MISSING
     """Folder or hub id of the model that training started from."""
@@ -58,8 +77,8 @@ class ExportCommand:
 
 
 @dataclass(kw_only=True, slots=True)
-class ApplyCommand:
-    """What `opd mask apply` is told."""
+class ApplyArguments:
+    """Keys of `opd mask apply`."""
 
     base: str = MISSING
     """Folder or hub id of the base."""
@@ -70,8 +89,8 @@ class ApplyCommand:
 
 
 @dataclass(kw_only=True, slots=True)
-class UndoCommand:
-    """What `opd mask undo` is told."""
+class UndoArguments:
+    """Keys of `opd mask undo`."""
 
     trained: str = MISSING
     """Folder or hub id of the trained model, or the folder of a run."""
@@ -81,48 +100,25 @@ class UndoCommand:
     """Folder to write: the base."""
 
 
-def add_delta_commands(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The three verbs under ``opd mask``."""
-    for name, run, command, help in (
-        ("export", export, ExportCommand, "write what training changed as one small file"),
-        ("apply", apply, ApplyCommand, "make the trained model from its base and that file"),
-        ("undo", undo, UndoCommand, "make the base from the trained model and that file"),
-    ):
-        parser = verbs.add_parser(
-            name,
-            help=help,
-            description=help,
-            epilog=f"Keys and their defaults:\n{explained(command)}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        required = [field.name for field in fields(command) if field.default == MISSING]
-        parser.usage = (
-            f"opd mask {name} {' '.join(f'{key}=...' for key in required)} [KEY=VALUE ...]"
-        )
-        parser.set_defaults(run=run)
-
-
-def export(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+def export(words: list[str]) -> None:
     """``opd mask export base=A trained=B out=FILE [mask=] [dtype=] [format=] [others=]``."""
-    told = typed(ExportCommand, rest)
-    out = Path(told.out)
-    if told.format == Format.shira:
-        from opd.delta.rebuild import require_free
-        from opd.delta.shira import export_shira
-
+    read = read_words(words, EXPORT, shown=ExportArguments)
+    arguments = parse_arguments(ExportArguments, read.settings)
+    out = Path(arguments.out)
+    if arguments.format == Format.shira:
         require_free(out)
         with tempfile.TemporaryDirectory() as folder:
-            base, delta = _exported(told, Path(folder) / "delta.safetensors", rest)
-            adapter = export_shira(base, delta, out, told.others)
-        _tell_adapter(adapter, out)
+            base, delta = _exported(arguments, Path(folder) / "delta.safetensors", words)
+            adapter = export_shira(base, delta, out, arguments.others)
+        _print_adapter(adapter, out)
         return
-    if told.others != Others.refuse:
+    if arguments.others != Others.refuse:
         raise ValueError("others= is for format=shira only: leave it out")
     if out.suffix != ".safetensors":
         raise ValueError(f"out={out} should be a file: name one that ends in .safetensors")
     if out.exists():
         raise ValueError(f"out={out} is there already: name a new file, or remove it")
-    base, delta = _exported(told, out, rest)
+    base, delta = _exported(arguments, out, words)
     dense = sum(stored.numel * stored.dtype.itemsize for stored in base.values())
     size = out.stat().st_size
     print(
@@ -132,65 +128,46 @@ def export(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     )
 
 
-def apply(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+def apply(words: list[str]) -> None:
     """``opd mask apply base=A delta=FILE out=FOLDER``."""
-    from opd.delta.format import Side, read_delta
-    from opd.delta.rebuild import write_trained
-    from opd.checkpoint.tensors import open_checkpoint
 
-    told = typed(ApplyCommand, rest)
-    delta = read_delta(Path(told.delta))
-    write_trained(open_checkpoint(told.base), delta, Path(told.out))
-    _tell_rebuilt(delta, Side.trained, told.out)
+    read = read_words(words, APPLY, shown=ApplyArguments)
+    arguments = parse_arguments(ApplyArguments, read.settings)
+    delta = read_delta(Path(arguments.delta))
+    write_trained(open_checkpoint(arguments.base), delta, Path(arguments.out))
+    _print_rebuilt(delta, Side.trained, arguments.out)
 
 
-def undo(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+def undo(words: list[str]) -> None:
     """``opd mask undo trained=B delta=FILE out=FOLDER``."""
-    from opd.delta.format import Side, read_delta
-    from opd.delta.rebuild import write_base
-    from opd.checkpoint.tensors import open_checkpoint
 
-    told = typed(UndoCommand, rest)
-    delta = read_delta(Path(told.delta))
-    write_base(open_checkpoint(final_model(told.trained)), delta, Path(told.out))
-    _tell_rebuilt(delta, Side.base, told.out)
+    read = read_words(words, UNDO, shown=UndoArguments)
+    arguments = parse_arguments(UndoArguments, read.settings)
+    delta = read_delta(Path(arguments.delta))
+    write_base(open_checkpoint(resolved_model(arguments.trained)), delta, Path(arguments.out))
+    _print_rebuilt(delta, Side.base, arguments.out)
 
 
-def _exported(told: ExportCommand, out: Path, rest: Sequence[str]) -> "tuple[Checkpoint, Delta]":
-    import torch
+def _exported(arguments: ExportArguments, out: Path, words: list[str]) -> tuple[Checkpoint, Delta]:
 
-    from opd.delta.format import cast, export_delta
-    from opd.mask.mask import read_mask
-    from opd.checkpoint.tensors import open_checkpoint
-
-    base, trained = open_checkpoint(told.base), open_checkpoint(final_model(told.trained))
-    if told.dtype != CastTo.stored:
-        trained = cast(trained, getattr(torch, told.dtype.value))
-    mask = None if told.mask is None else read_mask(Path(told.mask))
-    command = shlex.join(["opd", "mask", "export", *rest])
+    base, trained = (
+        open_checkpoint(arguments.base),
+        open_checkpoint(resolved_model(arguments.trained)),
+    )
+    if arguments.dtype != CastTo.stored:
+        trained = cast(trained, torch_dtype(arguments.dtype.value))
+    mask = None if arguments.mask is None else Mask.read(arguments.mask)
+    command = shlex.join(["opd", "mask", "export", *words])
     return base, export_delta(base, trained, out, mask=mask, command=command)
 
 
-def final_model(model: str) -> str:
-    """The model of a run's folder; any other name as it is."""
-    folder = Path(model)
-    if not (folder / "metrics.jsonl").is_file() and not (folder / "final").is_dir():
-        return model
-    if not (folder / "final" / "config.json").is_file():
-        raise ValueError(
-            f"the run {model} has no final/ yet: let it finish, or name the folder of a model"
-        )
-    return str(folder / "final")
-
-
-def _tell_rebuilt(delta: "Delta", side: StrEnum, out: str) -> None:
-    from opd.delta.format import Side
+def _print_rebuilt(delta: Delta, side: StrEnum, out: str) -> None:
 
     end = delta.ends[Side(side)]
     print(f"{out} is {end.model} bit for bit (fingerprint {end.fingerprint[:12]})")
 
 
-def _tell_adapter(adapter: "Adapter", out: Path) -> None:
+def _print_adapter(adapter: Adapter, out: Path) -> None:
     for name, reason in adapter.left_out.items():
         print(f"opd: warning: left out {name}: {reason}", file=sys.stderr)
     print(

@@ -8,11 +8,11 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from opd.checkpoint.names import place
 from opd.mask.compare import LEVELS, MaskComparison, Overlap
 from opd.mask.describe import Description, Share
 from opd.mask.discover import Summary
 from opd.mask.mask import Mask
-from opd.checkpoint.names import place
 
 EXTREMES = 5
 CHANCE = {

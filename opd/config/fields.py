@@ -78,10 +78,10 @@ def _is_optional(field: Field[Any]) -> bool:
 def explained(kind: type) -> str:
     """Every key with its default, what is allowed and its sentence: the text behind --help."""
     lines: list[str] = []
-    for field in fields(kind):
-        limits = allowed(field)
-        lines.append(f"  {field.name}={default(field)}{f'   ({limits})' if limits else ''}")
-        lines.append(f"      {sentence(kind, field.name)}")
+    for each in fields(kind):
+        limits = allowed(each)
+        lines.append(f"  {each.name}={default(each)}{f'   ({limits})' if limits else ''}")
+        lines.append(f"      {sentence(kind, each.name)}")
     return "\n".join(lines)
 
 

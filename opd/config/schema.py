@@ -7,36 +7,58 @@ from omegaconf import MISSING
 
 from opd.config import (
     adapter as adapter_group,
+)
+from opd.config import (
     data as data_group,
+)
+from opd.config import (
     eval as eval_group,
+)
+from opd.config import (
     launch as launch_group,
+)
+from opd.config import (
     loss as loss_group,
+)
+from opd.config import (
     mask as mask_group,
+)
+from opd.config import (
     optim as optim_group,
+)
+from opd.config import (
     record as record_group,
+)
+from opd.config import (
     reward as reward_group,
+)
+from opd.config import (
     rollout as rollout_group,
+)
+from opd.config import (
     teacher as teacher_group,
+)
+from opd.config import (
     tracking as tracking_group,
 )
-from opd.config.teacher import TeacherConfig
-from opd.config.rollout import RolloutConfig
-from opd.config.data import DataConfig
-from opd.config.loss import LossConfig
-from opd.config.reward import RewardConfig
-from opd.config.optim import OptimConfig
 from opd.config.adapter import AdapterConfig
-from opd.config.mask import MaskConfig
+from opd.config.data import DataConfig
 from opd.config.eval import EvalConfig
-from opd.config.launch import LaunchConfig
-from opd.config.record import RecordConfig
-from opd.config.tracking import TrackingConfig
 from opd.config.fields import bounded, broken_bounds
+from opd.config.launch import LaunchConfig
+from opd.config.loss import LossConfig
+from opd.config.mask import MaskConfig
 from opd.config.method import Method
+from opd.config.optim import OptimConfig
+from opd.config.record import RecordConfig
+from opd.config.reward import RewardConfig
+from opd.config.rollout import RolloutConfig
 from opd.config.run import RunConfig
 from opd.config.save import SaveConfig
 from opd.config.student import StudentConfig
 from opd.config.sync import SyncConfig
+from opd.config.teacher import TeacherConfig
+from opd.config.tracking import TrackingConfig
 from opd.config.train import TrainConfig
 
 

@@ -35,8 +35,12 @@ def read_prompt_sets(config: Config, student: StudentTokenizer) -> PromptSets:
         context = min(context, config.rollout.max_model_len)
     train_tokens = config.rollout.max_tokens
     eval_tokens = config.eval.max_tokens or train_tokens
-    reader = _SetReader(data=data, student=student, teacher_tokenizer=_teacher_tokenizer(data, student))
-    train = reader.read(data.train, data, context - train_tokens, completions=_completions(config, student))
+    reader = _SetReader(
+        data=data, student=student, teacher_tokenizer=_teacher_tokenizer(data, student)
+    )
+    train = reader.read(
+        data.train, data, context - train_tokens, completions=_completions(config, student)
+    )
     held_out: list[Prompt] = []
     if data.eval is not None:
         room = context - max(eval_tokens, train_tokens)

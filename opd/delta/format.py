@@ -7,17 +7,17 @@ take two, and a difference of floats would round.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from opd.mask.mask import Mask, index_dtype, require_sound
-from opd.checkpoint.writer import write_tensors
-from opd.checkpoint.tensors import Checkpoint, Stored, digest, fingerprint_of
+from opd.checkpoint.tensors import digest, dtype_name
+from opd.mask.file import require_coordinates
 
 FORMAT = "opd-delta-1"
 COORDINATES, XOR = ".coordinates", ".xor"
@@ -138,8 +138,6 @@ def read_delta(path: Path) -> Delta:
 
     Raises ValueError when the file is missing, cut short, or none of ours.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise ValueError(f"there is no sparse checkpoint {path}: make one with `opd mask export`")
     try:

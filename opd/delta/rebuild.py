@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from opd.delta.format import Delta, Side
+from opd.checkpoint.companions import copy_companions, require_free
+from opd.checkpoint.tensors import Checkpoint, model_folder, open_checkpoint
 from opd.checkpoint.writer import write_tensors
-from opd.checkpoint.tensors import COMPANIONS, Checkpoint, model_folder, open_checkpoint
+from opd.delta.format import Delta, Side
 
 SHARD_BYTES = 5 * 10**9
 

@@ -14,15 +14,24 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from opd.config.masks import Others
-from opd.delta.format import Delta, Side
-from opd.checkpoint.writer import write_tensors
 from opd.checkpoint.tensors import Checkpoint, model_folder
+from opd.checkpoint.writer import write_tensors
+from opd.delta.format import Delta, Side
+
+
+class Others(StrEnum):
+    """What is done about changed parameters that an adapter cannot hold."""
+
+    refuse = "refuse"
+    drop = "drop"
+
 
 PREFIX = "base_model.model."
 NAMED = 6
@@ -110,8 +119,6 @@ def _sorted_out(base: Checkpoint, delta: Delta) -> tuple[list[str], list[str], d
 
 def _modules(model: str) -> dict[str, torch.nn.Module]:
     """The modules of a causal language model, without its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.device("meta"):
         return dict(
             AutoModelForCausalLM.from_config(

@@ -89,7 +89,8 @@ class TaskEvaluator:
         counts = right.reshape(len(share), self.config.k).sum(axis=1).tolist()
         powers = [2**e for e in range(1, self.config.k.bit_length()) if 2**e <= self.config.k]
         return {"mean_at_k": sum(counts) / self.config.k} | {
-            f"pass_at_{j}": sum(pass_at(j, self.config.k, count) for count in counts) for j in powers
+            f"pass_at_{j}": sum(pass_at(j, self.config.k, count) for count in counts)
+            for j in powers
         }
 
     def _transcripts(self, rollouts: list[Rollout], right: list[bool]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from opd.batch import Batch, LossOutput
 from opd.config.fields import require_bounds
 from opd.config.loss import DivergenceLossConfig, Support
 from opd.losses.closed_form import with_gradients
-from opd.losses.token_weights import TokenWeights
 from opd.losses.support import (
     MAX_LOG_RATIO,
     spread,
@@ -16,6 +15,7 @@ from opd.losses.support import (
     teacher_buckets,
     within_engine_ids,
 )
+from opd.losses.token_weights import TokenWeights
 from opd.types import DivergenceKind
 
 Pair = tuple[torch.Tensor, torch.Tensor]

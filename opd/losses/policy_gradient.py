@@ -7,8 +7,8 @@ import torch
 from opd.batch import Batch, LossOutput
 from opd.config.fields import require_bounds
 from opd.config.loss import PolicyGradientLossConfig
-from opd.losses.token_weights import TokenWeights, at_target
 from opd.losses.support import MAX_LOG_RATIO
+from opd.losses.token_weights import TokenWeights, at_target
 from opd.types import Surrogate
 
 MAX_GAIN = 20.0
@@ -90,7 +90,10 @@ class PolicyGradient:
         wrote_N = torch.where(engine_logp_N.isnan(), logp_N.detach(), engine_logp_N)
         ratio_N = (logp_N - wrote_N).exp()
         plain_N = ratio_N * advantage_N
-        cut_N = ratio_N.clamp(1.0 - self.config.clip_ratio_low, 1.0 + self.config.clip_ratio_high) * advantage_N
+        cut_N = (
+            ratio_N.clamp(1.0 - self.config.clip_ratio_low, 1.0 + self.config.clip_ratio_high)
+            * advantage_N
+        )
         return torch.minimum(plain_N, cut_N), cut_N.detach() < plain_N.detach()
 
 

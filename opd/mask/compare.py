@@ -7,10 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opd.mask.mask import Mask, held_by
+from opd.checkpoint.chunks import (
+    BINS,
+    Progress,
+    binades,
+    chunk_values,
+    chunks,
+    counts_by_binade,
+    quiet,
+)
 from opd.checkpoint.names import place
-from opd.checkpoint.chunks import BINS, Progress, binades, counts_by_binade, pieces, quiet, stretch
 from opd.checkpoint.tensors import Checkpoint
+from opd.mask.mask import Mask, held_by
 
 LEVELS = ("global", "tensor", "binade")
 """What chance keeps: both densities; both counts in each tensor; both in each binade of each tensor."""
@@ -144,8 +152,8 @@ def _cells(a: Mask, b: Mask, base: Checkpoint | None, progress: Progress) -> Ite
 def _by_binade(base: Checkpoint, name: str, a: torch.Tensor, b: torch.Tensor) -> Expected:
     stored = base[name]
     sizes = np.zeros(BINS, np.int64)
-    for piece in pieces({name: stored.numel}, [name]):
-        sizes += np.bincount(binades(stretch(stored, piece)), minlength=BINS)
+    for chunk in chunks({name: stored.numel}, [name]):
+        sizes += np.bincount(binades(chunk_values(stored, chunk)), minlength=BINS)
     return Expected.of(sizes, counts_by_binade(stored, a), counts_by_binade(stored, b))
 
 

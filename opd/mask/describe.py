@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from opd.mask.mask import Mask
 from opd.checkpoint.names import BLOCKS, place
+from opd.mask.mask import Mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

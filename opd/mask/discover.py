@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from opd.config.masks import RuleConfig
-from opd.mask.mask import Origin, write_mask
 from opd.checkpoint.chunks import Progress, quiet
-from opd.mask.search import Search
-from opd.mask.settings import require_sound
 from opd.checkpoint.tensors import Checkpoint
+from opd.config.mask import RuleConfig, require_valid_rule
+from opd.mask.file import Origin, write_mask
+from opd.mask.search import Search
 
 if TYPE_CHECKING:
     from opd.mask.mask import Mask

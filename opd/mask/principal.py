@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opd.checkpoint.chunks import PIECE, Chunk, Progress, float32
-from opd.mask.spool import spooled
+from opd.checkpoint.chunks import CHUNK, Chunk, Progress, float32
 from opd.checkpoint.tensors import Checkpoint, Stored
+from opd.mask.spool import spooled
 
 
 def safe(
@@ -50,7 +50,7 @@ def _scores(stored: Stored, rank_share: float) -> Iterator[np.ndarray]:
 
 
 def _blocks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield from matrix.split(max(1, PIECE // max(1, matrix.shape[1])))
+    yield from matrix.split(max(1, CHUNK // max(1, matrix.shape[1])))
 
 
 def _leading(matrix: torch.Tensor, rank: int) -> Callable[[torch.Tensor], np.ndarray]:

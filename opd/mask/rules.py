@@ -1,15 +1,14 @@
-"""What makes a weight worth training: each rule as scores of the coordinates of a piece."""
+"""What makes a weight worth training: each rule as scores of the coordinates of a chunk."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from opd.checkpoint.chunks import Chunk, Progress, chunk_values, float32
+from opd.checkpoint.tensors import Checkpoint, Stored, open_checkpoint, open_tensors
 from opd.config.functions import load_function
 from opd.mask.spool import spooled
-
-from opd.checkpoint.chunks import Chunk, Progress, float32, stretch
-from opd.checkpoint.tensors import Checkpoint, Stored, open_checkpoint, open_tensors
 
 Read = Callable[[Chunk], np.ndarray]
 
@@ -21,9 +20,11 @@ def delta(base: Checkpoint, other: Checkpoint, trained: str) -> Read:
     """
     require_same(base, other, f"trained={trained}")
 
-    def read(piece: Chunk) -> np.ndarray:
-        before, after = (stretch(side[piece.name], piece).bfloat16() for side in (base, other))
-        return _without_nan(np.abs(float32(after) - float32(before)), piece.name, f"|D| of {trained}")
+    def read(chunk: Chunk) -> np.ndarray:
+        before, after = (chunk_values(side[chunk.name], chunk).bfloat16() for side in (base, other))
+        return _without_nan(
+            np.abs(float32(after) - float32(before)), chunk.name, f"|D| of {trained}"
+        )
 
     return read
 
@@ -31,8 +32,10 @@ def delta(base: Checkpoint, other: Checkpoint, trained: str) -> Read:
 def near_zero(base: Checkpoint) -> Read:
     """-|W0|: the smallest weights first."""
 
-    def read(piece: Chunk) -> np.ndarray:
-        return _without_nan(-np.abs(float32(stretch(base[piece.name], piece))), piece.name, base.model)
+    def read(chunk: Chunk) -> np.ndarray:
+        return _without_nan(
+            -np.abs(float32(chunk_values(base[chunk.name], chunk))), chunk.name, base.model
+        )
 
     return read
 
@@ -42,8 +45,8 @@ def scores(base: Checkpoint, file: str) -> Read:
     given = open_tensors(Path(file))
     require_same(base, given, f"scores={file}")
 
-    def read(piece: Chunk) -> np.ndarray:
-        return _without_nan(float32(stretch(given[piece.name], piece)), piece.name, file)
+    def read(chunk: Chunk) -> np.ndarray:
+        return _without_nan(float32(chunk_values(given[chunk.name], chunk)), chunk.name, file)
 
     return read
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from opd.config.masks import MaskBudget, MaskRule, MaskStructure, RuleConfig
-from opd.mask import rules
+from opd.checkpoint.chunks import Chunk, Progress, binades, chunk_values, counts_by_binade
 from opd.checkpoint.names import place
-from opd.checkpoint.chunks import Chunk, Progress, binades, counts_by_binade, stretch
-from opd.mask.principal import safe
-from opd.mask.top_k import TopKQuery, Threshold, Read, Selection, cut_at
-from opd.mask.units import UnitSelection
 from opd.checkpoint.tensors import Checkpoint
+from opd.config.mask import MaskBudget, MaskRule, MaskStructure, RuleConfig
+from opd.mask import rules
+from opd.mask.principal import safe
+from opd.mask.top_k import Read, Selection, Threshold, TopKQuery, cut_at
+from opd.mask.units import UnitSelection
 
 if TYPE_CHECKING:
     from opd.mask.mask import Mask
@@ -149,8 +149,8 @@ class Search:
             query = TopKQuery(names=(name,), quotas=quotas, classes=classes)
             yield from selection.kept(query, selection.cut(query))
 
-    def _binades(self, piece: Chunk) -> np.ndarray:
-        return binades(stretch(self._base[piece.name], piece))
+    def _binades(self, chunk: Chunk) -> np.ndarray:
+        return binades(chunk_values(self._base[chunk.name], chunk))
 
     def _groups(self) -> list[Group]:
         """Who competes with whom, for places that add up to the density of the whole model."""

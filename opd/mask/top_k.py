@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opd.mask.mask import index_dtype
-from opd.checkpoint.chunks import THREADS, Chunk, Progress, in_order, pieces, quiet
+from opd.checkpoint.chunks import THREADS, Chunk, Progress, chunks, in_order, quiet
+from opd.mask.file import index_dtype
 
 Read = Callable[[Chunk], np.ndarray]
 BEYOND = 1 << 32
@@ -95,7 +95,9 @@ def tiebreak(salt: str, name: str, coordinates: np.ndarray) -> np.ndarray:
 def cut_at(threshold: float) -> Threshold:
     """The cut that keeps every score above a threshold."""
     key = sortable(np.array([threshold], np.float32)).astype(np.uint64)
-    return Threshold(score=key, tiebreak=np.array([BEYOND], np.uint64), places=np.zeros(1, np.int64))
+    return Threshold(
+        score=key, tiebreak=np.array([BEYOND], np.uint64), places=np.zeros(1, np.int64)
+    )
 
 
 class Selection:
@@ -149,49 +151,53 @@ class Selection:
         for name in query.names:
             # pages of an empty array that stay untouched take no memory
             found, length = np.empty(self._sizes[name], self._dtype), 0
-            mine = pieces(self._sizes, [name])
-            above = in_order(self._pool, lambda piece: self._above(query, cut, piece), mine)
-            for piece, (part, equal, classes) in zip(mine, above, strict=True):
+            mine = chunks(self._sizes, [name])
+            above = in_order(self._pool, lambda chunk: self._above(query, cut, chunk), mine)
+            for chunk, (part, equal, classes) in zip(mine, above, strict=True):
                 if len(equal):
                     part = np.sort(np.concatenate([part, _seated(equal, classes, places)]))
-                found[length : length + len(part)] = part + piece.start
+                found[length : length + len(part)] = part + chunk.start
                 length += len(part)
-                self._tell(piece)
+                self._tell(chunk)
             yield name, torch.from_numpy(found[:length])
 
     def count_above(self, names: tuple[str, ...], scores: Read, threshold: float) -> int:
         """How many scores are above a threshold."""
         key = sortable(np.array([threshold], np.float32))[0]
 
-        def count(piece: Chunk) -> int:
-            return int(np.count_nonzero(sortable(scores(piece)) > key))
+        def count(chunk: Chunk) -> int:
+            return int(np.count_nonzero(sortable(scores(chunk)) > key))
 
-        return sum(in_order(self._pool, count, pieces(self._sizes, names)))
+        return sum(in_order(self._pool, count, chunks(self._sizes, names)))
 
     def _histogram(self, query: TopKQuery, cut: Threshold, field: Field) -> np.ndarray:
         """How often each digit of a field occurs on the boundary so far, [class, 2^width]."""
         shape = (len(query.quotas), 1 << field.width)
         count = self._count_scores if field.of_score else self._count_tickets
         table = np.zeros(shape, np.int64)
-        mine = pieces(self._sizes, query.names)
-        work = in_order(self._pool, lambda piece: count(query, cut, field, piece), mine)
-        for piece, part in zip(mine, work, strict=True):
+        mine = chunks(self._sizes, query.names)
+        work = in_order(self._pool, lambda chunk: count(query, cut, field, chunk), mine)
+        for chunk, part in zip(mine, work, strict=True):
             table += part.reshape(shape)
-            self._tell(piece)
+            self._tell(chunk)
         return table
 
-    def _count_scores(self, query: TopKQuery, cut: Threshold, field: Field, piece: Chunk) -> np.ndarray:
+    def _count_scores(
+        self, query: TopKQuery, cut: Threshold, field: Field, chunk: Chunk
+    ) -> np.ndarray:
         assert query.scores is not None
-        keys = sortable(query.scores(piece))
+        keys = sortable(query.scores(chunk))
         top = field.shift + field.width
         if top < 32:
             keys = keys[keys >> np.uint32(top) == np.uint32(int(cut.score[0]) >> top)]
         digits = keys >> np.uint32(field.shift) & np.uint32((1 << field.width) - 1)
         return np.bincount(digits, minlength=1 << field.width)
 
-    def _count_tickets(self, query: TopKQuery, cut: Threshold, field: Field, piece: Chunk) -> np.ndarray:
-        places, classes = self._on_boundary(query, cut, piece)
-        drawn = tiebreak(self._salt, piece.name, places + piece.start)
+    def _count_tickets(
+        self, query: TopKQuery, cut: Threshold, field: Field, chunk: Chunk
+    ) -> np.ndarray:
+        places, classes = self._on_boundary(query, cut, chunk)
+        drawn = tiebreak(self._salt, chunk.name, places + chunk.start)
         top = np.uint64(field.shift + field.width)
         if top < 32:
             here = drawn >> top == cut.tiebreak[classes] >> top
@@ -202,37 +208,37 @@ class Selection:
         return np.bincount(digits, minlength=len(query.quotas) << field.width)
 
     def _on_boundary(
-        self, query: TopKQuery, cut: Threshold, piece: Chunk
+        self, query: TopKQuery, cut: Threshold, chunk: Chunk
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Places in a piece where the tiebreak decides, and their classes (broadcast when only one)."""
+        """Places in a chunk where the tiebreak decides, and their classes (broadcast when only one)."""
         one = np.zeros(1, np.uint8)
         if query.scores is not None:
-            return _equal_to(sortable(query.scores(piece)), int(cut.score[0])), one
-        classes = one if query.classes is None else query.classes(piece)
-        return np.arange(piece.stop - piece.start), classes
+            return _equal_to(sortable(query.scores(chunk)), int(cut.score[0])), one
+        classes = one if query.classes is None else query.classes(chunk)
+        return np.arange(chunk.stop - chunk.start), classes
 
     def _above(
-        self, query: TopKQuery, cut: Threshold, piece: Chunk
+        self, query: TopKQuery, cut: Threshold, chunk: Chunk
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sorted places in a piece above the cut; places equal to it; the classes of the latter."""
+        """Sorted places in a chunk above the cut; places equal to it; the classes of the latter."""
         one = np.zeros(1, np.uint8)
-        keep = np.zeros(piece.stop - piece.start, bool)
+        keep = np.zeros(chunk.stop - chunk.start, bool)
         if query.scores is None:
-            on, classes = self._on_boundary(query, cut, piece)
+            on, classes = self._on_boundary(query, cut, chunk)
         else:
-            keys, score = sortable(query.scores(piece)), int(cut.score[0])
+            keys, score = sortable(query.scores(chunk)), int(cut.score[0])
             if score < BEYOND:
                 keep = keys > np.uint32(score)
             on, classes = _equal_to(keys, score), one
-        drawn = tiebreak(self._salt, piece.name, on + piece.start)
+        drawn = tiebreak(self._salt, chunk.name, on + chunk.start)
         line = cut.tiebreak[classes]
         keep[on[drawn > line]] = True
         at = np.flatnonzero(drawn == line)
         kinds = np.broadcast_to(classes, on.shape)[at]
         return np.flatnonzero(keep), on[at], kinds
 
-    def _tell(self, piece: Chunk) -> None:
-        self._done += piece.stop - piece.start
+    def _tell(self, chunk: Chunk) -> None:
+        self._done += chunk.stop - chunk.start
         self._progress("choosing weights", self._done / self._most)
 
 

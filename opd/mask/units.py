@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opd.config.masks import MaskStructure
-from opd.mask.mask import index_dtype
-from opd.checkpoint.chunks import THREADS, Chunk, Progress, in_order, pieces
+from opd.checkpoint.chunks import THREADS, Chunk, Progress, chunks, in_order
+from opd.config.mask import MaskStructure
+from opd.mask.file import index_dtype
 from opd.mask.top_k import tiebreak
 
 
@@ -105,16 +105,16 @@ class UnitSelection:
         if scores is None:
             return total
 
-        def squares(piece: Chunk) -> np.ndarray:
-            signed = scores(piece).astype(np.float64)
+        def squares(chunk: Chunk) -> np.ndarray:
+            signed = scores(chunk).astype(np.float64)
             signed *= np.abs(signed)
-            unit = grid.unit(np.arange(piece.start, piece.stop))
+            unit = grid.unit(np.arange(chunk.start, chunk.stop))
             return np.bincount(unit, weights=signed, minlength=grid.units)
 
-        mine = pieces(self._sizes, [name])
+        mine = chunks(self._sizes, [name])
         with ThreadPoolExecutor(THREADS) as pool:
-            for piece, part in zip(mine, in_order(pool, squares, mine), strict=True):
+            for chunk, part in zip(mine, in_order(pool, squares, mine), strict=True):
                 total += part
-                self._done += piece.stop - piece.start
+                self._done += chunk.stop - chunk.start
                 self._progress("ranking units", self._done / self._most)
         return total / max(grid.length, 1)

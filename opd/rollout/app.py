@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from opd.interfaces import RolloutEngine
 from opd.rollout.wire import TOKEN_VARIABLE, GenerateRequest, answer_bytes, read_request
+from opd.serving.app import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
 from opd.serving.client import CONFLICT
-from opd.serving.server import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
 from opd.types import ReceiverState
 
 log = logging.getLogger("opd.rollout")
@@ -38,7 +38,9 @@ class Hosted:
     state: Callable[[], ReceiverState]
 
 
-def rollout_app(make: Callable[[], Hosted], *, token: str | None, max_request_bytes: int) -> FastAPI:
+def rollout_app(
+    make: Callable[[], Hosted], *, token: str | None, max_request_bytes: int
+) -> FastAPI:
     """The application. One thread makes the engine and alone uses it, a request at a time.
 
     So prompts are batched as the caller grouped them and what is drawn does not depend on who else

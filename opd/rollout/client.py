@@ -8,8 +8,8 @@ from opd.config.schema import Config
 from opd.config.student import DType
 from opd.interfaces import Progress
 from opd.rollout.wire import TOKEN_VARIABLE, GenerateRequest, read_answer, request_bytes
+from opd.serving.app import MEDIA_TYPE
 from opd.serving.client import ServiceClient
-from opd.serving.server import MEDIA_TYPE
 from opd.types import Prompt, Rollout, Sampling
 
 ROLLOUT_URLS = "OPD_ROLLOUT_URLS"

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from opd.interfaces import Progress
 from opd.rollout.seeds import request_seed
@@ -83,8 +84,6 @@ class TransformersRollouts:
         ]
 
     def _generation(self, sampling: Sampling) -> Any:
-        from transformers import GenerationConfig
-
         greedy = sampling.temperature == 0
         return GenerationConfig(
             do_sample=not greedy,

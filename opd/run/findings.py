@@ -3,88 +3,92 @@
 from collections.abc import Iterator
 from typing import Any
 
-from opd import build
+from transformers import AutoTokenizer
+
 from opd.config.schema import Config
-from opd.config.models import PoolTeacherConfig
+from opd.config.teacher import PoolTeacherConfig
+from opd.data.prompt_sets import PromptSets
+from opd.data.tokenizer import StudentTokenizer
+from opd.teacher.connect import pool_models
 
-LOOKED_AT = 64
-"""Prompts that are looked at; a mistake of a template is in all of them."""
+INSPECTED = 64
+"""Prompts that are inspected; an error of a template is in all of them."""
 
 
-def findings(config: Config, text: build.Text, prompts: build.Prompts) -> list[str]:
-    """One sentence for each thing that runs and is likely to be a mistake.
+def findings(config: Config, student: StudentTokenizer, prompts: PromptSets) -> list[str]:
+    """One sentence for each thing that would run and is likely to be an error.
 
     Raises ValueError for what cannot work: prompts with images.
     """
-    found = [*_end_tokens(config, text), *_special_tokens(text), *_prompts(text, prompts)]
+    found = [*_end_tokens(config, student), *_special_tokens(student), *_prompts(student, prompts)]
     for name, tokenizer in _teachers(config):
-        found += _teachers_ends(name, tokenizer, text)
-        found += _templates(config, name, tokenizer, text)
+        found += _teachers_ends(name, tokenizer, student)
+        found += _templates(config, name, tokenizer, student)
     return found
 
 
-def _end_tokens(config: Config, text: build.Text) -> Iterator[str]:
-    end = text.tokenizer.eos_token_id
+def _end_tokens(config: Config, student: StudentTokenizer) -> Iterator[str]:
+    end = student.tokenizer.eos_token_id
     if end is None:
         yield (
             "the student's tokenizer has no eos_token; completions of a data set end with id "
-            f"{text.stop_ids[0]} of its generation config"
+            f"{student.stop_ids[0]} of its generation config"
         )
-    template = text.tokenizer.chat_template
+    template = student.tokenizer.chat_template
     if config.data.chat and template and end is not None:
-        spoken = text.tokenizer.apply_chat_template(
+        spoken = student.tokenizer.apply_chat_template(
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
             tokenize=False,
         )
-        ids = text.tokenizer(spoken, add_special_tokens=False)["input_ids"]
-        if not set(ids[-3:]) & set(text.stop_ids):
+        ids = student.tokenizer(spoken, add_special_tokens=False)["input_ids"]
+        if not set(ids[-3:]) & set(student.stop_ids):
             yield (
-                f"the chat template ends an answer with {text.tokenizer.decode(ids[-1:])!r}, and the "
-                f"student stops at {text.tokenizer.convert_ids_to_tokens(text.stop_ids)}: completions "
+                f"the chat template ends an answer with {student.tokenizer.decode(ids[-1:])!r}, and the "
+                f"student stops at {student.tokenizer.convert_ids_to_tokens(student.stop_ids)}: completions "
                 "may run to rollout.max_tokens; correct eos_token_id in generation_config.json"
             )
 
 
-def _special_tokens(text: build.Text) -> Iterator[str]:
-    beyond = [i for i in (*text.stop_ids, text.pad_id) if i >= text.vocab_size]
+def _special_tokens(student: StudentTokenizer) -> Iterator[str]:
+    beyond = [i for i in (*student.stop_ids, student.pad_id) if i >= student.vocab_size]
     if beyond:
         raise ValueError(
-            f"the student's special token ids {beyond} lie beyond its {text.vocab_size} embedding "
+            f"the student's special token ids {beyond} lie beyond its {student.vocab_size} embedding "
             "rows: resize the model or correct its tokenizer"
         )
-    tokenizer = text.tokenizer
-    if len(tokenizer) > text.vocab_size:
+    tokenizer = student.tokenizer
+    if len(tokenizer) > student.vocab_size:
         yield (
             f"the student's tokenizer has {len(tokenizer)} tokens and its matrix "
-            f"{text.vocab_size} rows: tokens beyond cannot be written"
+            f"{student.vocab_size} rows: tokens beyond cannot be written"
         )
 
 
-def _prompts(text: build.Text, prompts: build.Prompts) -> Iterator[str]:
-    looked_at = prompts.train[:LOOKED_AT]
+def _prompts(student: StudentTokenizer, prompts: PromptSets) -> Iterator[str]:
+    inspected = prompts.train[:INSPECTED]
     images = {
         i
-        for i in (_token_id(text.tokenizer, word) for word in ("<image>", "<|image_pad|>"))
+        for i in (_token_id(student.tokenizer, word) for word in ("<image>", "<|image_pad|>"))
         if i is not None
     }
-    for prompt in looked_at:
+    for prompt in inspected:
         if images & set(prompt.token_ids.tolist()):
             raise ValueError(
                 f"prompt {prompt.uid} holds an image token; images are not read, so the model would "
                 "look at an empty place: remove such prompts"
             )
-    ended = sum(int(p.token_ids[-1]) in text.stop_ids for p in looked_at)
+    ended = sum(int(p.token_ids[-1]) in student.stop_ids for p in inspected)
     if ended:
         yield (
-            f"{ended} of the first {len(looked_at)} prompts end with an end token, after which a "
+            f"{ended} of the first {len(inspected)} prompts end with an end token, after which a "
             "model has nothing to say: check data.template and the tokenizer's chat template"
         )
     doubled = sum(
-        len(p.token_ids) > 1 and p.token_ids[0] == p.token_ids[1] == text.tokenizer.bos_token_id
-        for p in looked_at
+        len(p.token_ids) > 1 and p.token_ids[0] == p.token_ids[1] == student.tokenizer.bos_token_id
+        for p in inspected
     )
     if doubled:
-        yield f"{doubled} of the first {len(looked_at)} prompts begin with two bos tokens"
+        yield f"{doubled} of the first {len(inspected)} prompts begin with two bos tokens"
 
 
 def _token_id(tokenizer: Any, word: str) -> int | None:
@@ -93,11 +97,9 @@ def _token_id(tokenizer: Any, word: str) -> int | None:
 
 def _teachers(config: Config) -> Iterator[tuple[str, Any]]:
     """Tokenizers of the teachers whose folders or hub ids are known."""
-    from transformers import AutoTokenizer
-
     known = [config.teacher.model] if config.teacher.model else []
     if isinstance(config.teacher, PoolTeacherConfig):
-        known = build.pool_models(config.teacher.members)
+        known = pool_models(config.teacher.members)
     for model in known:
         try:
             yield model, AutoTokenizer.from_pretrained(model)
@@ -105,10 +107,10 @@ def _teachers(config: Config) -> Iterator[tuple[str, Any]]:
             continue  # a server's model may lie on another machine
 
 
-def _teachers_ends(name: str, teacher: Any, text: build.Text) -> Iterator[str]:
+def _teachers_ends(name: str, teacher: Any, student: StudentTokenizer) -> Iterator[str]:
     end = teacher.eos_token_id
-    if end is not None and end not in text.stop_ids:
-        stops = text.tokenizer.convert_ids_to_tokens(text.stop_ids)
+    if end is not None and end not in student.stop_ids:
+        stops = student.tokenizer.convert_ids_to_tokens(student.stop_ids)
         yield (
             f"the teacher {name} ends with {teacher.eos_token!r} and the student stops at {stops}: the "
             "teacher gives the student's ends little probability, and lengths may grow; use a teacher "
@@ -116,8 +118,8 @@ def _teachers_ends(name: str, teacher: Any, text: build.Text) -> Iterator[str]:
         )
 
 
-def _templates(config: Config, name: str, teacher: Any, text: build.Text) -> Iterator[str]:
-    own = text.tokenizer.chat_template
+def _templates(config: Config, name: str, teacher: Any, student: StudentTokenizer) -> Iterator[str]:
+    own = student.tokenizer.chat_template
     if not config.data.chat or config.data.teacher_chat_template or not teacher.chat_template:
         return
     if teacher.chat_template != own:

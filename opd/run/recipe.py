@@ -1,18 +1,24 @@
 """Hydra stops here: a recipe and overrides become a typed ``Config``."""
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import hydra
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from opd.config.schema import GROUPS, Config, register
+from opd.run.recipe_errors import explain, require_present_names
 
 CONF = "pkg://opd.conf"
 METHODS = Path(__file__).parent.parent / "conf" / "method"
@@ -23,49 +29,114 @@ RECIPE_FOLDERS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Composed:
-    """A recipe with its overrides applied: typed, as a plain dictionary, and what chose it."""
+class Recipe:
+    """A recipe with its overrides applied.
+
+    ``config`` is typed; ``plain`` is the same as a dictionary that YAML can hold; ``choices`` names
+    the option chosen in each group; ``path`` is the recipe's file.
+    """
 
     config: Config
     plain: dict[str, Any]
     choices: dict[str, str]
-    recipe: Path
+    path: Path
     overrides: list[str]
 
 
+def load_recipe(recipe: str | Path, *overrides: str) -> Recipe:
+    """Compose a recipe (a path, or the name of a bundled one) with overrides such as ``loss=jsd``.
+
+    Nothing is run or loaded. Raises ValueError with one sentence for a configuration error.
+    """
+    return composed(find_recipe(str(recipe)), overrides)
+
+
 def find_recipe(name: str) -> Path:
-    """A path, or the name of a recipe that came with opd. Raises ValueError with the names there are."""
+    """A path, or the name of a bundled recipe. Raises ValueError with the names there are."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path.resolve()
         raise ValueError(f"there is no recipe at {name}: give a path to a YAML file")
     for folder in RECIPE_FOLDERS:
-        packaged = folder / f"{name}.yaml"
-        if packaged.is_file():
-            return packaged.resolve()
+        bundled = folder / f"{name}.yaml"
+        if bundled.is_file():
+            return bundled.resolve()
     raise ValueError(
         f"there is no recipe named {name}: allowed are a path to a .yaml file or one of "
-        f"{', '.join(sorted(packaged_recipes()))}"
+        f"{', '.join(sorted(bundled_recipes()))}"
     )
 
 
-def packaged_recipes() -> dict[str, Path]:
-    """The recipes that came with opd, by name."""
+def bundled_recipes() -> dict[str, Path]:
+    """The recipes that come with opd, by name."""
     return {p.stem: p for folder in RECIPE_FOLDERS for p in folder.glob("*.yaml")}
 
 
-def prepare(recipe: Path) -> None:
+def composed(recipe: Path, overrides: Sequence[str]) -> Recipe:
+    """Compose without running. Raises ValueError with one sentence for a configuration error."""
+    overrides = with_method(overrides)
+    require_present_names(overrides)
+    _prepare(recipe)
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(recipe.parent), version_base="1.3"):
+            cfg = compose(
+                recipe.stem,
+                [f"hydra.searchpath=[{CONF}]", *overrides],
+                return_hydra_config=True,
+            )
+        return _typed(cfg, cfg.hydra.runtime.choices, recipe, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def sweep(recipe: Path, overrides: Sequence[str], job: Callable[[Recipe, str], None]) -> None:
+    """Call ``job`` with every combination of comma-separated overrides, and a name of its own.
+
+    Hydra's sweeper and launcher do it, so ``hydra/launcher=...`` works.
+    """
+    overrides = with_method(overrides)
+    require_present_names(overrides)
+    _prepare(recipe)
+
+    def one(_: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        own = list(hydra_config.overrides.task)
+        job(composed(recipe, own), job_name(own, overrides, hydra_config.job.num))
+
+    command_line = sys.argv
+    sys.argv = ["opd train", "--multirun", *_hydra_arguments(recipe), *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
+    try:
+        hydra.main(version_base="1.3", config_path=None)(one)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
+    finally:
+        sys.argv = command_line
+
+
+def job_name(own: Sequence[str], given: Sequence[str], number: int) -> str:
+    """The overrides that are particular to a job of a sweep, as a folder name: optim=sgd,optim.lr=0.01"""
+    common = {o.lower() for o in given}  # Hydra writes false as False
+    particular = [o for o in own if o.lower() not in common]
+    return ",".join(particular).replace("/", "_") or f"job_{number}"
+
+
+def _prepare(recipe: Path) -> None:
     """Register schema and group choices, and let ``${here:x}`` in a recipe mean x beside it.
 
-    ``${choice:optim,{sgd:0.1,else:1e-3}}`` is the value for the group's choice (see ``typed``), so
+    ``${choice:optim,{sgd:0.1,else:1e-3}}`` is the value for the group's choice (see ``_typed``), so
     that ``optim=sgd`` alone brings a learning rate that suits it.
     """
     register()
     OmegaConf.register_new_resolver("here", lambda path: str(recipe.parent / path), replace=True)
 
 
-def hydra_arguments(recipe: Path) -> list[str]:
+def _hydra_arguments(recipe: Path) -> list[str]:
     """What tells Hydra to use a recipe as its primary config."""
     return [
         f"--config-dir={recipe.parent}",
@@ -76,24 +147,8 @@ def hydra_arguments(recipe: Path) -> list[str]:
     ]
 
 
-def composed(recipe: Path, overrides: Sequence[str]) -> Composed:
-    """Compose without running; for workers, tests and checks."""
-    prepare(recipe)
-    overrides = with_method(overrides)
-    outer = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(recipe.parent), version_base="1.3"):
-        cfg = compose(
-            recipe.stem,
-            [f"hydra.searchpath=[{CONF}]", *overrides],
-            return_hydra_config=True,
-        )
-    GlobalHydra.instance().hydra = outer
-    return typed(cfg, cfg.hydra.runtime.choices, recipe, overrides)
-
-
 def with_method(overrides: Sequence[str]) -> list[str]:
-    """What a ``method=NAME`` among them chooses is put before them, so that it rules the recipe.
+    """The choices of a ``method=NAME`` are put before the overrides, so that it rules the recipe.
 
     In a recipe's own defaults list a method only fills in what the recipe leaves open.
     """
@@ -104,17 +159,17 @@ def with_method(overrides: Sequence[str]) -> list[str]:
     if not file.is_file():
         allowed = ", ".join(sorted(p.stem for p in METHODS.glob("*.yaml")))
         raise ValueError(f"there is no method={named[-1]}: allowed are {allowed}")
-    said = yaml.safe_load(file.read_text())
-    choices = [entry for line in said.pop("defaults", []) for entry in line.items()]
+    method = yaml.safe_load(file.read_text())
+    choices = [entry for line in method.pop("defaults", []) for entry in line.items()]
     groups = [f"{key.removeprefix('override /')}={name}" for key, name in choices]
-    del said["method"]
-    said["rollout"] = {"on_policy": 1.0} | said.get("rollout", {})
-    values = [f"{room}.{key}={v}" for room, keys in said.items() for key, v in keys.items()]
+    del method["method"]
+    method["rollout"] = {"on_policy": 1.0} | method.get("rollout", {})
+    values = [f"{room}.{key}={v}" for room, keys in method.items() for key, v in keys.items()]
     fresh = [o for o in [*groups, *values] if o not in overrides]
     return [*fresh, *overrides]
 
 
-def typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]) -> Composed:
+def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]) -> Recipe:
     """A ``Config`` out of what Hydra composed."""
     bare = cfg.copy()
     OmegaConf.set_struct(bare, False)
@@ -130,11 +185,11 @@ def typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str])
     assert isinstance(config, Config)
     plain = OmegaConf.to_container(bare, resolve=True, throw_on_missing=False)
     assert isinstance(plain, dict)
-    return Composed(
+    return Recipe(
         config=config,
         plain=_yaml_ready(plain),
         choices={group: str(choices[group]) for group in (*GROUPS, "method")},
-        recipe=recipe,
+        path=recipe,
         overrides=list(overrides),
     )
 
@@ -151,7 +206,7 @@ def _yaml_ready(value: Any) -> Any:
     return value
 
 
-def run_folder(composed: Composed, sweep_job: str | None = None) -> Path:
+def run_folder(recipe: Recipe, sweep_job: str | None = None) -> Path:
     """run.dir, by default runs/<name>; a job of a sweep gets a folder of its own below it."""
-    folder = Path(composed.config.run.dir or os.path.join("runs", composed.config.run.name))
+    folder = Path(recipe.config.run.dir or os.path.join("runs", recipe.config.run.name))
     return folder / sweep_job if sweep_job else folder

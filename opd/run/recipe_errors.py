@@ -1,12 +1,12 @@
-"""What went wrong, in words for the person who typed it."""
+"""Hydra's and OmegaConf's errors as one sentence for the person who typed the command."""
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from opd.config.schema import GROUPS, Config
+from opd.config.schema import FORMER_NAMES, GROUPS, Config
 
 UNKNOWN = re.compile(r"Key '([^']+)' (?:is )?not in '")
 FULL_KEY = re.compile(r"full_key: (\S+)")
@@ -14,8 +14,21 @@ OVERRIDE = re.compile(r"Could not override '([^']+)'")
 NOISE = ("full_key", "object_type", "reference_type", "Set the environment", "To append")
 
 
-def sentence(error: BaseException) -> str:
-    """The reasons of Hydra and OmegaConf without their internals; an unknown key with the nearest ones."""
+def require_present_names(overrides: Sequence[str]) -> None:
+    """ValueError when an override uses the former name of a setting."""
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key in FORMER_NAMES:
+            raise ValueError(now_called(key))
+
+
+def now_called(key: str) -> str:
+    """What a former name of a setting has become."""
+    return f"{key} is now called {FORMER_NAMES[key]}: use that name"
+
+
+def explain(error: BaseException) -> str:
+    """The reasons without Hydra's internals; an unknown key with the nearest ones."""
     reasons: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -32,6 +45,8 @@ def _unknown_key(text: str) -> str:
     named = OVERRIDE.search(text) or FULL_KEY.search(text) or UNKNOWN.search(text)
     assert named is not None
     key = named.group(1)
+    if key in FORMER_NAMES:
+        return now_called(key)
     known = sorted(set(known_keys()))
     if key in known:
         return (

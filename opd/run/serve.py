@@ -1,47 +1,71 @@
-"""A rollout server as a process: ``python -m opd.run.serve --model ...``, or ``opd rollout``."""
+"""A teacher or rollout server as a process: ``python -m opd.run.serve teacher model=... port=...``."""
 
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
-from opd import build
+from fastapi import FastAPI
 
-if TYPE_CHECKING:
-    from opd.rollout.options import RolloutServerOptions
+from opd.assembly.rollout_server import build_hosted
+from opd.assembly.teacher_server import build_backend
+from opd.config.arguments import parse_arguments
+from opd.config.rollout import RolloutServerConfig
+from opd.config.teacher import TeacherServerConfig
+from opd.rollout.app import rollout_app
+from opd.rollout.wire import TOKEN_VARIABLE as ROLLOUT_TOKEN
+from opd.serving.server import serve
+from opd.teacher.app import teacher_app
+from opd.teacher.wire import TOKEN_VARIABLE as TEACHER_TOKEN
+from opd.teacher.work_queue import WorkQueue
 
 
-def main(options: "RolloutServerOptions") -> None:
-    """Start the engine and serve until SIGTERM or SIGINT.
+def serve_teacher(config: TeacherServerConfig) -> None:
+    """Load the model and score until SIGTERM or SIGINT.
 
     ``ValueError`` when the address is taken, or not loopback and there is no token.
     """
-    from opd.rollout.app import rollout_app
-    from opd.rollout.options import TOKEN_VARIABLE
-    from opd.serving.server import serve
+    token = os.environ.get(TEACHER_TOKEN)
 
-    token = os.environ.get(TOKEN_VARIABLE)
-    serve(
-        lambda: rollout_app(
-            partial(build.build_host, options), token=token, max_body_bytes=options.max_body_bytes
-        ),
-        host=options.host,
-        port=options.port,
-        port_file=options.port_file,
-        token=token,
-        variable=TOKEN_VARIABLE,
-        exit_with_parent=options.exit_with_parent,
-    )
+    def application() -> FastAPI:
+        work = WorkQueue(
+            lambda: build_backend(config), max_waiting_tokens=config.max_waiting_tokens
+        )
+        return teacher_app(work, config, token=token)
+
+    serve(application, config, token=token, variable=TEACHER_TOKEN)
+
+
+def serve_rollouts(config: RolloutServerConfig) -> None:
+    """Start the engine and generate until SIGTERM or SIGINT.
+
+    ``ValueError`` when the address is taken, or not loopback and there is no token.
+    """
+    token = os.environ.get(ROLLOUT_TOKEN)
+
+    def application() -> FastAPI:
+        start = partial(build_hosted, config)
+        return rollout_app(start, token=token, max_request_bytes=config.max_request_bytes)
+
+    serve(application, config, token=token, variable=ROLLOUT_TOKEN)
+
+
+def main(kind: str, words: Sequence[str]) -> None:
+    """Serve what ``kind`` (teacher or rollout) and key=value words describe."""
+    match kind:
+        case "teacher":
+            serve_teacher(parse_arguments(TeacherServerConfig, words))
+        case "rollout":
+            serve_rollouts(parse_arguments(RolloutServerConfig, words))
+        case _:
+            raise ValueError(f"there is no server {kind}: allowed are teacher and rollout")
 
 
 if __name__ == "__main__":
-    from opd.rollout.options import RolloutServerOptions
-    from opd.serving.options import parse_options
-
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        main(parse_options(RolloutServerOptions, "python -m opd.run.serve"))
+        main(sys.argv[1], sys.argv[2:])
     except ValueError as error:
-        sys.exit(f"opd rollout: {error}")
+        sys.exit(f"opd {sys.argv[1]}: {error}")

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from opd import build
-from opd.run.recipe import Composed, composed
-from opd.run.mask import RunJob
+from opd.config.mask import MaskRule, StudyArm, StudyMaskConfig
+from opd.run.mask import RUN_MASK, RunJob
+from opd.run.recipe import Recipe, composed
 from opd.run.teacher_servers import started_teachers
-from opd.config.masks import MaskRule, StudyArm, StudyMaskConfig
-from opd.tracking.study_report import Arms, arms_table, measures_of, write_arms
 from opd.tracking.runs import RunRecord, read_run
+from opd.tracking.study_report import Arms, arms_table, measures_of, write_arms
 
 NO_RULE = (
     "mask.density=null",
@@ -38,7 +37,7 @@ class Job:
     overrides: list[str]
 
 
-def jobs_of(recipe: Composed, folder: Path) -> list[Job]:
+def jobs_of(recipe: Recipe, folder: Path) -> list[Job]:
     """The runs in their order: what a later one needs, an earlier one leaves.
 
     Raises ValueError when an arm lacks the arm that its mask comes from.
@@ -79,10 +78,10 @@ def jobs_of(recipe: Composed, folder: Path) -> list[Job]:
     ]
 
 
-def _of_arm(arm: StudyArm, recipe: Composed, seed_folder: Path) -> list[str]:
+def _of_arm(arm: StudyArm, recipe: Recipe, seed_folder: Path) -> list[str]:
     mask = recipe.config.mask
     assert isinstance(mask, StudyMaskConfig)
-    like = seed_folder / StudyArm.discovered.value / build.RUN_MASK
+    like = seed_folder / StudyArm.discovered.value / RUN_MASK
     lr = f"optim.lr={recipe.config.optim.lr * mask.lr_scale!r}"
     masked = [lr] if mask.lr_scale != 1 else []
     match arm:
@@ -96,14 +95,14 @@ def _of_arm(arm: StudyArm, recipe: Composed, seed_folder: Path) -> list[str]:
             return [*masked, *NO_RULE, f"mask.rule={arm.value}", f"mask.like='{like}'"]
 
 
-def run_study(recipe: Composed, folder: Path, run: RunJob) -> None:
+def run_study(recipe: Recipe, folder: Path, run: RunJob) -> None:
     """Every arm for every seed, then one table and one plot; what is finished is not run again."""
     console = Console()
     jobs = jobs_of(recipe, folder)
     with _shared_teacher(recipe, folder / "logs") as teacher:
         for number, job in enumerate(jobs, start=1):
             console.rule(f"run {number} of {len(jobs)}: {job.arm.value}, seed {job.seed}")
-            run(composed(recipe.recipe, [*job.overrides, *teacher]), job.folder)
+            run(composed(recipe.path, [*job.overrides, *teacher]), job.folder)
     arms = arms_of(recipe, jobs)
     console.print(arms_table(arms))
     for difference in arms.differences():
@@ -112,7 +111,7 @@ def run_study(recipe: Composed, folder: Path, run: RunJob) -> None:
         console.print(f"{path.suffix.removeprefix('.'):5} {path}", highlight=False)
 
 
-def arms_of(recipe: Composed, jobs: list[Job]) -> Arms:
+def arms_of(recipe: Recipe, jobs: list[Job]) -> Arms:
     """What the runs left, by arm and seed; the mask is compared with each of the others."""
     runs: dict[str, dict[int, RunRecord]] = {}
     for job in jobs:
@@ -122,7 +121,7 @@ def arms_of(recipe: Composed, jobs: list[Job]) -> Arms:
     return Arms(runs=runs, measures=measures_of(recipe.config.eval.task), pairs=pairs)
 
 
-def _title(recipe: Composed) -> str:
+def _title(recipe: Recipe) -> str:
     mask = recipe.config.mask
     assert isinstance(mask, StudyMaskConfig)
     size = f"density {mask.density:g}" if mask.density else f"threshold {mask.threshold:g}"
@@ -130,7 +129,7 @@ def _title(recipe: Composed) -> str:
 
 
 @contextmanager
-def _shared_teacher(recipe: Composed, logs: Path) -> Iterator[list[str]]:
+def _shared_teacher(recipe: Recipe, logs: Path) -> Iterator[list[str]]:
     """The same servers for all runs; yields what tells them where they are."""
     logs.mkdir(parents=True, exist_ok=True)
     with started_teachers(recipe.config, logs) as teachers:

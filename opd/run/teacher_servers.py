@@ -1,4 +1,4 @@
-"""The teacher servers that a run brings along."""
+"""The teacher servers that a run starts and ends."""
 
 import json
 import os
@@ -6,12 +6,22 @@ import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from opd import build
+from opd.config.arguments import as_arguments
 from opd.config.schema import Config
-from opd.config.models import PoolTeacherConfig, ServerTeacherConfig
+from opd.config.teacher import (
+    PoolTeacherConfig,
+    ServedTeacherConfig,
+    ServerTeacherConfig,
+    TeacherEngineConfig,
+    TeacherServerConfig,
+)
+from opd.run.environment import child_environment
+from opd.serving.child import RunningService, running_service
+from opd.teacher.connect import TEACHER_URL, TEACHER_URLS, pool_models
+from opd.teacher.wire import TOKEN_VARIABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +32,40 @@ class StartedTeachers:
     settings: list[str]
 
 
-NOBODY = StartedTeachers(environment={}, settings=[])
+NO_SERVERS = StartedTeachers(environment={}, settings=[])
+
+
+def server_config(config: ServedTeacherConfig, model: str) -> TeacherServerConfig:
+    """How a server of ``model`` is started with a run."""
+    shared = {f.name: getattr(config, f.name) for f in fields(TeacherEngineConfig)}
+    return TeacherServerConfig(model=model, **shared)
+
+
+@contextmanager
+def running_teacher(
+    config: TeacherServerConfig,
+    *,
+    log_path: Path,
+    devices: str | None = None,
+    token: str | None = None,
+    wait_s: float = 1800.0,
+) -> Iterator[RunningService]:
+    """A server on a free port with ``token`` (a random one unless given), ended with the context.
+
+    ``devices`` becomes its CUDA_VISIBLE_DEVICES. It writes to ``log_path`` and ends by itself if
+    this process dies. ``RuntimeError`` with the end of that log when it is not up in ``wait_s``.
+    """
+    visible = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+    with running_service(
+        "teacher server",
+        ["-m", "opd.run.serve", "teacher", *as_arguments(config)],
+        variable=TOKEN_VARIABLE,
+        token=token,
+        log_path=log_path,
+        environment=child_environment() | visible,
+        wait_s=wait_s,
+    ) as running:
+        yield running
 
 
 @contextmanager
@@ -32,65 +75,60 @@ def started_teachers(config: Config, logs: Path) -> Iterator[StartedTeachers]:
         case ServerTeacherConfig(url=None, model=str(model)):
             with _servers(config.teacher, [(model, logs / "teacher.log")]) as (urls, token):
                 url = urls[model][0]
-                yield _told({build.TEACHER_URL: url}, token, [f"teacher.url={url}"])
-        case PoolTeacherConfig(members=members, replicas=replicas) if build.pool_models(members):
-            models = build.pool_models(members)
-            wanted = [
+                yield _started({TEACHER_URL: url}, token, [f"teacher.url={url}"])
+        case PoolTeacherConfig(members=members, replicas=replicas) if pool_models(members):
+            models = pool_models(members)
+            needed = [
                 (model, logs / f"teacher_{number}_{replica}.log")
                 for number, model in enumerate(models)
                 for replica in range(replicas)
             ]
-            with _servers(config.teacher, wanted) as (urls, token):
+            with _servers(config.teacher, needed) as (urls, token):
                 settings = [
                     f"teacher.members.{name}='{','.join(urls[model])}'"
                     for name, model in members.items()
                     if model in urls
                 ]
-                yield _told({build.TEACHER_URLS: json.dumps(urls)}, token, settings)
+                yield _started({TEACHER_URLS: json.dumps(urls)}, token, settings)
         case _:
-            yield NOBODY
+            yield NO_SERVERS
 
 
-def _told(environment: dict[str, str], token: str, settings: list[str]) -> StartedTeachers:
-    from opd.teacher.options import TOKEN_VARIABLE
-
+def _started(environment: dict[str, str], token: str, settings: list[str]) -> StartedTeachers:
     return StartedTeachers(environment=environment | {TOKEN_VARIABLE: token}, settings=settings)
 
 
 @contextmanager
 def _servers(
-    config: ServerTeacherConfig | PoolTeacherConfig, wanted: list[tuple[str, Path]]
+    config: ServedTeacherConfig, needed: list[tuple[str, Path]]
 ) -> Iterator[tuple[dict[str, list[str]], str]]:
-    """Start them all at once; the addresses of each model, and the token that opens all of them.
+    """Start them all at once; the addresses of each model, and their common token.
 
-    ``wanted`` names the model and the log of each. A pool's servers share teacher.devices out, as
+    ``needed`` names the model and the log of each. A pool's servers share teacher.devices out, as
     many as each needs.
     """
-    from opd.teacher.launch import running_teacher
-    from opd.teacher.options import TOKEN_VARIABLE
-
     token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
     starting = [
         running_teacher(
-            build.teacher_options(config, model),
+            server_config(config, model),
             log_path=log,
             devices=_devices(config, place),
             token=token,
         )
-        for place, (model, log) in enumerate(wanted)
+        for place, (model, log) in enumerate(needed)
     ]
     with ExitStack() as stack:
         with ThreadPoolExecutor(len(starting)) as pool:
             entering = [pool.submit(stack.enter_context, server) for server in starting]
         urls: dict[str, list[str]] = {}
-        for (model, _), future in zip(wanted, entering, strict=True):
+        for (model, _), future in zip(needed, entering, strict=True):
             urls.setdefault(model, []).append(future.result().url)
         yield urls, token
 
 
-def _devices(config: ServerTeacherConfig | PoolTeacherConfig, place: int) -> str | None:
+def _devices(config: ServedTeacherConfig, place: int) -> str | None:
     if config.devices is None or isinstance(config, ServerTeacherConfig):
         return config.devices
-    devices, width = config.devices.split(","), config.tensor_parallel
+    devices, width = config.devices.split(","), config.tensor_parallel_size
     first = place * width % len(devices)
     return ",".join((devices + devices)[first : first + width])

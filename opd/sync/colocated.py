@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from opd.interfaces import Weights
+
 if TYPE_CHECKING:
     from vllm import LLM
-
-    from opd.interfaces import Weights
 
 
 class VllmWeights:
@@ -25,7 +25,7 @@ class VllmWeights:
         self._wake = wake
         self._mark = mark
 
-    def push(self, weights: "Weights", version: int) -> dict[str, float]:
+    def push(self, weights: Weights, version: int) -> dict[str, float]:
         self._wake()
         counted = _Counted(weights)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(counted)})
@@ -55,7 +55,7 @@ class ModuleWeights:
         self._parameters = dict(module.named_parameters())
         self._mark = mark
 
-    def push(self, weights: "Weights", version: int) -> dict[str, float]:
+    def push(self, weights: Weights, version: int) -> dict[str, float]:
         counted = _Counted(weights)
         missing = set(self._parameters)
         with torch.no_grad():
@@ -70,7 +70,7 @@ class ModuleWeights:
 class _Counted:
     """An iterable of weights that counts bytes and knows whether it was read to the end."""
 
-    def __init__(self, weights: "Weights") -> None:
+    def __init__(self, weights: Weights) -> None:
         self._weights = weights
         self.bytes = 0
         self.exhausted = False

@@ -2,15 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from opd.interfaces import WeightSync
-
-if TYPE_CHECKING:
-    from opd.interfaces import Weights
+from opd.interfaces import Weights, WeightSync
 
 FILE = "averaged_teacher.safetensors"
 
@@ -23,15 +19,13 @@ class EMAWeights:
     nothing had happened.
     """
 
-    def __init__(
-        self, module: torch.nn.Module, *, decay: float, moved: Callable[[], None]
-    ) -> None:
+    def __init__(self, module: torch.nn.Module, *, decay: float, moved: Callable[[], None]) -> None:
         self._parameters = dict(module.named_parameters())
         self._decay = decay
         self._moved = moved
         self.version = 0
 
-    def passing(self, weights: "Weights", version: int) -> "Iterator[tuple[str, torch.Tensor]]":
+    def passing(self, weights: Weights, version: int) -> Iterator[tuple[str, torch.Tensor]]:
         """The same weights; each is taken in on its way."""
         fresh = version != self.version
         for name, tensor in weights:
@@ -65,7 +59,7 @@ class EMASync:
         self._inner = inner
         self._average = average
 
-    def push(self, weights: "Weights", version: int) -> Mapping[str, float]:
+    def push(self, weights: Weights, version: int) -> Mapping[str, float]:
         """See ``WeightSync``."""
         passing = self._average.passing(weights, version)
         metrics = self._inner.push(passing, version)

@@ -1,18 +1,14 @@
 """Weights only when somebody reads them: for runs that nobody writes for while they train."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
-from opd.interfaces import WeightSync
-
-if TYPE_CHECKING:
-    from opd.interfaces import Weights
+from opd.interfaces import Weights, WeightSync
 
 
 class NoSync:
     """A ``WeightSync`` without an engine."""
 
-    def push(self, weights: "Weights", version: int) -> Mapping[str, float]:
+    def push(self, weights: Weights, version: int) -> Mapping[str, float]:
         """See ``WeightSync``; the weights are not even gathered."""
         return {}
 
@@ -25,7 +21,7 @@ class PeriodicSync:
         self._due = due
         self._first = True
 
-    def push(self, weights: "Weights", version: int) -> Mapping[str, float]:
+    def push(self, weights: Weights, version: int) -> Mapping[str, float]:
         """See ``WeightSync``; where nothing is due the weights are not even gathered."""
         if not (self._first or self._due(version)):
             return {}

@@ -4,16 +4,13 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
+from opd.interfaces import Weights
+from opd.serving.app import MEDIA_TYPE
 from opd.serving.client import ServiceClient
-from opd.serving.server import MEDIA_TYPE
 from opd.sync.sparse import WeightSender
 from opd.types import ReceiverState
 from opd.world import World
-
-if TYPE_CHECKING:
-    from opd.interfaces import Weights
 
 MOST_MESSAGES = 6
 """To one receiver in one push; mask and patch are two, a snapshot after a refusal is one."""
@@ -44,7 +41,7 @@ class ServerWeights:
         self._lock = threading.Lock()
         self._watching = False
 
-    def push(self, weights: "Weights", version: int) -> Mapping[str, float]:
+    def push(self, weights: Weights, version: int) -> Mapping[str, float]:
         told = {"sync/bytes": 0.0, "sync/changed": 0.0, "sync/snapshots": 0.0}
         if self._world.is_main:
             with self._lock:
@@ -57,7 +54,7 @@ class ServerWeights:
         self._mark(version)
         return told
 
-    def _pushed(self, weights: "Weights", version: int) -> dict[str, float]:
+    def _pushed(self, weights: Weights, version: int) -> dict[str, float]:
         self._sender.prepare(weights, version)
         with ThreadPoolExecutor(len(self._servers)) as pool:
             travelled = sum(pool.map(self._bring, list(self._servers)))

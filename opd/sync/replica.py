@@ -7,8 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opd.sync.encoding import Bits, IndexEncoding, Indices64, ValueEncoding, decode_places, decode_values
-from opd.sync.message import TensorEntry, Kind, Message, Record
+from opd.sync.encoding import (
+    Bits,
+    IndexEncoding,
+    Indices64,
+    ValueEncoding,
+    decode_places,
+    decode_values,
+)
+from opd.sync.message import Kind, Message, Record, TensorEntry
 
 INTEGERS = {
     torch.float32: torch.int32,
@@ -142,7 +149,9 @@ def checked_kept(kept: Mapping[str, torch.Tensor], replica: Replica) -> Kept:
     return checked
 
 
-def _paired(table: Sequence[TensorEntry], records: Sequence[Record]) -> Iterator[tuple[TensorEntry, Record]]:
+def _paired(
+    table: Sequence[TensorEntry], records: Sequence[Record]
+) -> Iterator[tuple[TensorEntry, Record]]:
     last = -1
     for record in records:
         if not last < record.tensor < len(table):

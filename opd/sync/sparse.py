@@ -8,18 +8,15 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from opd.interfaces import Weights
 from opd.sync.encoding import IndexEncoding, ValueEncoding, encode_places, encode_values
-from opd.sync.message import TensorEntry, Header, Kind, Message, Record, read_message, write_message
+from opd.sync.message import Header, Kind, Message, Record, TensorEntry, read_message, write_message
 from opd.sync.replica import DTYPES, INTEGERS, Change, Replica, checked_kept, flat_bits
 from opd.types import ReceiverState
-
-if TYPE_CHECKING:
-    from opd.interfaces import Weights
 
 Load = Callable[[Mapping[str, torch.Tensor], Sequence[Change], int], None]
 """Brings an engine to (all tensors, what changed in them, version)."""
@@ -81,7 +78,7 @@ class WeightSender:
         """What receivers are brought to: the version prepared last, else the one committed."""
         return self._committed if self._pending is None else self._pending.version
 
-    def prepare(self, weights: "Weights", version: int) -> None:
+    def prepare(self, weights: Weights, version: int) -> None:
         """Read the stream to its end and encode what it changes. Nothing is committed.
 
         Raises FrozenWeightsMoved when a snapshot finds that a weight outside the mask moved.
@@ -127,7 +124,7 @@ class WeightSender:
         self._mirror.apply(self._mirror.changes(message))
         self._committed, self._pending, self._late_snapshot = pending.version, None, None
 
-    def _snapshot(self, weights: "Weights", version: int) -> _Pending:
+    def _snapshot(self, weights: Weights, version: int) -> _Pending:
         table: list[TensorEntry] = []
         changed = 0
 
@@ -142,7 +139,7 @@ class WeightSender:
         message = write_message(self._header(Kind.snapshot, version), records(), table)
         return _Pending(version, message, True, table, changed)
 
-    def _patched(self, weights: "Weights", version: int) -> _Pending:
+    def _patched(self, weights: Weights, version: int) -> _Pending:
         changed = 0
         order = {entry.name: i for i, entry in enumerate(self._mirror.table)}
 
@@ -179,7 +176,9 @@ class WeightSender:
         value_form, values = encode_values(old_n[differ_n], new_n[differ_n])
         if len(places) + len(values) < new_n.nbytes:
             return Record(place, place_form, value_form, len(differ_n), places, values)
-        return Record(place, IndexEncoding.whole, ValueEncoding.plain, len(new_n), b"", new_n.tobytes())
+        return Record(
+            place, IndexEncoding.whole, ValueEncoding.plain, len(new_n), b"", new_n.tobytes()
+        )
 
     def _compared(self, name: str, new: torch.Tensor) -> int:
         """Coordinates of a whole tensor that changed; raises when one of them is frozen."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from opd.interfaces import StudentScorer, RolloutEngine
+from opd.interfaces import RolloutEngine, StudentScorer
 from opd.types import Prompt, Sampling
 from opd.world import World
 

@@ -8,7 +8,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from safetensors.numpy import save
 
-from opd.serving.server import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
+from opd.config.teacher import TeacherServerConfig
+from opd.serving.app import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
 from opd.teacher.response import require_answerable
 from opd.teacher.scoring import folded_head
 from opd.teacher.transport import bytes_per_target
@@ -37,7 +38,9 @@ def teacher_app(work: WorkQueue, config: TeacherServerConfig, *, token: str | No
         if not 0 <= start < stop <= backend.info.vocab_size:
             raise Refusal(400, f"rows {start} to {stop} are not in 0 to {backend.info.vocab_size}")
         if 4 * (stop - start) * backend.info.hidden_size > config.max_response_bytes:
-            raise Refusal(413, f"{stop - start} rows are more than {config.max_response_bytes} bytes")
+            raise Refusal(
+                413, f"{stop - start} rows are more than {config.max_response_bytes} bytes"
+            )
         rows_VD = folded_head(
             backend.head_VD[start:stop], replace(backend.spec, vocab_size=stop - start)
         )

@@ -8,13 +8,19 @@ from safetensors.numpy import load
 
 from opd.config.teacher import ServedTeacherConfig
 from opd.interfaces import Progress
+from opd.serving.app import MEDIA_TYPE
 from opd.serving.client import ServiceClient
-from opd.serving.server import MEDIA_TYPE
 from opd.teacher.batches import at_once, bar, by_tokens
 from opd.teacher.transport import bytes_per_target, transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
-from opd.teacher.wire import WireRequest, read_answer, request_bytes, wire_request_from, scored_rollouts
-from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo, ScoreRequest
+from opd.teacher.wire import (
+    WireRequest,
+    read_answer,
+    request_bytes,
+    scored_rollouts,
+    wire_request_from,
+)
+from opd.types import FloatArray, Rollout, ScoredRollout, ScoreRequest, TeacherInfo
 
 HEAD_BYTES = 64 << 20  # of one piece of the head
 

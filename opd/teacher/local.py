@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from opd.config.models import DType
+from opd.config.student import DType
 from opd.interfaces import Progress
-from opd.teacher.response import answer, hidden_of, require_answerable
 from opd.teacher.backend import Backend
 from opd.teacher.batches import bar, by_tokens
+from opd.teacher.response import answer, hidden_of, require_answerable
 from opd.teacher.scoring import folded_head
 from opd.teacher.transport import transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
-from opd.teacher.wire import wire_request_from, scored_rollouts
-from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo, ScoreRequest
+from opd.teacher.wire import scored_rollouts, wire_request_from
+from opd.types import FloatArray, Rollout, ScoredRollout, ScoreRequest, TeacherInfo
 
 
 class LocalTeacher:

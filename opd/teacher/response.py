@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from opd.config.models import DType
+from opd.config.student import DType
 from opd.head import HeadSpec
 from opd.teacher.backend import Backend
 from opd.teacher.scoring import ScoreOptions, Scores, score_hidden
-from opd.teacher.wire import WireResponse, WireRequest, Want
+from opd.teacher.wire import Want, WireRequest, WireResponse
 from opd.types import BFloat16Bits, FloatArray, IntArray, TeacherInfo
 
 WIRE_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}

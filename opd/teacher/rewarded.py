@@ -32,7 +32,9 @@ class RewardedTeacher:
             replace(
                 said,
                 reward=reward,
-                advantage=advantage(reward, groups[said.rollout.prompt.uid], scale_rewards=self._scale),
+                advantage=advantage(
+                    reward, groups[said.rollout.prompt.uid], scale_rewards=self._scale
+                ),
             )
             for said, reward in zip(scored, rewards, strict=True)
         ]

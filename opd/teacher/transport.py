@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from opd.config.models import DType
+from opd.config.student import DType
 from opd.teacher.wire import Want
-from opd.types import TeacherInfo, ScoreRequest
+from opd.types import ScoreRequest, TeacherInfo
 
 WIDTHS = {DType.float32: 4, DType.bfloat16: 2}  # bytes of a number
 
@@ -50,7 +50,12 @@ def bytes_per_target(
 
 
 def transports(
-    info: TeacherInfo, request: ScoreRequest, *, vocab_size: int, hidden_dtype: DType, named: int = 0
+    info: TeacherInfo,
+    request: ScoreRequest,
+    *,
+    vocab_size: int,
+    hidden_dtype: DType,
+    named: int = 0,
 ) -> list[Transport]:
     """Every way in which what was wanted can travel, the cheapest first.
 
@@ -78,7 +83,12 @@ def transports(
 
 
 def arithmetic(
-    info: TeacherInfo, request: ScoreRequest, *, vocab_size: int, hidden_dtype: DType, named: int = 0
+    info: TeacherInfo,
+    request: ScoreRequest,
+    *,
+    vocab_size: int,
+    hidden_dtype: DType,
+    named: int = 0,
 ) -> str:
     """One sentence: what travels, at how many bytes a token, and what the other ways would cost."""
     chosen, *others = transports(

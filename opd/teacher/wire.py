@@ -20,8 +20,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from opd.config.models import DType
-from opd.types import BFloat16Bits, FloatArray, IntArray, Rollout, ScoredRollout, SupportLogps, ScoreRequest
+from opd.config.student import DType
+from opd.types import (
+    BFloat16Bits,
+    FloatArray,
+    IntArray,
+    Rollout,
+    ScoredRollout,
+    ScoreRequest,
+    SupportLogps,
+)
 
 FORMAT = "opd-teacher-1"
 TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from opd.teacher.response import answer, hidden_of
 from opd.teacher.backend import Backend
-from opd.teacher.wire import WireResponse, WireRequest
+from opd.teacher.response import answer, hidden_of
+from opd.teacher.wire import WireRequest, WireResponse
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.tracking.runs import RunRecord, flat, read_run
 from opd.tracking.formatting import number
+from opd.tracking.runs import RunRecord, flat, read_run
 
 # A run's own name is not a setting.
 _NOT_SETTINGS = ("run.dir",)

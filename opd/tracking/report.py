@@ -10,10 +10,10 @@ import yaml
 from markupsafe import Markup
 
 from opd.tracking.compare import RunComparison, compare, sentences, table, write_csv
+from opd.tracking.formatting import duration, number
 from opd.tracking.panels import comparison_panels, other_panels, run_line, run_panels
 from opd.tracking.runs import RunRecord, read_started_run
 from opd.tracking.weight_panels import weight_panels
-from opd.tracking.formatting import duration, number
 
 REPORT = "report.html"
 COMPARISON = "comparison.html"

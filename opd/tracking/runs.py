@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
 from opd.tracking.formatting import tasks_of
+from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
 
 CONFIG = "config.yaml"
 

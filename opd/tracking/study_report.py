@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -194,9 +196,6 @@ def _markdown(arms: Arms, title: str) -> str:
 
 
 def _picture(arms: Arms, title: str, path: Path) -> None:
-    import matplotlib
-    from matplotlib.figure import Figure
-
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=(13, 3.8), layout="constrained", dpi=150)

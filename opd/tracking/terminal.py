@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.tracking.compare import compare
+from opd.tracking.formatting import number
 from opd.tracking.report import cell
 from opd.tracking.runs import read_started_run
-from opd.tracking.formatting import number
 
 
 def summary_table(folder: str | Path) -> Table:

@@ -18,8 +18,8 @@ from opd.head import (
     vocab_blocks,
 )
 from opd.interfaces import Loss
-from opd.losses.mismatch import mismatch_metrics
 from opd.losses.closed_form import with_gradients
+from opd.losses.mismatch import mismatch_metrics
 
 
 def chunked_loss(

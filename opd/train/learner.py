@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from opd.batch import TOKEN_MEAN, Batch, LossOutput, LossReduction, collate, micro_batches
+from opd.checkpoint.tensors import Stored
 from opd.config.train import MaskScores, TrainConfig
 from opd.interfaces import Loss, Progress
-from opd.checkpoint.tensors import Stored
-from opd.train.parameter_mask import ParameterMask
 from opd.train.engine import TrainingEngine
+from opd.train.mask_scores import scores
 from opd.train.optimizers import LearningRate
+from opd.train.parameter_mask import ParameterMask
 from opd.train.record import NoRecord, Recorder
 from opd.train.student import causal_lm
-from opd.train.mask_scores import scores
 from opd.train.weights import full_weights
 from opd.types import FloatArray, Rollout, ScoredRollout, StepReport
 from opd.world import World
@@ -159,7 +159,9 @@ class StudentLearner:
         self.version = state["version"]
         torch.set_rng_state(state["torch_rng"])
 
-    def _counted(self, scored: Sequence[ScoredRollout], reduction: LossReduction) -> dict[str, float]:
+    def _counted(
+        self, scored: Sequence[ScoredRollout], reduction: LossReduction
+    ) -> dict[str, float]:
         """The tokens of all ranks that are learned from, and what the loss is divided by."""
         own = float(sum(map(reduction.kept, scored)))
         return self._world.sum({"tokens": own, "denominator": reduction.denominator(scored)})
@@ -182,7 +184,9 @@ class StudentLearner:
         dummy = self._collated(list(scored[:1]), reduction, discount).rows(0, 0)
         return batches + [dummy] * (most - len(batches))
 
-    def _collated(self, scored: Sequence[ScoredRollout], reduction: LossReduction, discount: float) -> Batch:
+    def _collated(
+        self, scored: Sequence[ScoredRollout], reduction: LossReduction, discount: float
+    ) -> Batch:
         return collate(scored, pad_id=self._pad_id, discount=discount, reduction=reduction)
 
 

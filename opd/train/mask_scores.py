@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from opd.config.training import MaskScores
 from opd.checkpoint.tensors import Stored
+from opd.config.train import MaskScores
 from opd.train.engine import TrainingEngine
 from opd.train.weights import named_weights
 

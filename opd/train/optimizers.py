@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 
-from opd.config.training import AdamWConfig, LearningRateSchedule, OptimConfig, SGDConfig
+from opd.config.optim import AdamWConfig, LearningRateSchedule, OptimConfig, SGDConfig
 from opd.train.compact import matrices_and_vectors
 
 

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
-from opd.train.weight_change import Top, packed, subspace_similarity, top_directions, unpacked
-from opd.config.training import AdamWConfig
 from opd.checkpoint.names import Place, place
 from opd.checkpoint.tensors import Stored
+from opd.config.optim import AdamWConfig
 from opd.train.compact import compact_ends
 from opd.train.engine import TrainingEngine
 from opd.train.record_row import (
@@ -25,6 +24,7 @@ from opd.train.record_row import (
     row_of,
     spectrum_values,
 )
+from opd.train.weight_change import Top, packed, subspace_similarity, top_directions, unpacked
 from opd.train.weights import layer_of, named_weights
 from opd.world import World
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from opd.checkpoint.names import Place
+from opd.config.optim import AdamWConfig
 from opd.train.weight_change import (
     THRESHOLDS,
     ULPS,
@@ -20,8 +22,6 @@ from opd.train.weight_change import (
     ulp_counts,
     ulp_distance,
 )
-from opd.config.training import AdamWConfig
-from opd.checkpoint.names import Place
 
 TOP = 8
 """Directions of a matrix whose subspace is followed."""

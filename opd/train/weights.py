@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
+from transformers import AutoModelForCausalLM
 
 from opd.config.adapter import LoraConfig
 from opd.config.student import StudentConfig
@@ -21,8 +23,6 @@ def load_student(model: str, config: StudentConfig, *, dtype: torch.dtype) -> to
 
     Raises ValueError for a head with a bias, which the chunked head does not apply.
     """
-    from transformers import AutoModelForCausalLM
-
     student = AutoModelForCausalLM.from_pretrained(
         model,
         dtype=dtype,
@@ -134,8 +134,6 @@ def export(
     folder: Path,
 ) -> None:
     """A plain Hugging Face checkpoint that transformers and vLLM load; shards of at most 5 GB."""
-    from huggingface_hub import save_torch_state_dict
-
     causal = causal_lm(model)
     state = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import torch
 from dense64 import Choice, Tokens
 
 from opd.batch import Batch
-from opd.losses.token_weights import ImportanceCorrection, TokenWeights, TokenWeighting
+from opd.losses.token_weights import ImportanceCorrection, TokenWeighting, TokenWeights
 from opd.teacher.scoring import tail_logps, union_ids
 from opd.train.student import with_sequence_gaps
 from opd.types import Correction, Weighting

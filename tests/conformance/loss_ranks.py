@@ -13,27 +13,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from opd.config.losses import GrpoLossConfig
 from safetensors.torch import save_file
 
-from opd.batch import LossReduction
 from opd.assembly.loss import build_loss, wants_sequence_gaps
-from opd.config.losses import DivergenceLossConfig, GrpoLossConfig, LossConfig, NllLossConfig, PolicyGradientLossConfig, Support
-from opd.config.training import Precision
-from opd.config.training import SGDConfig
+from opd.batch import LossReduction
+from opd.config.launch import merged_deepspeed
+from opd.config.loss import (
+    DivergenceLossConfig,
+    LossConfig,
+    NllLossConfig,
+    PolicyGradientLossConfig,
+    Support,
+)
+from opd.config.optim import SGDConfig
+from opd.config.train import Precision
 from opd.head import HeadSpec
 from opd.tracking.console import SilentProgress
-from opd.train.parameter_mask import DenseTraining
-from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
+from opd.train.deepspeed_engine import DeepSpeedEngine
 from opd.train.learner import StudentLearner
 from opd.train.optimizers import build_optimizer
+from opd.train.parameter_mask import DenseTraining
 from opd.train.student import Student
+from opd.train.torch_engine import TorchEngine
 from opd.train.weights import load_student
 from opd.types import (
     Correction,
     DivergenceKind,
     FinishReason,
-    Reduction,
     Prompt,
+    Reduction,
     Rollout,
     ScoredRollout,
     SupportLogps,

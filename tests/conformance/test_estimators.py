@@ -7,8 +7,8 @@ import torch
 
 from opd.batch import Batch
 from opd.losses.divergence import Divergence
-from opd.types import DivergenceKind, Surrogate
 from opd.losses.policy_gradient import PolicyGradient
+from opd.types import DivergenceKind, Surrogate
 
 DRAWS, V = 100_000, 50
 GROUPS = torch.arange(V) % 5

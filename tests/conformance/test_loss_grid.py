@@ -27,17 +27,19 @@ from opd.batch import Batch
 from opd.head import HeadSpec
 from opd.interfaces import Loss
 from opd.losses.divergence import Divergence
-from opd.types import DivergenceKind, Surrogate
-from opd.losses.token_weights import TokenWeights
 from opd.losses.nll import NegativeLogLikelihood
 from opd.losses.policy_gradient import PolicyGradient
+from opd.losses.token_weights import TokenWeights
 from opd.losses.with_reward import Rewarded
 from opd.train.chunked import chunked_loss
+from opd.types import DivergenceKind, Surrogate
 
 KINDS_AND_SUPPORTS = list(itertools.product(KINDS, SUPPORTS))
 
 
-def divergence(kind: str, support: str, factors: TokenWeights, clip: float | None = None) -> Divergence:
+def divergence(
+    kind: str, support: str, factors: TokenWeights, clip: float | None = None
+) -> Divergence:
     return Divergence(
         kind=DivergenceKind(kind),
         beta=0.3,

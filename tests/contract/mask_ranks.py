@@ -13,27 +13,31 @@ import sys
 from pathlib import Path
 
 import torch
+from opd.config.training import Watched
 from safetensors.torch import save_file
 from torch import nn
 from train_ranks import scores
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from opd.config.training import AdamWConfig, OptimConfig, SGDConfig, Watched
-from opd.config.training import Precision
+from opd.checkpoint.tensors import Stored
+from opd.config.launch import merged_deepspeed
+from opd.config.optim import AdamWConfig, OptimConfig, SGDConfig
+from opd.config.train import Precision
 from opd.head import HeadSpec
 from opd.losses.divergence import Divergence
-from opd.types import DivergenceKind
-from opd.mask.mask import Mask, Origin
-from opd.checkpoint.tensors import Stored
+from opd.mask.file import Origin
+from opd.mask.mask import Mask
 from opd.tracking.console import SilentProgress
-from opd.train.parameter_mask import SparseTraining, RestoredTraining, DenseTraining
-from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
+from opd.train.deepspeed_engine import DeepSpeedEngine
 from opd.train.learner import StudentLearner
+from opd.train.mask_scores import SquaredGradients
 from opd.train.optimizers import build_optimizer
+from opd.train.parameter_mask import DenseTraining, RestoredTraining, SparseTraining
 from opd.train.record import WeightRecorder, Write
 from opd.train.student import Student
-from opd.train.mask_scores import SquaredGradients
+from opd.train.torch_engine import TorchEngine
 from opd.train.weights import named_weights
+from opd.types import DivergenceKind
 from opd.world import World, join_world
 
 VOCAB, DENSITY, MICRO_TOKENS = 61, 0.2, 40

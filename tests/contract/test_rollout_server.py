@@ -14,15 +14,15 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from opd.rollout.options import TOKEN_VARIABLE, EngineName, RolloutServerOptions
+from opd.serving.options import arguments_of
 from safetensors.torch import load_file
 
-from opd.config.models import DType
+from opd.config.student import DType
 from opd.rollout.client import REMEDY, WHAT, ServerRollouts
-from opd.rollout.options import TOKEN_VARIABLE, EngineName, RolloutServerOptions
 from opd.rollout.vllm import VllmRollouts, VllmSettings, start_llm
-from opd.serving.client import ServiceClient
 from opd.serving.child import RunningService, running_service
-from opd.serving.options import arguments_of
+from opd.serving.client import ServiceClient
 from opd.sync.colocated import VllmWeights
 from opd.sync.remote import ServerWeights
 from opd.sync.sparse import WeightSender

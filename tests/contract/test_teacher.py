@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from opd.teacher.options import TeacherServerOptions
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -17,14 +18,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from opd.config.models import DType
+from opd.config.student import DType
+from opd.run.teacher_servers import running_teacher
+from opd.serving.app import MEDIA_TYPE
 from opd.serving.child import RunningService
-from opd.serving.server import MEDIA_TYPE
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.client import ServerTeacher
-from opd.teacher.launch import running_teacher
 from opd.teacher.local import LocalTeacher
-from opd.teacher.options import TeacherServerOptions
 from opd.teacher.vocabulary import Vocabulary, vocabulary_of
 from opd.teacher.wire import Want, read_answer, request_bytes, request_of
 from opd.types import FinishReason, Prompt, Rollout, ScoredRollout, ScoreRequest
@@ -195,7 +195,9 @@ def _require_true(scored: ScoredRollout, true_TV: torch.Tensor, wanted: ScoreReq
     assert scored.full_logps is None
 
 
-def _require_true_support(scored: ScoredRollout, true_TV: torch.Tensor, wanted: ScoreRequest) -> None:
+def _require_true_support(
+    scored: ScoredRollout, true_TV: torch.Tensor, wanted: ScoreRequest
+) -> None:
     for t, true_V in enumerate(true_TV):
         expected = set(true_V.topk(wanted.top_k).indices.tolist())
         if wanted.rollout_support:

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from opd.teacher.options import BackendName, TeacherServerOptions
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opd import build
-from opd.run.teacher_servers import started_teachers
 from opd.config.schema import Config
-from opd.config.models import DType, PoolTeacherConfig
+from opd.config.student import DType
+from opd.config.teacher import PoolTeacherConfig
+from opd.run.teacher_servers import running_teacher, started_teachers
 from opd.serving.child import RunningService
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.client import ServerTeacher
-from opd.teacher.launch import running_teacher
 from opd.teacher.local import LocalTeacher
-from opd.teacher.options import BackendName, TeacherServerOptions
 from opd.teacher.pool import BalancedTeacher, RoutedTeacher
 from opd.teacher.vocabulary import Vocabulary, vocabulary_of
 from opd.tracking.console import SilentProgress
@@ -136,7 +136,9 @@ def _rollouts(count: int, teachers: list[str | None]) -> list[Rollout]:
     ]
 
 
-def _require_same(found: list[ScoredRollout], expected: list[ScoredRollout], rollouts: list[Rollout]) -> None:
+def _require_same(
+    found: list[ScoredRollout], expected: list[ScoredRollout], rollouts: list[Rollout]
+) -> None:
     assert len(found) == len(expected) == len(rollouts)
     for one, other, rollout in zip(found, expected, rollouts, strict=True):
         assert one.rollout is rollout

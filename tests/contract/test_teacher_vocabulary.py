@@ -8,21 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from opd.teacher.options import BackendName, TeacherServerOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.batch import collate
-from opd.config.models import DType
+from opd.config.student import DType
 from opd.head import HeadSpec
 from opd.losses.divergence import Divergence
-from opd.types import DivergenceKind
+from opd.run.teacher_servers import running_teacher
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.client import ServerTeacher
-from opd.teacher.launch import running_teacher
 from opd.teacher.local import LocalTeacher
-from opd.teacher.options import BackendName, TeacherServerOptions
 from opd.teacher.vocabulary import Vocabulary, vocabulary_of
 from opd.train.chunked import chunked_loss
-from opd.types import FinishReason, Prompt, Rollout, ScoreRequest
+from opd.types import DivergenceKind, FinishReason, Prompt, Rollout, ScoreRequest
 
 ORIGINAL = Path(__file__).parents[2] / "recipes" / "quickstart" / "teacher"
 SMALL, LARGE, EXACT = 32, 48, 1e-4
@@ -83,7 +82,9 @@ def test_a_larger_teacher_says_what_lies_outside(padded: Path, tmp_path: Path) -
         model=str(padded), backend=BackendName.torch, dtype=DType.float32
     )
     local = LocalTeacher(
-        TorchBackend(str(padded), dtype=DType.float32), wanted=ScoreRequest(full=True), student=student
+        TorchBackend(str(padded), dtype=DType.float32),
+        wanted=ScoreRequest(full=True),
+        student=student,
     )
     with running_teacher(options, log_path=tmp_path / "log", wait_s=300) as server:
         served = ServerTeacher(
@@ -100,7 +101,9 @@ def test_a_larger_teacher_says_what_lies_outside(padded: Path, tmp_path: Path) -
 def test_a_smaller_teacher_leaves_the_students_padding_out() -> None:
     student, rollout = _student(ORIGINAL, LARGE), _rollout()
     local = LocalTeacher(
-        TorchBackend(str(ORIGINAL), dtype=DType.float32), wanted=ScoreRequest(full=True), student=student
+        TorchBackend(str(ORIGINAL), dtype=DType.float32),
+        wanted=ScoreRequest(full=True),
+        student=student,
     )
     (scored,) = local.score([rollout])
     assert local.vocab_size == SMALL

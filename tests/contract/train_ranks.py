@@ -14,19 +14,20 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from opd.config.training import AdamWConfig, OptimConfig, SGDConfig
-from opd.config.training import Precision
+from opd.config.launch import merged_deepspeed
+from opd.config.optim import AdamWConfig, OptimConfig, SGDConfig
+from opd.config.train import Precision
 from opd.head import HeadSpec
 from opd.losses.divergence import Divergence
-from opd.types import DivergenceKind
 from opd.tracking.console import SilentProgress
-from opd.train.parameter_mask import DenseTraining
-from opd.train.engine import DeepSpeedEngine, TorchEngine, merged_deepspeed
+from opd.train.deepspeed_engine import DeepSpeedEngine
 from opd.train.learner import StudentLearner
 from opd.train.optimizers import build_optimizer
+from opd.train.parameter_mask import DenseTraining
 from opd.train.student import Student
+from opd.train.torch_engine import TorchEngine
 from opd.train.weights import load_student
-from opd.types import FinishReason, Prompt, Rollout, ScoredRollout
+from opd.types import DivergenceKind, FinishReason, Prompt, Rollout, ScoredRollout
 from opd.world import World, join_world
 
 MODEL = Path(__file__).parents[2] / "recipes" / "quickstart" / "student"

@@ -9,8 +9,8 @@ import torch
 from command import SMALL, opd
 from safetensors.torch import load_file
 
-from opd.mask.mask import read_mask
 from opd.checkpoint.tensors import open_checkpoint
+from opd.mask.mask import read_mask
 
 pytestmark = pytest.mark.timeout(1500)  # the fixture is two runs
 MASKED = [

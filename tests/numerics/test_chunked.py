@@ -13,11 +13,18 @@ from opd.batch import Batch, LossOutput, collate
 from opd.head import HeadSpec, head_logps
 from opd.interfaces import Loss
 from opd.losses.divergence import Divergence
-from opd.types import DivergenceKind, Surrogate
 from opd.losses.nll import NegativeLogLikelihood
 from opd.losses.policy_gradient import PolicyGradient
 from opd.train.chunked import chunked_logps, chunked_loss
-from opd.types import FinishReason, Prompt, Rollout, ScoredRollout, SupportLogps
+from opd.types import (
+    DivergenceKind,
+    FinishReason,
+    Prompt,
+    Rollout,
+    ScoredRollout,
+    SupportLogps,
+    Surrogate,
+)
 
 N, V, D = 21, 29, 6
 SPEC = HeadSpec(vocab_size=V)
@@ -158,7 +165,9 @@ def tiny_student() -> torch.nn.ParameterDict:
     )
 
 
-def sums_and_gradients(groups: list[list[ScoredRollout]], loss: Loss, full: bool) -> list[torch.Tensor]:
+def sums_and_gradients(
+    groups: list[list[ScoredRollout]], loss: Loss, full: bool
+) -> list[torch.Tensor]:
     """Total and parameter gradients, added up over micro-batches."""
     weights = tiny_student()
     total = torch.zeros(())

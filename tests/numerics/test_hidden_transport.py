@@ -11,14 +11,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd.batch import Batch, collate
-from opd.config.models import DType
+from opd.config.student import DType
 from opd.head import HeadSpec, head_logps
 from opd.losses.divergence import Divergence
-from opd.types import DivergenceKind
 from opd.teacher.local import LocalTeacher
 from opd.teacher.vocabulary import Vocabulary
 from opd.train.chunked import chunked_loss
-from opd.types import FinishReason, IntArray, Prompt, Rollout, TeacherInfo, ScoreRequest
+from opd.types import (
+    DivergenceKind,
+    FinishReason,
+    IntArray,
+    Prompt,
+    Rollout,
+    ScoreRequest,
+    TeacherInfo,
+)
 
 V, D, TOKENS, CHUNK = 151936, 64, 24, 4
 SPEC = HeadSpec(vocab_size=V)

@@ -9,11 +9,11 @@ import torch
 
 from opd.batch import Batch
 from opd.head import HeadSpec, head_logps
-from opd.types import Correction, DivergenceKind, Surrogate
-from opd.losses.token_weights import ImportanceCorrection, TokenWeights
 from opd.losses.divergence import Divergence
 from opd.losses.nll import NegativeLogLikelihood
 from opd.losses.policy_gradient import PolicyGradient
+from opd.losses.token_weights import ImportanceCorrection, TokenWeights
+from opd.types import Correction, DivergenceKind, Surrogate
 
 N, V, D = 9, 23, 5
 DIVERGENCES = [

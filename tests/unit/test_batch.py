@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opd.batch import Batch, LossReduction, collate, micro_batches
-from opd.types import FinishReason, Reduction, Prompt, Rollout, ScoredRollout, SupportLogps
+from opd.types import FinishReason, Prompt, Reduction, Rollout, ScoredRollout, SupportLogps
 
 
 def scored(

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from opd.batch import Batch, LossOutput
-from opd.config.training import AdamWConfig
+from opd.config.optim import AdamWConfig
 from opd.tracking.console import SilentProgress
 from opd.train.learner import StudentLearner
 from opd.types import FinishReason, Prompt, Rollout

@@ -1,6 +1,6 @@
 """A job of a sweep is named by what is particular to it."""
 
-from opd.run.train import job_name
+from opd.run.recipe import job_name
 
 
 def test_only_what_was_swept_is_in_the_name() -> None:

@@ -2,16 +2,13 @@
 
 import pytest
 
-from opd.assembly.loss import reckoning_of, sampling_of, wanted_of
-from opd.assembly.loss import build_loss, wants_sequence_gaps
-from opd.run.recipe import composed, packaged_recipes
-from opd.config.schema import Config
-from opd.config.rules import problems
+from opd.assembly.loss import build_loss, reckoning_of, sampling_of, wanted_of, wants_sequence_gaps
+from opd.config.schema import Config, problems
 from opd.losses.divergence import Divergence
 from opd.losses.policy_gradient import PolicyGradient
 from opd.losses.with_reward import Rewarded
-from opd.types import Surrogate
-from opd.types import Reduction, ScoreRequest
+from opd.run.recipe import composed, packaged_recipes
+from opd.types import Reduction, ScoreRequest, Surrogate
 
 
 def config_of(*overrides: str) -> Config:

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+from opd.config.losses import GrpoLossConfig
 
+from opd.config.loss import NllLossConfig, PolicyGradientLossConfig
+from opd.config.schema import problems
+from opd.config.teacher import SelfTeacherConfig
 from opd.run.recipe import composed, find_recipe, with_method
-from opd.config.losses import GrpoLossConfig, NllLossConfig, PolicyGradientLossConfig
-from opd.config.models import SelfTeacherConfig
-from opd.config.rules import problems
 
 CONTRAST = find_recipe("contrast_quickstart")
 

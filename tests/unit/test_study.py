@@ -3,12 +3,19 @@
 from pathlib import Path
 
 import pytest
+from opd.mask.settings import require_sound
 
+from opd.config.mask import (
+    DiscoverMaskConfig,
+    MaskRule,
+    RuleConfig,
+    StudyArm,
+    StudyMaskConfig,
+    active_mask,
+)
+from opd.config.schema import problems
 from opd.run.recipe import composed, find_recipe
 from opd.run.study import jobs_of
-from opd.config.masks import DiscoverMaskConfig, MaskRule, RuleConfig, StudyArm, StudyMaskConfig
-from opd.config.rules import active_mask, problems
-from opd.mask.settings import require_sound
 
 RECIPE = find_recipe("quickstart_subnetwork")
 

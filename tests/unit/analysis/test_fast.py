@@ -9,10 +9,10 @@ import torch
 from pairs import Tensors, stepped, stored, weights
 
 from opd.analysis.fast import _larger, _upper, _witnessed, leading
+from opd.analysis.formatting import Spectrum, meaning
 from opd.analysis.sides import NumberFormat, Sides
 from opd.analysis.summary import summary
 from opd.analysis.walk import Question, walked
-from opd.analysis.formatting import Spectrum, meaning
 from opd.cli.main import _answer
 
 SHAPES = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 from pairs import Tensors, renamed, stepped, stored, weights
 
-from opd.analysis.measure import Row
 from opd.analysis.largest import Largest, counted, large_first
+from opd.analysis.measure import Row
 from opd.analysis.summary import summary
 from opd.analysis.walk import Question, walked
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from opd.batch import Batch
-from opd.types import Correction, Surrogate
-from opd.losses.token_weights import ImportanceCorrection, TokenWeights
-from opd.losses.policy_gradient import PolicyGradient
 from opd.losses.mismatch import mismatch_metrics
+from opd.losses.policy_gradient import PolicyGradient
+from opd.losses.token_weights import ImportanceCorrection, TokenWeights
+from opd.types import Correction, Surrogate
 
 # Two ids; the target is id 0 with probability 1/2 under the learner, in every row.
 LOGP = math.log(0.5)

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from opd.config.masks import RuleConfig
+from opd.checkpoint.tensors import open_checkpoint
+from opd.config.mask import RuleConfig
 from opd.mask.discover import Summary, discover_mask
 from opd.mask.mask import Mask, read_mask
-from opd.checkpoint.tensors import open_checkpoint
 
 SHAPES = {
     "model.embed_tokens.weight": (90, 24),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from opd.mask.mask import Mask, Origin
+from opd.mask.file import Origin
+from opd.mask.mask import Mask
 from opd.train.compact import MaskedWeight
 from opd.train.parameter_mask import SparseTraining
 from opd.train.weights import full_weights, named_weights

@@ -7,13 +7,13 @@ import pytest
 import torch
 from models import NUMEL, discovered, flat, stored, weights
 
-from opd.config.masks import MaskRule, RuleConfig
-from opd.mask.compare import MaskComparison, Expected, compare
-from opd.mask.describe import describe
-from opd.mask.mask import Mask
 from opd.checkpoint.names import place
-from opd.mask.figures import heat_map, overlap_bars
 from opd.checkpoint.tensors import open_checkpoint
+from opd.config.mask import MaskRule, RuleConfig
+from opd.mask.compare import Expected, MaskComparison, compare
+from opd.mask.describe import describe
+from opd.mask.figures import heat_map, overlap_bars
+from opd.mask.mask import Mask
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opd.cli.main import _answer
-from opd.mask import rebuild
-from opd.delta.format import Delta, apply_delta, cast, export_delta, read_delta, undo_delta
-from opd.mask.mask import Mask, Origin
 from opd.checkpoint.tensors import open_checkpoint
+from opd.cli.main import _answer
+from opd.delta.apply import apply_delta, undo_delta
+from opd.delta.export import cast, export_delta
+from opd.delta.format import Delta, read_delta
+from opd.mask import rebuild
+from opd.mask.file import Origin
+from opd.mask.mask import Mask
 
 Weights = dict[str, torch.Tensor]
 Folder = Callable[[str, Weights], Path]

@@ -8,9 +8,9 @@ import torch
 from models import NUMEL, SHAPES, dense, discovered, flat, joined, moved, stored, weights
 from safetensors.torch import save_file
 
-from opd.config.masks import MaskBudget, MaskRule, MaskStructure, RuleConfig
-from opd.checkpoint.names import place
 from opd.checkpoint.chunks import binades
+from opd.checkpoint.names import place
+from opd.config.mask import MaskBudget, MaskRule, MaskStructure, RuleConfig
 from opd.mask.search import shared_out
 
 RANKED = [MaskRule.delta, MaskRule.near_zero, MaskRule.safe, MaskRule.random, MaskRule.scores]

@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from opd.config.training import AdamWConfig, OptimConfig, SGDConfig
-from opd.config.training import Precision
-from opd.mask.mask import Mask, Origin
+from opd.config.optim import AdamWConfig, OptimConfig, SGDConfig
+from opd.config.train import Precision
+from opd.mask.file import Origin
+from opd.mask.mask import Mask
 from opd.train import confine
 from opd.train.compact import MaskedWeight
-from opd.train.parameter_mask import SparseTraining, RestoredTraining, DenseTraining
-from opd.train.engine import TorchEngine
 from opd.train.optimizers import build_optimizer
+from opd.train.parameter_mask import DenseTraining, RestoredTraining, SparseTraining
+from opd.train.torch_engine import TorchEngine
 from opd.train.weights import named_weights
 
 STEPS, CLIP, LR, VOCAB, WIDTH = 6, 0.5, 0.05, 13, 8

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opd.mask import mask as mask_module
-from opd.mask.mask import FORMAT, Mask, Origin, held_by, read_mask
+from opd.mask.file import Origin
+from opd.mask.mask import FORMAT, Mask, held_by, read_mask
 
 SHAPES = {"a": (4, 10), "b": (7,), "empty": (3, 3), "whole": (5,)}
 ORIGIN = Origin(rule="random", base="f" * 32, model="somewhere", seed=3, command="opd mask 'x y'")

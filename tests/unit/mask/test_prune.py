@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opd.mask.figures import prune_curve
 from opd.analysis.prune import Moves, Order, wilson
 from opd.checkpoint.tensors import open_checkpoint
+from opd.mask.figures import prune_curve
 
 SHAPES = {"model.a.weight": (37, 11), "model.b.weight": (64,), "model.still.weight": (5, 5)}
 

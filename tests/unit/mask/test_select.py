@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from opd.mask import mask as mask_module
-from opd.checkpoint.chunks import pieces as pieces_module
 from opd.checkpoint.chunks import Chunk, in_order
-from opd.mask.top_k import TopKQuery, Selection, sortable, tiebreak
+from opd.checkpoint.chunks import chunks as pieces_module
+from opd.mask import mask as mask_module
+from opd.mask.top_k import Selection, TopKQuery, sortable, tiebreak
 
 SHAPES = {"a": (70, 31), "b": (5,), "c": (400, 10), "nothing": (0, 4)}
 SIZES = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
@@ -18,14 +18,14 @@ TOTAL = sum(SIZES.values())
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces_module, "PIECE", 257)
+    monkeypatch.setattr(pieces_module, "CHUNK", 257)
 
 
 def kept(values: dict[str, np.ndarray], quota: int, salt: str = "0") -> dict[str, np.ndarray]:
     """The chosen coordinates of each parameter as bools."""
 
-    def read(piece: Chunk) -> np.ndarray:
-        return values[piece.name][piece.start : piece.stop]
+    def read(chunk: Chunk) -> np.ndarray:
+        return values[chunk.name][chunk.start : chunk.stop]
 
     query = TopKQuery(names=tuple(values), quotas=(quota,), scores=read)
     selection = Selection({name: SHAPES[name] for name in values}, salt)
@@ -99,7 +99,7 @@ def test_tickets_depend_on_salt_name_and_coordinate_only() -> None:
 
 def test_the_result_does_not_depend_on_the_size_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     small = kept(scored("few values"), 2000)
-    monkeypatch.setattr(pieces_module, "PIECE", 1 << 20)
+    monkeypatch.setattr(pieces_module, "CHUNK", 1 << 20)
     large = kept(scored("few values"), 2000)
     assert all((small[name] == large[name]).all() for name in SIZES)
 

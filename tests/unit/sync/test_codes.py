@@ -66,7 +66,11 @@ def test_values_come_back_whatever_the_difference(kind: type) -> None:
 
 @pytest.mark.parametrize(
     ("spread", "form", "size"),
-    [(1, ValueEncoding.ulps8, 1000), (20_000, ValueEncoding.ulps16, 2000), (2**30, ValueEncoding.plain, 4000)],
+    [
+        (1, ValueEncoding.ulps8, 1000),
+        (20_000, ValueEncoding.ulps16, 2000),
+        (2**30, ValueEncoding.plain, 4000),
+    ],
 )
 def test_small_differences_take_small_codes(spread: int, form: ValueEncoding, size: int) -> None:
     old = np.arange(1000, dtype=np.int32) * 1000

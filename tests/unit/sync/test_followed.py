@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from opd.sync.ema import EMAWeights, EMASync
+from opd.sync.ema import EMASync, EMAWeights
 from opd.sync.periodic import NoSync, PeriodicSync
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from opd.sync.replica import Change
 from opd.sync.in_place import patched_in_place
+from opd.sync.replica import Change
 
 pytest.importorskip("vllm")
 

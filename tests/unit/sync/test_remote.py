@@ -14,8 +14,8 @@ import torch
 from trained import mask, state, train
 
 from opd.serving.client import ServiceClient
-from opd.sync.replica import flat_bits
 from opd.sync.remote import ServerWeights
+from opd.sync.replica import flat_bits
 from opd.sync.sparse import WeightSender
 from opd.world import World
 

@@ -20,7 +20,9 @@ def receiver() -> WeightReceiver:
     return WeightReceiver(lambda tensors, changes, version: None)
 
 
-def bring(sends: WeightSender, takes: WeightReceiver, held: ReceiverState) -> tuple[ReceiverState, list[str]]:
+def bring(
+    sends: WeightSender, takes: WeightReceiver, held: ReceiverState
+) -> tuple[ReceiverState, list[str]]:
     """Until it has the version; and what kinds of message that took."""
     kinds = []
     while (message := sends.next_for(held)) is not None:

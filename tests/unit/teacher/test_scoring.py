@@ -56,7 +56,11 @@ def test_hidden_and_folded_head_give_the_full_distribution(
 ) -> None:
     spec = HeadSpec(vocab_size=V, scale=0.25)
     said = score_hidden(
-        hidden_ND, weight_VD, spec, target_N, ScoreOptions(full_logps=True, hidden=True, temperature=2.0)
+        hidden_ND,
+        weight_VD,
+        spec,
+        target_N,
+        ScoreOptions(full_logps=True, hidden=True, temperature=2.0),
     )
     again_NV = said.hidden_ND @ folded_head(weight_VD, spec).T / 2.0
     torch.testing.assert_close(torch.log_softmax(again_NV, dim=-1), said.full_logp_NV)

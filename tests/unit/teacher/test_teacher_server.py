@@ -14,14 +14,14 @@ from threading import Thread
 import httpx
 import numpy as np
 import pytest
-
-from opd.config.models import DType
-from opd.serving.child import RunningService
 from opd.serving.options import arguments_of
-from opd.serving.server import MEDIA_TYPE
-from opd.teacher.client import ServerTeacher
-from opd.teacher.launch import running_teacher
 from opd.teacher.options import BackendName, TeacherServerOptions
+
+from opd.config.student import DType
+from opd.run.teacher_servers import running_teacher
+from opd.serving.app import MEDIA_TYPE
+from opd.serving.child import RunningService
+from opd.teacher.client import ServerTeacher
 from opd.teacher.vocabulary import Vocabulary
 from opd.teacher.wire import WireRequest, request_bytes
 from opd.types import FinishReason, Prompt, Rollout, ScoreRequest

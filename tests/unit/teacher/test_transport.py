@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from opd.config.models import DType
-from opd.teacher.response import answer, hidden_of
+from opd.config.student import DType
 from opd.teacher.backend_torch import TorchBackend
+from opd.teacher.response import answer, hidden_of
 from opd.teacher.transport import arithmetic, bytes_per_target, transports
 from opd.teacher.wire import (
-    WireRequest,
     Want,
+    WireRequest,
     answer_bytes,
     read_answer,
     read_request,
     request_bytes,
 )
-from opd.types import TeacherInfo, ScoreRequest
+from opd.types import ScoreRequest, TeacherInfo
 
 BIG = TeacherInfo(
     model="big",

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-
-from opd.config.models import DType
 from opd.serving.options import arguments_of
-from opd.teacher.batches import by_tokens
 from opd.teacher.options import BackendName, TeacherServerOptions, parse
+
+from opd.config.student import DType
+from opd.teacher.batches import by_tokens
 from opd.teacher.wire import (
-    WireResponse,
     Want,
+    WireResponse,
     answer_bytes,
     read_answer,
     read_request,

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd.tracking.study_report import Arms, interval, measures_of, write_arms
 from opd.tracking.runs import RunRecord
+from opd.tracking.study_report import Arms, interval, measures_of, write_arms
 
 
 def run(accuracies: list[float], kls: list[float], density: float | None) -> RunRecord:

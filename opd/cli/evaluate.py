@@ -1,0 +1,59 @@
+"""``opd eval``."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from opd.cli.grammar import read_words
+from opd.config.arguments import parse_arguments, split_arguments
+from opd.run.environment import restart_keeping_memory
+from opd.run.recipe import load_recipe
+from opd.types import Evaluation
+
+HELP = """usage: opd eval RECIPE [model=MODEL] [out=FILE] [key=value ...]
+
+Evaluate a checkpoint on the recipe's held-out prompts, without training.
+
+  RECIPE     path of a YAML file, or a bundled recipe (opd train --help lists them)
+  model=     folder, run folder or hub id (default: the recipe's student)
+  out=       JSON file for metrics and transcripts
+  key=value  settings as in opd train
+
+example: opd eval quickstart model=runs/quickstart eval.k=8"""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalArguments:
+    """Keys of `opd eval`; settings of the recipe may follow."""
+
+    model: str | None = None
+    """Folder, run folder or hub id; by default the recipe's student."""
+    out: str | None = None
+    """JSON file for metrics and transcripts."""
+
+
+def main(words: list[str]) -> None:
+    """Parse, run and print."""
+    read = read_words(words, HELP, positionals=("RECIPE",))
+    own, overrides = split_arguments(EvalArguments, read.settings)
+    arguments = parse_arguments(EvalArguments, own)
+    recipe = load_recipe(read.positionals[0], *overrides)
+    restart_keeping_memory()
+    from opd.run.evaluate import evaluate  # loads torch, which --help does not need
+
+    model = arguments.model or recipe.config.student.model
+    evaluation = evaluate(recipe, model=arguments.model)
+    Console().print(_table(model, evaluation))
+    if arguments.out is not None:
+        found = {"model": model, "metrics": evaluation.metrics, "samples": evaluation.samples}
+        Path(arguments.out).write_text(json.dumps(found, indent=1, ensure_ascii=False))
+
+
+def _table(model: str, evaluation: Evaluation) -> Table:
+    table = Table("metric", "value", title=model)
+    for name, value in evaluation.metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    return table

@@ -1,0 +1,225 @@
+"""``opd mask discover | show | compare | combine``."""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from omegaconf import MISSING
+from rich.console import Console
+
+from opd.checkpoint.tensors import open_checkpoint
+from opd.cli.grammar import read_words
+from opd.cli.mask_tables import (
+    comparison_json,
+    comparison_tables,
+    description_json,
+    description_tables,
+    discovered,
+)
+from opd.cli.progress import progress_bar
+from opd.config.arguments import parse_arguments, split_arguments
+from opd.config.mask import LIVE_RULES, RuleConfig, require_valid_rule
+from opd.mask.compare import compare as compare_masks
+from opd.mask.describe import describe
+from opd.mask.discover import discover_mask
+from opd.mask.figures import heat_map, overlap_bars
+from opd.mask.mask import Mask
+from opd.run.mask import score
+from opd.run.recipe import load_recipe
+from opd.run.train import run_one
+
+DISCOVER = """usage: opd mask discover base=MODEL rule=RULE density=SHARE out=MASK [key=value ...]
+
+Find a mask by a rule. docs/masks.md says what each rule is and costs.
+
+example: opd mask discover base=MODEL rule=near_zero density=0.1 out=m.safetensors
+"""
+SHOW = """usage: opd mask show MASK [out=DIR] [--json]
+
+Where a mask is dense: tables, with out= a heat map (density.png), with --json numbers.
+
+example: opd mask show m.safetensors out=pictures"""
+COMPARE = """usage: opd mask compare A B [base=MODEL] [out=DIR] [--json]
+
+How two masks of one base overlap, beside chance; with out= bars (overlap.png).
+
+example: opd mask compare a.safetensors b.safetensors base=MODEL
+"""
+COMBINE = """usage: opd mask combine union|intersection|difference A B out=MASK [overwrite=true]
+
+Combine two masks of one base; difference is A without B.
+
+example: opd mask combine intersection a.safetensors b.safetensors out=both.safetensors
+"""
+
+
+@dataclass(kw_only=True, slots=True)
+class DiscoverArguments(RuleConfig):
+    """Keys of `opd mask discover`."""
+
+    base: str = MISSING
+    """Folder or hub id of the model whose weights are masked."""
+    out: str = MISSING
+    """Mask file to write."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+    recipe: str | None = None
+    """Rules that score a live run: the recipe to run for `steps` steps; its settings may follow."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ShowArguments:
+    """Keys of `opd mask show`."""
+
+    out: str | None = None
+    """Folder for a heat map, density.png."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareArguments:
+    """Keys of `opd mask compare`."""
+
+    base: str | None = None
+    """Folder or hub id of the masks' base; with it chance can keep the magnitudes of weights too."""
+    out: str | None = None
+    """Folder for bars, overlap.png."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CombineArguments:
+    """Keys of `opd mask combine`."""
+
+    out: str = MISSING
+    """Mask file to write."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+
+
+def discover(words: list[str]) -> None:
+    """``opd mask discover``."""
+    read = read_words(words, DISCOVER, shown=DiscoverArguments)
+    settings, overrides = read.settings, []
+    if any(word.startswith("recipe=") for word in settings):
+        settings, overrides = split_arguments(DiscoverArguments, settings)
+    arguments = parse_arguments(DiscoverArguments, settings)
+    out = _free(arguments.out, arguments.overwrite)
+    rule = RuleConfig(**{f.name: getattr(arguments, f.name) for f in fields(RuleConfig)})
+    command = shlex.join(["opd", "mask", "discover", *words])
+    with TemporaryDirectory(prefix="opd-mask-") as folder, progress_bar() as progress:
+        if rule.rule in LIVE_RULES and rule.scores is None:
+            rule.scores = _live_scores(arguments, rule, overrides, Path(folder))
+        elif arguments.recipe is not None:
+            raise ValueError(
+                f"recipe={arguments.recipe} has no effect with rule={rule.rule}: it is for "
+                f"{', '.join(LIVE_RULES)} without scores=FILE"
+            )
+        require_valid_rule(rule)
+        base = open_checkpoint(arguments.base)
+        like = None if rule.like is None else Mask.read(rule.like)
+        summary = discover_mask(base, rule, out, like=like, command=command, progress=progress)
+    Console().print(discovered(summary))
+    for warning in summary.warnings:
+        print(f"opd: warning: {warning}", file=sys.stderr)
+
+
+def _live_scores(
+    arguments: DiscoverArguments, rule: RuleConfig, overrides: list[str], folder: Path
+) -> str:
+    """The file of scores that a short run of the recipe leaves."""
+    if arguments.recipe is None:
+        raise ValueError(
+            f"rule={rule.rule} scores a live run: give recipe=RECIPE to run for {rule.steps} steps, "
+            "or scores=FILE that such a run left"
+        )
+    recipe = load_recipe(arguments.recipe, *overrides)
+    _require_same_model(arguments.base, recipe.config.student.model)
+    return str(score(recipe, rule.rule, rule.steps, folder, run_one))
+
+
+def _require_same_model(base: str, student: str) -> None:
+    if open_checkpoint(base).fingerprint() != open_checkpoint(student).fingerprint():
+        raise ValueError(
+            f"base={base} is not the recipe's student.model={student}, whose weights are scored: give "
+            "the same model to both"
+        )
+
+
+def show(words: list[str]) -> None:
+    """``opd mask show``."""
+    read = read_words(words, SHOW, positionals=("MASK",), flags=("--json",))
+    arguments = parse_arguments(ShowArguments, read.settings)
+    (file,) = read.positionals
+    mask = Mask.read(file)
+    described = describe(mask)
+    if "--json" in read.flags:
+        print(json.dumps(description_json(mask, described), indent=1))
+    else:
+        for table in description_tables(mask, described):
+            Console().print(table)
+    if arguments.out is not None:
+        picture = Path(arguments.out) / "density.png"
+        heat_map(described, f"{_title(file, mask)} of {mask.origin.model}", picture)
+        _print_picture(picture, read.flags)
+
+
+def compare(words: list[str]) -> None:
+    """``opd mask compare``."""
+    read = read_words(
+        words, COMPARE, positionals=("A", "B"), flags=("--json",), shown=CompareArguments
+    )
+    arguments = parse_arguments(CompareArguments, read.settings)
+    a, b = (Mask.read(file) for file in read.positionals)
+    with progress_bar() as progress:
+        base = None if arguments.base is None else open_checkpoint(arguments.base)
+        comparison = compare_masks(a, b, base, progress)
+    first, second = read.positionals
+    titles = (_title(first, a), _title(second, b))
+    if "--json" in read.flags:
+        print(json.dumps(comparison_json(comparison), indent=1))
+    else:
+        for table in comparison_tables(comparison, titles):
+            Console().print(table)
+    if arguments.out is not None:
+        picture = Path(arguments.out) / "overlap.png"
+        overlap_bars(comparison, titles, picture)
+        _print_picture(picture, read.flags)
+
+
+def combine(words: list[str]) -> None:
+    """``opd mask combine``."""
+    read = read_words(words, COMBINE, positionals=("HOW", "A", "B"), shown=CombineArguments)
+    how, first, second = read.positionals
+    operations = {
+        "union": Mask.union,
+        "intersection": Mask.intersection,
+        "difference": Mask.difference,
+    }
+    if how not in operations:
+        raise ValueError(f"masks cannot be combined by {how}: allowed are {', '.join(operations)}")
+    arguments = parse_arguments(CombineArguments, read.settings)
+    out = _free(arguments.out, arguments.overwrite)
+    made = operations[how](Mask.read(first), Mask.read(second))
+    command = shlex.join(["opd", "mask", "combine", *words])
+    replace(made, origin=replace(made.origin, command=command)).save(out)
+    print(f"{out}: {Mask.read(out).density:.4%} of all weights kept")
+
+
+def _free(out: str, overwrite: bool) -> Path:
+    path = Path(out)
+    if path.is_dir():
+        raise ValueError(f"out={out} is a folder: name a file, as out={path / 'mask.safetensors'}")
+    if path.exists() and not overwrite:
+        raise ValueError(f"out={out} exists: give another name, or overwrite=true")
+    return path
+
+
+def _title(file: str, mask: Mask) -> str:
+    return f"{Path(file).name} ({mask.origin.rule})"
+
+
+def _print_picture(picture: Path, flags: set[str]) -> None:
+    if "--json" not in flags:
+        print(f"picture: {picture}")

@@ -1,0 +1,34 @@
+"""``opd prune``: take back part of what training moved, and evaluate what is left."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from opd.cli.grammar import read_words
+from opd.run.prune import PruneArguments, parse_prune, prune
+
+HELP = """usage: opd prune base=MODEL trained=RUN recipe=RECIPE out=DIR [key=value ...]
+
+Take back part of what training moved, and evaluate what is left on the recipe's held-out prompts.
+Settings of the recipe may follow.
+
+example: opd prune base=recipes/quickstart/student trained=runs/quickstart recipe=quickstart out=pruned
+"""
+
+
+def main(words: list[str]) -> None:
+    """Parse, run and print."""
+    read = read_words(words, HELP, shown=PruneArguments)
+    print_curves(prune(parse_prune(read.settings)))
+
+
+def print_curves(result: Mapping[str, Any]) -> None:
+    """The accuracies as a table, a column an order."""
+    console, orders = Console(), list(result["curves"])
+    table = Table("moves taken back", *(f"{order} first" for order in orders))
+    for row in zip(*result["curves"].values(), strict=True):
+        cells = [f"{p['accuracy']:.3f}  ({p['low']:.3f} to {p['high']:.3f})" for p in row]
+        table.add_row(f"{row[0]['share']:.0%}", *cells)
+    console.print(table)

@@ -1,0 +1,50 @@
+"""``opd eval`` in a process of its own, which frees its GPU when it ends."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from opd.config.student import DType
+from opd.config.teacher import TeacherModelConfig
+from opd.run.environment import child_environment
+from opd.run.recipe import Recipe
+
+
+def teacher_accuracy(recipe: Recipe, logs: Path) -> float | None:
+    """The teacher's greedy accuracy on data.eval.
+
+    None, with the reason in logs/teacher_eval.log, when the engine cannot run this teacher.
+    """
+    config = recipe.config
+    teacher = config.teacher
+    if not (config.eval.teacher_accuracy and config.data.eval and teacher.model):
+        return None
+    overrides = ["eval.k=0"]
+    if isinstance(teacher, TeacherModelConfig) and teacher.dtype != DType.auto:
+        overrides.append(f"rollout.dtype={teacher.dtype.value}")
+    kept = [o for o in recipe.overrides if not o.startswith("rollout.dtype=")]
+    changed = replace(recipe, overrides=kept)
+    metrics = evaluated_apart(changed, teacher.model, overrides, logs / "teacher_eval.log")
+    return None if metrics is None else metrics[f"eval/{config.eval.task}/accuracy"]
+
+
+def evaluated_apart(
+    recipe: Recipe, model: str, overrides: list[str], log: Path
+) -> dict[str, float] | None:
+    """The metrics of ``opd eval`` on a model; None when it fails, with the reason in ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, log.open("wb") as file:
+        out = Path(folder) / "evaluation.json"
+        command = [sys.executable, "-m", "opd.cli.main", "eval", str(recipe.path)]
+        done = subprocess.run(
+            [*command, f"model={model}", f"out={out}", *recipe.overrides, *overrides],
+            env=child_environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        return json.loads(out.read_text())["metrics"] if done.returncode == 0 else None

@@ -1,0 +1,89 @@
+"""What a run is going to do, as a table for ``dry_run`` and ``opd doctor``."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from opd.config.adapter import LoraConfig
+from opd.config.mask import DiscoverMaskConfig, FileMaskConfig, active_mask
+from opd.config.rollout import RolloutConfig
+from opd.config.schema import Config
+from opd.config.teacher import (
+    LocalTeacherConfig,
+    PoolTeacherConfig,
+    SelfTeacherConfig,
+    ServerTeacherConfig,
+)
+from opd.run.preflight import Preflight
+from opd.run.recipe import Recipe
+
+
+def plan_table(recipe: Recipe, checked: Preflight, folder: Path) -> Table:
+    """One row for each thing that a reader of a recipe asks first."""
+    config, table = recipe.config, Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    rollout: RolloutConfig = config.rollout
+    rows = {
+        "student": config.student.model,
+        "teacher": _teacher(config),
+        "method": f"{config.method}: loss {recipe.choices['loss']}, "
+        f"reward {recipe.choices['reward']}",
+        "writes": _writer(config),
+        "optimizer": f"{recipe.choices['optim']}, lr {config.optim.lr:g}, ZeRO {config.zero}, "
+        f"{config.train.precision.value}, adapter {recipe.choices['adapter']}",
+        "trains": _trained(config),
+        "step": f"{config.train.prompts_per_step} prompts x {rollout.n} completions of at most "
+        f"{rollout.max_tokens} tokens, by {config.launch.processes} process(es)",
+        "steps": f"{config.train.steps}, starting from step {checked.start}",
+        "folder": str(folder),
+    }
+    if checked.prompts is not None and checked.tokenizer is not None:
+        rows["prompts"] = (
+            f"{len(checked.prompts.train)} to learn from, {len(checked.prompts.eval)} held out, "
+            f"{len(checked.prompts.divergence)} for the divergence"
+        )
+        rows["longest"] = f"{checked.prompts.max_length} tokens of {checked.tokenizer.max_length}"
+    if checked.transport is not None:
+        rows["transport"] = checked.transport
+    for finding in checked.findings:
+        rows.setdefault("look at", "")
+        rows["look at"] += f"- {finding}\n"
+    if checked.unseen:
+        rows["not checked"] = f"{', '.join(checked.unseen)}: the hub cannot be reached"
+    for name, words in rows.items():
+        table.add_row(name, words)
+    return table
+
+
+def _trained(config: Config) -> str:
+    match active_mask(config):
+        case FileMaskConfig(path=path, training=training):
+            return f"the mask {path}, {training}"
+        case DiscoverMaskConfig() as mask:
+            kept = f"density {mask.density:g}" if mask.density else f"threshold {mask.threshold}"
+            return f"a mask by rule {mask.rule}, {kept if mask.like is None else mask.like}"
+    return "adapters" if isinstance(config.adapter, LoraConfig) else "every weight"
+
+
+def _teacher(config: Config) -> str:
+    match config.teacher:
+        case ServerTeacherConfig(url=str(url)):
+            return f"the server at {url}"
+        case ServerTeacherConfig(model=model, backend=backend):
+            return f"{model}, served by {backend}, started with the run"
+        case PoolTeacherConfig(members=members):
+            return ", ".join(f"{name}: {member}" for name, member in members.items())
+        case SelfTeacherConfig(weights=weights):
+            return f"the student itself, {weights}"
+        case LocalTeacherConfig(model=model) if model:
+            return f"{model}, inside each training process"
+    return "none"
+
+
+def _writer(config: Config) -> str:
+    share = config.rollout.on_policy
+    if share == 1:
+        return "the student"
+    read = f"{config.data.train}, column {config.data.completion_field}"
+    return read if share == 0 else f"the student {share:.0%}, {read} the rest"
