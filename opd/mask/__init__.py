@@ -1,1 +1,1 @@
-"""Which weights may learn: masks, how they are discovered and how two of them compare."""
+"""Which weights are trained: masks, how they are discovered and how two of them compare."""

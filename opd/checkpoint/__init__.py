@@ -1,0 +1,1 @@
+"""Reading and writing weights: tensors, FSDP shards, safetensors streams, chunks, names."""
