@@ -99,7 +99,7 @@ def _compared_task(comparison: RunComparison, task: str) -> list[Panel]:
     title, y_range = f"mean@k on {task}", _share_range(sampled)
     panels.append(Panel(title=title, lines=sampled, y_range=y_range, wide=True))
     distance = _overlaid(comparison, f"eval/{task}/reverse_kl", _steps, marked=True)
-    title = f"ReceiverState-out reverse KL on {task}, nats per token"
+    title = f"Held-out reverse KL on {task}, nats per token"
     panels.append(Panel(title=title, lines=distance, wide=True))
     return panels
 

@@ -8,9 +8,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from opd.config.data import DataConfig
 from opd.data.prompts import load_prompts
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def load(source, tokenizer, max_prompt_tokens=None, **settings):
+    return load_prompts(
+        source, tokenizer, DataConfig(**settings), max_prompt_tokens=max_prompt_tokens
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +41,7 @@ def write(tmp_path):
 
 
 def test_a_row_becomes_a_tokenised_prompt(tokenizer, write):
-    (prompt,) = load_prompts(write({"prompt": "1+1=", "answer": 2}), tokenizer)
+    (prompt,) = load(write({"prompt": "1+1=", "answer": 2}), tokenizer)
     assert (prompt.uid, prompt.text, prompt.answer) == ("0", "1+1=", "2")
     assert prompt.token_ids.dtype == np.int32
     assert tokenizer.decode(prompt.token_ids) == "1+1="
@@ -59,47 +66,45 @@ def test_every_file_kind_gives_the_same_prompts(kind, tokenizer, tmp_path):
             import pyarrow.parquet
 
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    prompts = load_prompts(str(path), tokenizer)
+    prompts = load(str(path), tokenizer)
     assert [(p.text, p.answer) for p in prompts] == [(r["prompt"], r["answer"]) for r in rows]
 
 
 def test_messages_take_the_chat_template_and_the_system_prompt(tokenizer, write):
     path = write({"prompt": [{"role": "user", "content": "hi"}]})
-    assert load_prompts(path, tokenizer)[0].text == "<user>hi<assistant>"
-    (prompt,) = load_prompts(path, tokenizer, system="be kind")
+    assert load(path, tokenizer)[0].text == "<user>hi<assistant>"
+    (prompt,) = load(path, tokenizer, system="be kind")
     assert prompt.text == "<system>be kind<user>hi<assistant>"
 
 
 def test_a_string_takes_the_chat_template_only_when_asked(tokenizer, write):
     path = write({"prompt": "hi"})
-    assert load_prompts(path, tokenizer)[0].text == "hi"
-    assert load_prompts(path, tokenizer, chat_template=True)[0].text == "<user>hi<assistant>"
+    assert load(path, tokenizer)[0].text == "hi"
+    assert load(path, tokenizer, chat=True)[0].text == "<user>hi<assistant>"
     with pytest.warns(UserWarning, match="system has no effect"):
-        assert load_prompts(path, tokenizer, system="x")[0].text == "hi"
+        assert load(path, tokenizer, system="x")[0].text == "hi"
 
 
 def test_a_template_and_an_answer_regex_read_gsm8k(tokenizer, write):
     path = write({"question": "How many?", "answer": "so 6*7=42\n#### 1,042"})
-    (prompt,) = load_prompts(
-        path, tokenizer, template="Q: {question}\nA: {{", answer_regex=r"#### (.+)"
-    )
+    (prompt,) = load(path, tokenizer, template="Q: {question}\nA: {{", answer_regex=r"#### (.+)")
     assert (prompt.text, prompt.answer) == ("Q: How many?\nA: {", "1,042")
 
 
 def test_a_template_calls_the_prompt_field_prompt(tokenizer, write):
     path = write({"question": "hi"})
-    (prompt,) = load_prompts(path, tokenizer, prompt_field="question", template="<{prompt}>")
+    (prompt,) = load(path, tokenizer, prompt_field="question", template="<{prompt}>")
     assert prompt.text == "<hi>"
 
 
 def test_alternative_answers_are_joined_and_none_stays_none(tokenizer, write):
-    prompts = load_prompts(write({"prompt": "a", "answer": ["x", "y"]}, {"prompt": "b"}), tokenizer)
+    prompts = load(write({"prompt": "a", "answer": ["x", "y"]}, {"prompt": "b"}), tokenizer)
     assert [p.answer for p in prompts] == ["x|y", None]
 
 
 def test_limit_takes_the_first_rows_and_reads_no_further(tokenizer, write):
     path = write({"prompt": "a"}, {"prompt": "b"}, "{broken")
-    assert [p.text for p in load_prompts(path, tokenizer, limit=2)] == ["a", "b"]
+    assert [p.text for p in load(path, tokenizer, limit=2)] == ["a", "b"]
 
 
 WRONG_ROWS = {
@@ -121,54 +126,54 @@ WRONG_ROWS = {
 def test_a_wrong_row_is_named_with_file_and_line(case, tokenizer, write):
     row, message = WRONG_ROWS[case]
     with pytest.raises(ValueError, match=message):
-        load_prompts(write({"prompt": "fine"}, row), tokenizer, max_prompt_tokens=8)
+        load(write({"prompt": "fine"}, row), tokenizer, max_prompt_tokens=8)
 
 
 def test_a_wrong_setting_is_named(tokenizer, write):
     path = write({"prompt": [{"role": "user", "content": "x"}], "answer": "four"})
     with pytest.raises(ValueError, match="the template asks for 'question'; found the fields"):
-        load_prompts(path, tokenizer, template="{question}")
+        load(path, tokenizer, template="{question}")
     with pytest.raises(ValueError, match="finds nothing in 'four'"):
-        load_prompts(path, tokenizer, answer_regex=r"\d+")
+        load(path, tokenizer, answer_regex=r"\d+")
     with pytest.raises(ValueError, match="not a regular expression"):
-        load_prompts(path, tokenizer, answer_regex="(")
+        load(path, tokenizer, answer_regex="(")
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="has no chat template"):
-        load_prompts(path, bare)
+        load(path, bare)
 
 
 def test_a_wrong_file_is_named(tokenizer, tmp_path):
-    def load(name, content):
+    def load_file(name, content):
         path = tmp_path / name
         path.write_bytes(content)
-        return load_prompts(str(path), tokenizer)
+        return load(str(path), tokenizer)
 
     with pytest.raises(ValueError, match="no such file"):
-        load_prompts(str(tmp_path / "absent.jsonl"), tokenizer)
+        load(str(tmp_path / "absent.jsonl"), tokenizer)
     with pytest.raises(ValueError, match=r"unknown kind; allowed: \.jsonl"):
-        load("rows.txt", b"x")
+        load_file("rows.txt", b"x")
     with pytest.raises(ValueError, match="found no rows"):
-        load("empty.jsonl", b"\n\n")
+        load_file("empty.jsonl", b"\n\n")
     with pytest.raises(ValueError, match=r"latin\.jsonl:2: found bytes that are not UTF-8"):
-        load("latin.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9"}')
+        load_file("latin.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9"}')
     with pytest.raises(ValueError, match="cannot be read"):
-        load("cut.jsonl.gz", gzip.compress(b"{}")[:-4])
+        load_file("cut.jsonl.gz", gzip.compress(b"{}")[:-4])
     with pytest.raises(ValueError, match="expected a list of objects"):
-        load("object.json", b"{}")
+        load_file("object.json", b"{}")
     with pytest.raises(ValueError, match=r"short\.csv:2: found a row with fewer cells"):
-        load("short.csv", b"prompt,answer\nx\n")
+        load_file("short.csv", b"prompt,answer\nx\n")
     with pytest.raises(ValueError, match="not a readable parquet file"):
-        load("bad.parquet", b"nonsense")
+        load_file("bad.parquet", b"nonsense")
 
 
 def test_a_data_set_folder_is_read_by_split(tokenizer, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "test.jsonl").write_text('{"prompt": "b"}\n')
-    assert [p.text for p in load_prompts(str(tmp_path), tokenizer, split="test")] == ["b"]
+    assert [p.text for p in load(str(tmp_path), tokenizer, split="test")] == ["b"]
     with pytest.raises(ValueError, match="cannot load split 'absent'"):
-        load_prompts(str(tmp_path), tokenizer, split="absent")
+        load(str(tmp_path), tokenizer, split="absent")
 
 
 def test_a_subset_of_a_file_warns_that_it_has_no_effect(tokenizer, write):
     with pytest.warns(UserWarning, match="subset=main has no effect"):
-        load_prompts(write({"prompt": "a"}), tokenizer, subset="main")
+        load(write({"prompt": "a"}), tokenizer, subset="main")

@@ -3,10 +3,12 @@
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
+from opd.config.eval import EvalConfig
 from opd.evaluate.evaluator import Evaluators, TaskEvaluator, pass_at, token_texts
 from opd.evaluate.grade import grader
 from opd.types import FinishReason, Prompt, Rollout, ScoredRollout
@@ -31,10 +33,10 @@ class Parrot:
     """Answers prompt i with i when sample < i % 4 (or greedily when i is even), else "no"."""
 
     def __init__(self):
-        self.asked = []
+        self.requests = []
 
     def generate(self, prompts, sampling):
-        self.asked.append(sampling)
+        self.requests.append(sampling)
         return [
             self._rollout(prompt, sample, sampling)
             for prompt, sample in itertools.product(prompts, range(sampling.n))
@@ -69,21 +71,27 @@ class Alone:
 class Meeting:
     """Ranks as threads, meeting at a barrier as collectives do."""
 
-    def __init__(self, rank, size, barrier, said):
+    def __init__(self, rank, size, barrier, values):
         self.rank, self.size = rank, size
-        self._barrier, self._said = barrier, said
+        self._barrier, self._values = barrier, values
 
     def sum(self, values):
-        self._said[self.rank] = values
+        self._values[self.rank] = values
         self._barrier.wait()
-        total = {name: sum(said[name] for said in self._said) for name in values}
+        total = {name: sum(row[name] for row in self._values) for name in values}
         self._barrier.wait()
         return total
 
 
+CONFIG_FIELDS = {field.name for field in fields(EvalConfig)} - {"teacher_accuracy"}
+"""EvalConfig.teacher_accuracy asks for the number; TaskEvaluator.teacher_accuracy is the number."""
+
+
 def evaluator(world=None, **changes):
-    settings = {
-        "task": "sums",
+    """``changes`` are fields of EvalConfig or arguments of TaskEvaluator."""
+    config = EvalConfig(task="sums")
+    config = replace(config, **{k: v for k, v in changes.items() if k in CONFIG_FIELDS})
+    arguments = {
         "prompts": prompts(8),
         "engine": Parrot(),
         "decode": decode,
@@ -91,7 +99,8 @@ def evaluator(world=None, **changes):
         "world": world or Alone(),
         "max_tokens": 5,
     }
-    return TaskEvaluator(**(settings | changes))
+    arguments |= {k: v for k, v in changes.items() if k not in CONFIG_FIELDS}
+    return TaskEvaluator(config, **arguments)
 
 
 def test_greedy_metrics_count_what_was_written():
@@ -118,11 +127,11 @@ def test_pass_at_j_is_the_share_of_draws_with_a_right_answer():
 
 @pytest.mark.parametrize("size", [2, 3, 11])
 def test_the_metrics_do_not_depend_on_the_number_of_ranks(size):
-    barrier, said = threading.Barrier(size), [{} for _ in range(size)]
+    barrier, values = threading.Barrier(size), [{} for _ in range(size)]
     with ThreadPoolExecutor(size) as pool:
         evaluations = list(
             pool.map(
-                lambda rank: evaluator(Meeting(rank, size, barrier, said), k=2).evaluate(0),
+                lambda rank: evaluator(Meeting(rank, size, barrier, values), k=2).evaluate(0),
                 range(size),
             )
         )
@@ -152,7 +161,7 @@ def test_without_a_teacher_a_transcript_has_no_gap():
     assert "gap" not in evaluator().evaluate(0).samples[0]
 
 
-def test_the_teachers_accuracy_is_told_once_at_step_zero():
+def test_the_teachers_accuracy_is_logged_once_at_step_zero():
     task = evaluator(teacher_accuracy=0.9)
     assert task.evaluate(0).metrics["eval/sums/teacher_accuracy"] == 0.9
     assert "eval/sums/teacher_accuracy" not in task.evaluate(1).metrics

@@ -1,4 +1,4 @@
-"""RunRecord folders as training leaves them, made without training."""
+"""Run folders as training leaves them, made without training."""
 
 import math
 import random

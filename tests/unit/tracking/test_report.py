@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import yaml
-from made_runs import make_run
 from rich.console import Console
 
 from opd.tracking.compare import compare, sentences
@@ -17,6 +16,7 @@ from opd.tracking.plots import smooth
 from opd.tracking.report import compare_runs, write_report
 from opd.tracking.runs import read_run
 from opd.tracking.terminal import comparison_table, summary_table
+from tests.unit.tracking.made_runs import make_run
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,14 @@ def test_a_report_says_before_after_and_teacher(runs):
     page = path.read_text()
     assert path == runs["adamw"] / "report.html"
     assert_stands_alone(page)
-    for said in (
+    for text in (
         "0.250 →",
         "0.868",
         "teacher 0.980",
         "85 % of the gap",
         "reverse KL 0.8500 → 0.1658",
     ):
-        assert said in page
+        assert text in page
     assert "finished" in page
     assert "opd train quickstart optim=adamw" in page
     assert "student-small" in page
@@ -95,7 +95,9 @@ def test_the_teachers_of_a_pool_share_a_picture_of_each_thing_measured(tmp_path)
 
 def test_a_comparison_ranks_runs_and_names_what_differs(runs, tmp_path):
     page_path, csv_path = compare_runs(list(runs.values()), tmp_path / "out")
-    assert_stands_alone(page_path.read_text())
+    page = page_path.read_text()
+    assert_stands_alone(page)
+    assert "Held-out reverse KL on sums, nats per token" in page
     rows = list(csv.DictReader(csv_path.read_text().splitlines()))
     assert [row["run"] for row in rows] == ["adamw", "crashed", "slow"]
     assert rows[1]["status"] == "unfinished: step 50 of 120"
@@ -106,32 +108,32 @@ def test_a_comparison_ranks_runs_and_names_what_differs(runs, tmp_path):
 
 
 def test_sentences_name_the_winner_its_settings_and_what_to_beware_of(runs):
-    said = sentences(compare(list(runs.values())))
-    assert said[0] == (
+    lines = sentences(compare(list(runs.values())))
+    assert lines[0] == (
         "Best sums accuracy: optim=adamw optim.lr=0.001: 0.8676 at step 120; "
         "next optim=sgd optim.lr=0.1: 0.5345."
     )
-    assert said[2].startswith("Lowest held-out reverse KL on sums: optim=adamw optim.lr=0.001")
-    assert said[-2] == (
+    assert lines[2].startswith("Lowest held-out reverse KL on sums: optim=adamw optim.lr=0.001")
+    assert lines[-2] == (
         "Not finished, so not comparable at the end: "
         "optim=sgd optim.lr=0.1 (unfinished: step 50 of 120)."
     )
-    assert said[-1].startswith("One seed for every setting")
+    assert lines[-1].startswith("One seed for every setting")
 
 
 def test_equal_runs_share_the_first_place(runs, tmp_path):
     twin = make_run(tmp_path / "twin", lr=1e-3, top=0.9, seed=1)
-    said = sentences(compare([runs["adamw"], twin]))
-    assert said[0] == "Best sums accuracy: 2 runs alike at 0.8676 (seed=1; seed=0)."
-    assert not any("One seed" in sentence for sentence in said)
+    lines = sentences(compare([runs["adamw"], twin]))
+    assert lines[0] == "Best sums accuracy: 2 runs alike at 0.8676 (seed=1; seed=0)."
+    assert not any("One seed" in sentence for sentence in lines)
 
 
 def test_a_peak_that_was_lost_again_is_told(tmp_path, runs):
     fallen = make_run(tmp_path / "fallen", lr=0.01, top=1.0, steps=120)
     tracker = JsonlTracker(fallen, resume_step=120)
     tracker.log(121, {"eval/sums/accuracy": 0.1})
-    said = sentences(compare([fallen, runs["adamw"]]))
-    assert said[1] == (
+    lines = sentences(compare([fallen, runs["adamw"]]))
+    assert lines[1] == (
         "Highest sums accuracy on the way, not kept to the end: optim.lr=0.01: 0.963 at step 120."
     )
 
@@ -180,8 +182,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 def test_the_terminal_tables_say_the_same(runs):
     summary = shown(summary_table(runs["adamw"]))
-    for said in ("adamw: finished", "sums", "0.250", "0.868", "0.980", "85 %"):
-        assert said in summary
+    for text in ("adamw: finished", "sums", "0.250", "0.868", "0.980", "85 %"):
+        assert text in summary
     compared = shown(comparison_table(list(runs.values())))
     assert compared.index("adamw") < compared.index("crashed") < compared.index("slow")
     assert "0.250 → 0.868" in compared

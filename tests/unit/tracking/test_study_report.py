@@ -71,8 +71,8 @@ def test_differences_are_paired_and_said_plainly() -> None:
 def test_the_experiment_is_written_as_numbers_words_and_a_picture(tmp_path: Path) -> None:
     paths = write_arms(arms(), tmp_path, "three ways")
     assert [p.name for p in paths] == ["study.json", "study.md", "study.png"]
-    told = json.loads(paths[0].read_text())
-    assert told["values"]["random"]["accuracy"] == {"0": 0.5, "1": 0.51, "2": 0.52}
+    written = json.loads(paths[0].read_text())
+    assert written["values"]["random"]["accuracy"] == {"0": 0.5, "1": 0.51, "2": 0.52}
     page = paths[1].read_text()
     assert "| full | 100 % | 0.910 ± 0.025 |" in page
     assert "| discovered | 20.00% |" in page

@@ -1,13 +1,13 @@
 """The pictures of recorded weights: there when something was recorded, and only then."""
 
 import torch
-from made_runs import make_run
 
 from opd.checkpoint.names import place
 from opd.tracking.jsonl import WEIGHTS, WeightRecord, read_lines
 from opd.tracking.report import write_report
 from opd.tracking.weight_panels import weight_panels
 from opd.train.record_row import changes, columns, row_of
+from tests.unit.tracking.made_runs import make_run
 
 NAMES = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight")
 

@@ -1,5 +1,6 @@
 """A real wandb run without network."""
 
+from opd.config.tracking import WandbConfig, WandbMode
 from opd.tracking.wandb import RUN_ID, WandbTracker
 
 
@@ -7,7 +8,10 @@ def test_an_offline_run_is_written_and_resumed_under_one_id(tmp_path, monkeypatc
     monkeypatch.setenv("WANDB_SILENT", "true")
     for step in (0, 1):
         tracker = WandbTracker(
-            project="opd", name="test", folder=tmp_path, config={"seed": 1}, mode="offline"
+            WandbConfig(mode=WandbMode.offline),
+            name="test",
+            folder=tmp_path,
+            resolved={"seed": 1},
         )
         tracker.log(step, {"loss/total": 0.5, "eval/sums/accuracy": 0.25})
         tracker.log_samples(step, [{"uid": "a", "completion": "x", "correct": True}])
