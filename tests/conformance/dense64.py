@@ -12,7 +12,7 @@ class Tokens:
     """N sampled tokens: who wrote them, who scored them, what they weigh. Log-probs are float64."""
 
     target_N: Tensor
-    engine_N: Tensor  # NaN: nobody wrote it
+    engine_N: Tensor  # NaN: no engine wrote it
     sequence_N: Tensor
     weight_N: Tensor
     teacher_NV: Tensor  # log-probs
@@ -129,9 +129,9 @@ def weighting(logits_NV: Tensor, tokens: Tokens, choice: Choice) -> Tensor:
         case "teacher_entropy" if tokens.inside_NV is None:
             return entropy(tokens.teacher_NV.exp()) / torch.log(torch.tensor(float(vocab)).double())
         case "teacher_entropy":
-            told = entropy(bucketed(tokens.teacher_NV.exp(), tokens.inside_NV))
+            spread = entropy(bucketed(tokens.teacher_NV.exp(), tokens.inside_NV))
             size = (tokens.inside_NV.sum(-1) + 1.0).double()
-            return torch.where(size > 1, told / size.clip(2).log(), 0.0)
+            return torch.where(size > 1, spread / size.clip(2).log(), 0.0)
         case "gap":
             rows = torch.arange(len(logits_NV))
             gap = tokens.teacher_NV[rows, tokens.target_N] - sampled(logits_NV, tokens)
@@ -147,8 +147,8 @@ def correction(logits_NV: Tensor, tokens: Tokens, choice: Choice) -> Tensor:
     gap = sampled(logits_NV, tokens) - tokens.engine_N
     if choice.correction.startswith("sequence_"):
         for sequence in tokens.sequence_N.unique():
-            of = tokens.sequence_N == sequence
-            gap = torch.where(of, gap[of].mean(), gap)
+            inside = tokens.sequence_N == sequence
+            gap = torch.where(inside, gap[inside].mean(), gap)
     ratio = torch.where(gap.isnan(), torch.ones_like(gap), gap.exp())
     if choice.correction.endswith("truncate"):
         return torch.where(ratio > choice.cap, torch.full_like(ratio, choice.cap), ratio)

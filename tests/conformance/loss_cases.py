@@ -1,15 +1,15 @@
 """Batches that the conformance tests share, each with its float64 double."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from dense64 import Choice, Tokens
 
 from opd.batch import Batch
-from opd.losses.token_weights import ImportanceCorrection, TokenWeighting, TokenWeights
 from opd.teacher.scoring import tail_logps, union_ids
 from opd.train.student import with_sequence_gaps
 from opd.types import Correction, Weighting
+from tests.conformance.dense64 import Choice, Tokens
 
 N, V, K = 14, 19, 5
 LENGTHS = [5, 1, 4, 3, 1]  # completions; the fourth was read from a data set
@@ -36,17 +36,17 @@ def teacher_logp() -> torch.Tensor:
     return (logits() + randn(N, V, seed=1)).log_softmax(-1)
 
 
-def factors_of(choice: Choice) -> TokenWeights:
-    low, high = choice.band
-    return TokenWeights(
-        weighting=TokenWeighting(weighting=Weighting(choice.weighting), gap_clip=choice.gap_clip),
-        correction=ImportanceCorrection(
-            correction=Correction(choice.correction),
-            cap=choice.cap,
-            band_low=low,
-            band_high=high,
-        ),
-    )
+def token_settings(choice: Choice) -> dict[str, Any]:
+    """The settings of a loss that say how its tokens are weighted and corrected."""
+    correction_min, correction_max = choice.band
+    return {
+        "weighting": Weighting(choice.weighting),
+        "gap_clip": choice.gap_clip,
+        "correction": Correction(choice.correction),
+        "correction_cap": choice.cap,
+        "correction_min": correction_min,
+        "correction_max": correction_max,
+    }
 
 
 def case(
@@ -94,20 +94,20 @@ def _supported(
     if support == "full":
         return replace(batch, teacher_logp_NV=teacher), None
     assert batch.engine_ids_NK is not None
-    theirs, ours = _inside(teacher.topk(K).indices), _inside(batch.engine_ids_NK)
+    teacher_ids, engine_ids = _inside(teacher.topk(K).indices), _inside(batch.engine_ids_NK)
     inside = {
-        "teacher_top_k": theirs,
-        "student_top_k": ours,
-        "union": theirs | ours,
-        "intersection": theirs & ours,
+        "teacher_top_k": teacher_ids,
+        "student_top_k": engine_ids,
+        "union": teacher_ids | engine_ids,
+        "intersection": teacher_ids & engine_ids,
     }[support]
-    asked = {
+    requested = {
         "teacher_top_k": [teacher.topk(K).indices],
         "student_top_k": [batch.engine_ids_NK],
         "union": [teacher.topk(K).indices, batch.engine_ids_NK],
         "intersection": [teacher.topk(K).indices],
     }[support]
-    ids = union_ids(asked)
+    ids = union_ids(requested)
     return replace(
         batch,
         support_ids_NK=ids,

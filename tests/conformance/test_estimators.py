@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from opd.batch import Batch
+from opd.config.loss import DivergenceLossConfig, PolicyGradientLossConfig
 from opd.losses.divergence import Divergence
 from opd.losses.policy_gradient import PolicyGradient
 from opd.types import DivergenceKind, Surrogate
 
 DRAWS, V = 100_000, 50
 GROUPS = torch.arange(V) % 5
-REVERSE = Divergence(kind=DivergenceKind.reverse_kl)
+REVERSE = Divergence(DivergenceLossConfig(kind=DivergenceKind.reverse_kl))
 
 
 def randn(seed: int) -> torch.Tensor:
@@ -44,7 +45,7 @@ def exact() -> tuple[float, torch.Tensor]:
     """Reverse KL and its gradient by the logits, [V]."""
     leaf = LOGITS.clone().requires_grad_()
     batch = drawn().rows(0, 1)
-    said = Batch(
+    scored = Batch(
         input_ids_BT=batch.input_ids_BT,
         attention_mask_BT=batch.attention_mask_BT,
         positions_N=batch.positions_N,
@@ -52,7 +53,7 @@ def exact() -> tuple[float, torch.Tensor]:
         engine_logp_N=batch.engine_logp_N,
         teacher_logp_NV=TEACHER,
     )
-    total = REVERSE(leaf.log_softmax(-1), said).total
+    total = REVERSE(leaf.log_softmax(-1), scored).total
     return float(total.detach()), torch.autograd.grad(total, leaf)[0][0]
 
 
@@ -91,7 +92,7 @@ def test_expected_gradient_of_the_policy_gradient_is_that_of_reverse_kl(
 ) -> None:
     batch, (_, expected) = drawn(), exact()
     rows = LOGITS.log_softmax(-1).repeat(DRAWS, 1).requires_grad_()
-    total = PolicyGradient(surrogate=surrogate)(rows, batch).total
+    total = PolicyGradient(PolicyGradientLossConfig(surrogate=surrogate))(rows, batch).total
     each = by_logits(torch.autograd.grad(total, rows)[0])
     assert_means_agree(grouped(each.double()), grouped(expected[None])[0])
     assert grouped(expected[None]).abs().max() > 1e-2
@@ -104,6 +105,8 @@ def test_expected_gradient_of_k2_is_that_of_reverse_kl_and_that_of_k3_of_forward
     gap = rows.gather(1, batch.target_N[:, None])[:, 0] - TEACHER[0, batch.target_N]
     k2 = by_logits(torch.autograd.grad(gap.square().sum() / 2, rows)[0])
     assert_means_agree(grouped(k2.double()), grouped(reverse[None])[0])
-    k3 = PolicyGradient(teacher_weight=0.0, kl=1.0)(rows, batch).total
+    k3 = PolicyGradient(PolicyGradientLossConfig(teacher_weight=0.0, kl_coef=1.0))(
+        rows, batch
+    ).total
     each = by_logits(torch.autograd.grad(k3, rows)[0])
     assert_means_agree(grouped(each.double()), grouped(forward[None])[0])

@@ -6,10 +6,26 @@ Losses are float32: they agree to 1e-5, of the value and of the gradient's large
 import itertools
 from dataclasses import replace
 
-import dense64
 import pytest
 import torch
-from loss_cases import (
+
+from opd.batch import Batch
+from opd.config.loss import (
+    DivergenceLossConfig,
+    NllLossConfig,
+    PolicyGradientLossConfig,
+    Support,
+)
+from opd.head import HeadSpec
+from opd.interfaces import Loss
+from opd.losses.divergence import Divergence
+from opd.losses.nll import NegativeLogLikelihood
+from opd.losses.policy_gradient import PolicyGradient
+from opd.losses.with_reward import WithReward
+from opd.train.chunked import chunked_loss
+from opd.types import DivergenceKind, Surrogate
+from tests.conformance import dense64
+from tests.conformance.loss_cases import (
     CHOICES,
     KINDS,
     LENGTHS,
@@ -17,36 +33,25 @@ from loss_cases import (
     N,
     V,
     case,
-    factors_of,
     logits,
     randn,
     teacher_logp,
+    token_settings,
 )
-
-from opd.batch import Batch
-from opd.head import HeadSpec
-from opd.interfaces import Loss
-from opd.losses.divergence import Divergence
-from opd.losses.nll import NegativeLogLikelihood
-from opd.losses.policy_gradient import PolicyGradient
-from opd.losses.token_weights import TokenWeights
-from opd.losses.with_reward import Rewarded
-from opd.train.chunked import chunked_loss
-from opd.types import DivergenceKind, Surrogate
 
 KINDS_AND_SUPPORTS = list(itertools.product(KINDS, SUPPORTS))
 
 
-def divergence(
-    kind: str, support: str, factors: TokenWeights, clip: float | None = None
-) -> Divergence:
+def divergence(kind: str, support: str, choice: dense64.Choice) -> Divergence:
     return Divergence(
-        kind=DivergenceKind(kind),
-        beta=0.3,
-        skew=0.2,
-        clip=clip,
-        intersect=support == "intersection",
-        factors=factors,
+        DivergenceLossConfig(
+            kind=DivergenceKind(kind),
+            support=Support(support),
+            beta=0.3,
+            skew=0.2,
+            token_clip=choice.clip,
+            **token_settings(choice),
+        )
     )
 
 
@@ -70,7 +75,7 @@ def assert_agrees(
 def test_divergences_equal_the_reference(kind: str, support: str) -> None:
     batch, tokens = case(support)
     for choice in CHOICES:
-        ours = found(divergence(kind, support, factors_of(choice), choice.clip), batch, logits())
+        ours = found(divergence(kind, support, choice), batch, logits())
         leaf = logits().double().requires_grad_()
         assert_agrees(ours, dense64.divergence(kind, leaf, tokens, choice), leaf)
 
@@ -82,20 +87,28 @@ def test_divergences_equal_the_reference(kind: str, support: str) -> None:
 def test_policy_gradients_equal_the_reference(
     surrogate: Surrogate, parts: tuple[float, float, float]
 ) -> None:
-    teacher, reward, kl = parts
+    teacher, reward, kl_coef = parts
     batch, tokens = case("teacher_top_k")
     for choice in CHOICES:
         loss = PolicyGradient(
-            surrogate=surrogate,
-            teacher_weight=teacher,
-            reward_weight=reward,
-            kl=kl,
-            clip_high=0.28,
-            factors=factors_of(choice),
+            PolicyGradientLossConfig(
+                surrogate=surrogate,
+                teacher_weight=teacher,
+                reward_weight=reward,
+                kl_coef=kl_coef,
+                clip_ratio_high=0.28,
+                **token_settings(choice),
+            )
         )
         leaf = logits().double().requires_grad_()
         total = dense64.policy(
-            leaf, tokens, choice, surrogate=surrogate, teacher=teacher, reward=reward, kl_weight=kl
+            leaf,
+            tokens,
+            choice,
+            surrogate=surrogate,
+            teacher=teacher,
+            reward=reward,
+            kl_weight=kl_coef,
         )
         assert_agrees(found(loss, batch, logits()), total, leaf)
 
@@ -103,7 +116,7 @@ def test_policy_gradients_equal_the_reference(
 def test_likelihood_equals_the_reference() -> None:
     batch, tokens = case("full")
     for choice in CHOICES:
-        loss = NegativeLogLikelihood(factors=factors_of(choice))
+        loss = NegativeLogLikelihood(NllLossConfig(**token_settings(choice)))
         leaf = logits().double().requires_grad_()
         assert_agrees(found(loss, batch, logits()), dense64.nll(leaf, tokens, choice), leaf)
 
@@ -112,10 +125,15 @@ def test_a_reward_beside_a_divergence_equals_the_sum_of_both_references() -> Non
     batch, tokens = case("union")
     for choice in CHOICES:
         plain = replace(choice, weighting="uniform")
-        loss = Rewarded(
-            loss=divergence("jsd", "union", factors_of(choice), choice.clip),
+        loss = WithReward(
+            loss=divergence("jsd", "union", choice),
             policy=PolicyGradient(
-                teacher_weight=0.0, reward_weight=0.4, clip_high=0.28, factors=factors_of(plain)
+                PolicyGradientLossConfig(
+                    teacher_weight=0.0,
+                    reward_weight=0.4,
+                    clip_ratio_high=0.28,
+                    **token_settings(plain),
+                )
             ),
         )
         leaf = logits().double().requires_grad_()
@@ -128,7 +146,7 @@ def test_a_reward_beside_a_divergence_equals_the_sum_of_both_references() -> Non
 def test_metrics_do_not_depend_on_weights_or_clips() -> None:
     batch, tokens = case("union")
     for choice in CHOICES:
-        loss = divergence("reverse_kl", "union", factors_of(choice), choice.clip)
+        loss = divergence("reverse_kl", "union", choice)
         sums = loss(logits().log_softmax(-1), batch).sums
         plain = dense64.Choice()
         even = replace(tokens, weight_N=torch.ones(N).double())
@@ -141,7 +159,7 @@ def test_a_divergence_is_never_negative_by_more_than_rounding(kind: str, support
     for distance in (2.0, 1e-1, 1e-3, 1e-5):
         teacher = (logits() + distance * randn(N, V, seed=9)).log_softmax(-1)
         batch, _ = case(support, teacher=teacher)
-        loss = divergence(kind, support, TokenWeights())
+        loss = divergence(kind, support, dense64.Choice())
         for row in range(N):
             part = replace(batch.rows(row, row + 1), weight_N=None)
             value = float(loss(logits()[row : row + 1].log_softmax(-1), part).total)
@@ -158,16 +176,19 @@ def test_all_is_finite_where_a_side_gives_no_probability(support: str, who: str)
         teacher[:, 5:9] = -torch.inf
         teacher = teacher.log_softmax(-1)
     batch, _ = case(support, student=student, teacher=teacher)
-    said = torch.full((N,), -torch.inf) if who != "student" else batch.teacher_logp_N
-    batch = replace(batch, teacher_logp_N=said)
+    if who != "student":
+        batch = replace(batch, teacher_logp_N=torch.full((N,), -torch.inf))
     if who != "teacher":
         batch = replace(batch, target_N=batch.target_N.index_fill(0, torch.arange(4), 3))
     for choice in CHOICES:
-        factors = factors_of(choice)
+        tokens = token_settings(choice)
         for loss in (
-            *(divergence(kind, support, factors, choice.clip) for kind in KINDS),
-            *(PolicyGradient(surrogate=s, kl=0.1, factors=factors) for s in Surrogate),
-            NegativeLogLikelihood(factors=factors),
+            *(divergence(kind, support, choice) for kind in KINDS),
+            *(
+                PolicyGradient(PolicyGradientLossConfig(surrogate=s, kl_coef=0.1, **tokens))
+                for s in Surrogate
+            ),
+            NegativeLogLikelihood(NllLossConfig(**tokens)),
         ):
             total, gradient = found(loss, batch, student)
             assert total.isfinite()
@@ -180,7 +201,7 @@ def test_teacher_that_is_the_student_gives_exactly_nothing(kind: str, support: s
     most = 1e-6 if support == "intersection" else 0.0
     batch, _ = case(support, teacher=logits().log_softmax(-1))
     for choice in CHOICES:
-        loss = divergence(kind, support, factors_of(choice), choice.clip)
+        loss = divergence(kind, support, choice)
         total, gradient = found(loss, batch, logits())
         assert abs(float(total)) <= most
         assert float(gradient.abs().max()) <= most
@@ -199,7 +220,9 @@ def test_the_batches_reach_every_branch() -> None:
         assert 0 < touched.sum() < N, name
     for support, kind in itertools.product(SUPPORTS, KINDS):
         batch, _ = case(support)
-        sums = divergence(kind, support, TokenWeights(), 0.15)(logits().log_softmax(-1), batch).sums
+        sums = divergence(kind, support, dense64.Choice(clip=0.15))(
+            logits().log_softmax(-1), batch
+        ).sums
         if kind in ("forward_kl", "reverse_kl") and support != "intersection":
             assert 0 < float(sums["loss/kl_clip_share"]) < N
 
@@ -214,7 +237,7 @@ def test_a_teacher_that_is_the_student_moves_neither_hidden_states_nor_head(kind
             hidden,
             head,
             same,
-            divergence(kind, "full", TokenWeights()),
+            divergence(kind, "full", dense64.Choice()),
             HeadSpec(vocab_size=V),
             teacher_head_VD=head.detach(),
             chunk=chunk,

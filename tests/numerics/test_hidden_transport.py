@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd.batch import Batch, collate
+from opd.config.loss import DivergenceLossConfig
 from opd.config.student import DType
 from opd.head import HeadSpec, head_logps
 from opd.losses.divergence import Divergence
@@ -74,7 +75,7 @@ def rollout(tokens: int) -> Rollout:
 def travelled(backend: TableBackend, hidden_dtype: DType, tokens: int = TOKENS) -> Batch:
     """What arrives at the learner by the teacher's code."""
     teacher = LocalTeacher(
-        backend, wanted=ScoreRequest(full=True), student=STUDENT, hidden_dtype=hidden_dtype
+        backend, request=ScoreRequest(full=True), student=STUDENT, hidden_dtype=hidden_dtype
     )
     return collate(teacher.score([rollout(tokens)]), pad_id=0)
 
@@ -93,7 +94,13 @@ def loss_and_gradients(
     hidden = randn(batch.tokens, D, seed=3).requires_grad_()
     weight = randn(V, D, seed=4, spread=0.3).requires_grad_()
     out = chunked_loss(
-        hidden, weight, batch, Divergence(kind=kind), SPEC, teacher_head_VD=head_VD, chunk=CHUNK
+        hidden,
+        weight,
+        batch,
+        Divergence(DivergenceLossConfig(kind=kind)),
+        SPEC,
+        teacher_head_VD=head_VD,
+        chunk=CHUNK,
     )
     mean = out.total / batch.tokens
     return [mean.detach(), *torch.autograd.grad(mean, (hidden, weight))]
@@ -174,7 +181,7 @@ def test_memory_is_a_few_chunks_and_copies_of_the_head_however_many_tokens(
 ) -> None:
     backend = TableBackend(torch.bfloat16)
     weight = randn(V, D, seed=4, spread=0.3).requires_grad_()
-    loss, head, chunk = Divergence(kind=kind), V * D * 4, CHUNK * V * 4
+    loss, head, chunk = Divergence(DivergenceLossConfig(kind=kind)), V * D * 4, CHUNK * V * 4
 
     def step(tokens: int, cut: int) -> LiveBytes:
         batch = travelled(backend, DType.auto, tokens=tokens)

@@ -8,22 +8,38 @@ import pytest
 import torch
 
 from opd.batch import Batch
+from opd.config.loss import DivergenceLossConfig, PolicyGradientLossConfig
 from opd.head import HeadSpec, head_logps
 from opd.losses.divergence import Divergence
 from opd.losses.nll import NegativeLogLikelihood
 from opd.losses.policy_gradient import PolicyGradient
-from opd.losses.token_weights import ImportanceCorrection, TokenWeights
 from opd.types import Correction, DivergenceKind, Surrogate
 
 N, V, D = 9, 23, 5
-DIVERGENCES = [
-    Divergence(kind=DivergenceKind.forward_kl),
-    Divergence(kind=DivergenceKind.reverse_kl),
-    *[Divergence(kind=DivergenceKind.jsd, beta=beta) for beta in (0.0, 0.1, 0.5, 0.9, 1.0)],
-    *[Divergence(kind=DivergenceKind.skew_kl, skew=skew) for skew in (0.0, 0.1, 0.7)],
-    *[Divergence(kind=DivergenceKind.skew_reverse_kl, skew=skew) for skew in (0.0, 0.1, 0.7)],
-]
-every_divergence = pytest.mark.parametrize("loss", DIVERGENCES, ids=repr)
+FORWARD_KL, REVERSE_KL, JSD, SKEW_KL, SKEW_REVERSE_KL = (
+    DivergenceKind.forward_kl,
+    DivergenceKind.reverse_kl,
+    DivergenceKind.jsd,
+    DivergenceKind.skew_kl,
+    DivergenceKind.skew_reverse_kl,
+)
+
+
+def divergence(kind: DivergenceKind, **settings: float) -> Divergence:
+    return Divergence(DivergenceLossConfig(kind=kind, **settings))
+
+
+DIVERGENCES = {
+    "forward_kl": divergence(FORWARD_KL),
+    "reverse_kl": divergence(REVERSE_KL),
+    **{f"jsd {beta}": divergence(JSD, beta=beta) for beta in (0.0, 0.1, 0.5, 0.9, 1.0)},
+    **{f"skew_kl {skew}": divergence(SKEW_KL, skew=skew) for skew in (0.0, 0.1, 0.7)},
+    **{
+        f"skew_reverse_kl {skew}": divergence(SKEW_REVERSE_KL, skew=skew)
+        for skew in (0.0, 0.1, 0.7)
+    },
+}
+every_divergence = pytest.mark.parametrize("loss", DIVERGENCES.values(), ids=DIVERGENCES)
 
 
 def batch_of(tokens: int, **fields: torch.Tensor | None) -> Batch:
@@ -40,10 +56,9 @@ def batch_of(tokens: int, **fields: torch.Tensor | None) -> Batch:
     )
 
 
-def corrected(**settings: Any) -> PolicyGradient:
-    """The plain surrogate times an importance weight."""
-    factors = TokenWeights(correction=ImportanceCorrection(**settings))
-    return PolicyGradient(surrogate=Surrogate.plain, factors=factors)
+def plain(**settings: Any) -> PolicyGradient:
+    """The surrogate without PPO's clip, times an importance weight where one is set."""
+    return PolicyGradient(PolicyGradientLossConfig(surrogate=Surrogate.plain, **settings))
 
 
 def student(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,20 +92,21 @@ def reference(loss: Divergence, q: torch.Tensor, p: torch.Tensor) -> torch.Tenso
         safe = torch.where(a > 0, a, 1.0)
         return (a * (safe.log() - torch.where(a > 0, b, 1.0).log())).sum()
 
-    match loss.kind:
+    beta, skew = loss.config.beta, loss.config.skew
+    match loss.config.kind:
         case DivergenceKind.forward_kl:
             return kl(p, q)
         case DivergenceKind.reverse_kl:
             return kl(q, p)
-        case DivergenceKind.jsd if loss.beta in (0.0, 1.0):
-            return kl(q, p) if loss.beta else kl(p, q)
+        case DivergenceKind.jsd if beta in (0.0, 1.0):
+            return kl(q, p) if beta else kl(p, q)
         case DivergenceKind.jsd:
-            m = loss.beta * p + (1 - loss.beta) * q
-            return loss.beta * kl(p, m) + (1 - loss.beta) * kl(q, m)
+            m = beta * p + (1 - beta) * q
+            return beta * kl(p, m) + (1 - beta) * kl(q, m)
         case DivergenceKind.skew_kl:
-            return kl(p, loss.skew * p + (1 - loss.skew) * q)
+            return kl(p, skew * p + (1 - skew) * q)
         case DivergenceKind.skew_reverse_kl:
-            return kl(q, loss.skew * q + (1 - loss.skew) * p)
+            return kl(q, skew * q + (1 - skew) * p)
 
 
 def value_and_gradients(total: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -130,7 +146,7 @@ def test_full_divergence_equals_the_float64_reference(loss: Divergence, spec: He
     assert_close(
         value_and_gradients(out.total, hidden, weight), value_and_gradients(expected, h64, w64)
     )
-    assert out.sums[f"loss/{loss.kind}"] == out.total.detach()
+    assert out.sums[f"loss/{loss.config.kind}"] == out.total.detach()
 
 
 @every_divergence
@@ -141,12 +157,12 @@ def test_gradient_before_the_softmax_is_that_between_measures_of_any_size(
     out = loss(logp, batch_of(N, teacher_logp_NV=teacher))
     logp64 = logp.detach().double().requires_grad_()
     q, p = logp64.exp(), teacher.double().exp()
-    share = {DivergenceKind.skew_kl: 1 - loss.skew, DivergenceKind.skew_reverse_kl: loss.skew - 1}
-    by_size = share.get(loss.kind, 0.0)
-    if loss.kind in (DivergenceKind.forward_kl, DivergenceKind.reverse_kl) or loss.skew == 0.0:
-        by_size = 1.0 if "reverse" not in loss.kind else -1.0
-    if loss.kind == DivergenceKind.jsd:
-        by_size = {0.0: 1.0, 1.0: -1.0}.get(loss.beta, 0.0)
+    kind, skew = loss.config.kind, loss.config.skew
+    by_size = {SKEW_KL: 1 - skew, SKEW_REVERSE_KL: skew - 1}.get(kind, 0.0)
+    if kind in (FORWARD_KL, REVERSE_KL) or skew == 0.0:
+        by_size = 1.0 if "reverse" not in kind else -1.0
+    if kind == JSD:
+        by_size = {0.0: 1.0, 1.0: -1.0}.get(loss.config.beta, 0.0)
     expected = reference(loss, q, p) + by_size * (q.sum() - p.sum())
     assert_close(value_and_gradients(out.total, logp), value_and_gradients(expected, logp64))
 
@@ -199,12 +215,12 @@ def test_more_support_never_lowers_the_divergence_and_all_of_it_is_the_full_one(
 def test_divergence_of_equal_distributions_is_zero_with_zero_gradient(loss: Divergence) -> None:
     logits = distribution(seed=8).requires_grad_()
     teacher = logits.detach().log_softmax(1)
-    for said, most in (
+    for scores, most in (
         ({"teacher_logp_NV": teacher}, 0.0),
         (truncated(teacher, top_ids(teacher, 4)), 1e-6),  # its tail is added up in float64
     ):
         value, gradient = value_and_gradients(
-            loss(logits.log_softmax(1), batch_of(N, **said)).total, logits
+            loss(logits.log_softmax(1), batch_of(N, **scores)).total, logits
         )
         assert abs(value) <= most
         assert gradient.abs().max() <= most
@@ -215,12 +231,12 @@ def test_student_tail_is_exact_where_one_minus_the_sum_is_nothing(gap: float) ->
     logits = torch.zeros(1, V)
     logits[0, 3] = gap
     logp = logits.log_softmax(1).requires_grad_()
-    said = {
+    scores = {
         "support_ids_NK": torch.tensor([[3]]),
         "support_logp_NK": torch.tensor([[math.log(0.25)]]),
         "support_tail_N": torch.tensor([math.log(0.75)]),
     }
-    out = Divergence(kind=DivergenceKind.forward_kl)(logp, batch_of(1, **said))
+    out = divergence(FORWARD_KL)(logp, batch_of(1, **scores))
     log_tail = math.log(V - 1) - math.log(math.exp(gap) + V - 1)
     log_head = gap - math.log(math.exp(gap) + V - 1)
     expected = 0.25 * (math.log(0.25) - log_head) + 0.75 * (math.log(0.75) - log_tail)
@@ -233,15 +249,13 @@ def test_student_tail_is_exact_where_one_minus_the_sum_is_nothing(gap: float) ->
 
 def test_sampled_reverse_kl_agrees_with_the_exact_one() -> None:
     q, p = distribution(seed=2, rows=1), distribution(seed=3, rows=1)
-    exact = float(
-        Divergence(kind=DivergenceKind.reverse_kl)(q, batch_of(1, teacher_logp_NV=p)).total
-    )
+    exact = float(divergence(REVERSE_KL)(q, batch_of(1, teacher_logp_NV=p)).total)
     n = 200_000
     target = torch.multinomial(
         q[0].exp(), n, replacement=True, generator=torch.Generator().manual_seed(0)
     )
-    said = {"target_N": target, "engine_logp_N": q[0, target], "teacher_logp_N": p[0, target]}
-    sums = PolicyGradient()(q.expand(n, V), batch_of(n, **said)).sums
+    scores = {"target_N": target, "engine_logp_N": q[0, target], "teacher_logp_N": p[0, target]}
+    sums = PolicyGradient()(q.expand(n, V), batch_of(n, **scores)).sums
     k1 = (q - p)[0, target]
     k3 = (-k1).expm1() + k1
     for name, samples in (("loss/reverse_kl_k1", k1), ("loss/reverse_kl_k3", k3)):
@@ -253,11 +267,11 @@ def test_sampled_reverse_kl_agrees_with_the_exact_one() -> None:
     "loss",
     [
         PolicyGradient(),
-        PolicyGradient(surrogate=Surrogate.plain),
-        corrected(correction=Correction.truncate),
-        corrected(correction=Correction.mask),
+        plain(),
+        plain(correction=Correction.truncate),
+        plain(correction=Correction.mask),
     ],
-    ids=repr,
+    ids=["clip", "plain", "truncate", "mask"],
 )
 def test_expected_policy_gradient_on_policy_is_the_gradient_of_exact_reverse_kl(
     loss: PolicyGradient,
@@ -266,7 +280,7 @@ def test_expected_policy_gradient_on_policy_is_the_gradient_of_exact_reverse_kl(
     logp = logits.log_softmax(1)
     p = distribution(seed=3, rows=1)
     found = expected_gradient(loss, logits, logp[0].detach(), p)
-    exact = Divergence(kind=DivergenceKind.reverse_kl)(logp, batch_of(1, teacher_logp_NV=p))
+    exact = divergence(REVERSE_KL)(logp, batch_of(1, teacher_logp_NV=p))
     assert_close([found], value_and_gradients(exact.total, logits)[1:])
     assert found.abs().max() > 0.01
 
@@ -274,10 +288,10 @@ def test_expected_policy_gradient_on_policy_is_the_gradient_of_exact_reverse_kl(
 @pytest.mark.parametrize(
     "loss",
     [
-        corrected(correction=Correction.truncate, cap=1e9),
-        corrected(correction=Correction.mask, band_low=0.0, band_high=1e9),
+        plain(correction=Correction.truncate, correction_cap=1e9),
+        plain(correction=Correction.mask, correction_min=0.0, correction_max=1e9),
     ],
-    ids=repr,
+    ids=["truncate", "mask"],
 )
 def test_importance_ratio_corrects_the_gradient_of_tokens_another_policy_wrote(
     loss: PolicyGradient,
@@ -285,13 +299,10 @@ def test_importance_ratio_corrects_the_gradient_of_tokens_another_policy_wrote(
     logits = distribution(seed=2, rows=1).requires_grad_()
     engine = distribution(seed=7, rows=1)[0]
     p = distribution(seed=3, rows=1)
-    exact = Divergence(kind=DivergenceKind.reverse_kl)(
-        logits.log_softmax(1), batch_of(1, teacher_logp_NV=p)
-    )
+    exact = divergence(REVERSE_KL)(logits.log_softmax(1), batch_of(1, teacher_logp_NV=p))
     expected = value_and_gradients(exact.total, logits)[1:]
     assert_close([expected_gradient(loss, logits, engine, p)], expected)
-    uncorrected = PolicyGradient(surrogate=Surrogate.plain)
-    gap = expected_gradient(uncorrected, logits, engine, p) - expected[0]
+    gap = expected_gradient(plain(), logits, engine, p) - expected[0]
     assert gap.abs().max() > 0.01
 
 
@@ -300,8 +311,10 @@ def expected_gradient(
 ) -> torch.Tensor:
     """Mean over every token y the engine may write, weighted by its probability."""
     rows = logits.log_softmax(1).expand(V, V)
-    said = {"target_N": torch.arange(V), "engine_logp_N": engine_logp_V, "teacher_logp_N": p[0]}
-    (by_row,) = torch.autograd.grad(loss(rows, batch_of(V, **said)).total, rows, retain_graph=True)
+    scores = {"target_N": torch.arange(V), "engine_logp_N": engine_logp_V, "teacher_logp_N": p[0]}
+    (by_row,) = torch.autograd.grad(
+        loss(rows, batch_of(V, **scores)).total, rows, retain_graph=True
+    )
     (gradient,) = torch.autograd.grad(rows, logits, engine_logp_V.exp()[:, None] * by_row)
     return gradient.double()
 

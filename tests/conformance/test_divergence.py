@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from opd.batch import Batch, LossOutput
+from opd.config.loss import DivergenceLossConfig
 from opd.losses.divergence import Divergence
 from opd.types import DivergenceKind
 
 V = 7
-LOSSES = [Divergence(kind=kind) for kind in DivergenceKind]
-every_kind = pytest.mark.parametrize("loss", LOSSES, ids=repr)
+LOSSES = {kind.value: Divergence(DivergenceLossConfig(kind=kind)) for kind in DivergenceKind}
+every_kind = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 def run(
-    loss: Divergence, logits: torch.Tensor, **said: torch.Tensor
+    loss: Divergence, logits: torch.Tensor, **scores: torch.Tensor
 ) -> tuple[LossOutput, torch.Tensor]:
     """The loss and its gradient with respect to the logits."""
     logits = logits.clone().requires_grad_()
@@ -26,7 +27,7 @@ def run(
         positions_N=torch.arange(len(logits)),
         target_N=torch.zeros(len(logits), dtype=torch.int64),
         engine_logp_N=torch.zeros(len(logits)),
-        **said,
+        **scores,
     )
     out = loss(logits.log_softmax(-1), batch)
     return out, torch.autograd.grad(out.total, logits)[0]
@@ -120,8 +121,8 @@ def test_no_tokens_cost_nothing(loss: Divergence) -> None:
         "support_logp_NK": torch.zeros(0, 2),
         "support_tail_N": torch.zeros(0),
     }
-    for said in (nothing, {"teacher_logp_NV": torch.zeros(0, V)}):
-        out, gradient = run(loss, torch.zeros(0, V), **said)
+    for scores in (nothing, {"teacher_logp_NV": torch.zeros(0, V)}):
+        out, gradient = run(loss, torch.zeros(0, V), **scores)
         assert out.total == 0
         assert gradient.shape == (0, V)
 
@@ -152,12 +153,12 @@ def test_dropping_the_tail_would_go_negative_and_ours_does_not() -> None:
     p, q = teacher.log_softmax(-1), student.log_softmax(-1)
     assert (p[0, 0].exp() * (p[0, 0] - q[0, 0])) < 0
     tail = torch.log1p(-p[:, 0].exp())
-    said = {
+    scores = {
         "support_ids_NK": torch.tensor([[0]]),
         "support_logp_NK": p[:, :1],
         "support_tail_N": tail,
     }
-    assert run(Divergence(kind=DivergenceKind.forward_kl), student, **said)[0].total > 0.01
+    assert run(LOSSES["forward_kl"], student, **scores)[0].total > 0.01
 
 
 def test_teacher_nll_is_reported_when_its_sampled_log_probs_are_there() -> None:
@@ -171,18 +172,34 @@ def test_teacher_nll_is_reported_when_its_sampled_log_probs_are_there() -> None:
     assert out.sums["teacher/nll"] == 6.0
 
 
-def test_the_loss_leaves_what_the_teacher_said_as_it_was() -> None:
+def test_the_loss_does_not_change_the_teachers_scores() -> None:
     teacher = some_logits(seed=1).log_softmax(-1)
     before = teacher.clone()
-    for loss in LOSSES:
+    for loss in LOSSES.values():
         run(loss, some_logits(), teacher_logp_NV=teacher)
     assert torch.equal(teacher, before)
 
 
-@pytest.mark.parametrize("wrong", [{"beta": 1.5}, {"beta": -0.1}, {"skew": 1.0}, {"skew": -0.1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"beta": 1.5},
+        {"beta": -0.1},
+        {"skew": 1.0},
+        {"skew": -0.1},
+        {"token_clip": 0.0},
+        {"k": 0},
+        {"gap_clip": 0.0},
+        {"correction_cap": 0.0},
+        {"correction_min": 1.5},
+        {"correction_max": 0.9},
+    ],
+    ids=str,
+)
 def test_parameters_out_of_bounds_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must lie in"):
-        Divergence(**wrong)
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"^loss\.{name}={value}: allowed is "):
+        Divergence(DivergenceLossConfig(**wrong))
 
 
 def test_a_batch_without_a_teacher_is_refused() -> None:

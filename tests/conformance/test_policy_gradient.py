@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from opd.batch import Batch
+from opd.config.loss import CHOICES, PolicyGradientLossConfig
 from opd.losses.mismatch import mismatch_metrics
 from opd.losses.policy_gradient import PolicyGradient
-from opd.losses.token_weights import ImportanceCorrection, TokenWeights
 from opd.types import Correction, Surrogate
 
 # Two ids; the target is id 0 with probability 1/2 under the learner, in every row.
@@ -48,24 +48,27 @@ RATIOS = [0.5, 0.9, 1.0, 1.1, 3.0, 0.5, 1.0, 3.0]
 GAINS = [1.0, 1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0]
 
 
-def corrected(**settings: Any) -> PolicyGradient:
-    factors = TokenWeights(correction=ImportanceCorrection(**settings))
-    return PolicyGradient(surrogate=Surrogate.plain, factors=factors)
+def policy_gradient(**settings: Any) -> PolicyGradient:
+    return PolicyGradient(PolicyGradientLossConfig(**settings))
+
+
+def plain(**settings: Any) -> PolicyGradient:
+    return policy_gradient(surrogate=Surrogate.plain, **settings)
 
 
 @pytest.mark.parametrize(
     ("loss", "weights", "touched"),
     [
-        (PolicyGradient(surrogate=Surrogate.plain), [1.0] * 8, {}),
+        (plain(), [1.0] * 8, {}),
         # PPO: a token is dropped when its ratio has already gone where the advantage wants it
         (PolicyGradient(), [0.5, 0.9, 1, 1.1, 0, 0, 1, 3], {"loss/clip_share": 2.0}),
         (
-            corrected(correction=Correction.truncate, cap=2.0),
+            plain(correction=Correction.truncate, correction_cap=2.0),
             [0.5, 0.9, 1, 1.1, 2, 0.5, 1, 2],
             {"loss/correction_share": 2.0},
         ),
         (
-            corrected(correction=Correction.mask, band_low=0.8, band_high=1.25),
+            plain(correction=Correction.mask, correction_min=0.8, correction_max=1.25),
             [0, 0.9, 1, 1.1, 0, 0, 1, 0],
             {"loss/correction_share": 4.0},
         ),
@@ -81,42 +84,42 @@ def test_each_correction_weights_the_advantage_as_its_formula_says(
 
 
 def test_advantage_is_what_lies_ahead_too_and_is_cut_last() -> None:
-    loss = PolicyGradient(surrogate=Surrogate.plain, advantage_clip=2.0)
+    loss = plain(advantage_clip=2.0)
     sums, gradient = run(loss, [1.0] * 3, [1.0, 1.0, -3.0], future=[0.5, 4.0, 0.0])
     torch.testing.assert_close(gradient, -torch.tensor([1.5, 2.0, -2.0]))
     assert sums["loss/advantage_clip_share"] == 2.0
 
 
-def test_a_reward_is_added_to_what_the_teacher_says_and_both_are_measured() -> None:
-    loss = PolicyGradient(
-        surrogate=Surrogate.plain, teacher_weight=0.5, reward_weight=2.0, advantage_clip=2.0
-    )
+def test_a_reward_is_added_to_the_teachers_advantage_and_both_are_measured() -> None:
+    loss = plain(teacher_weight=0.5, reward_weight=2.0, advantage_clip=2.0)
     sums, gradient = run(loss, [1.0] * 3, [1.0, 1.0, -3.0], reward=[1.0, -1.0, 1.0])
     torch.testing.assert_close(gradient, -torch.tensor([2.5, -1.5, 1.0]))
     assert sums["loss/teacher_advantage"] == pytest.approx(2.0)
     assert sums["loss/reward_advantage"] == pytest.approx(6.0)
 
 
-def test_grpo_asks_no_teacher_and_a_reference_pulls_by_k3() -> None:
-    grpo = PolicyGradient(teacher_weight=0.0, reward_weight=1.0)
-    sums, gradient = run(grpo, [0.5, 1.0, 3.0], [], reward=[1.0, -1.0, 1.0])
+def test_grpo_needs_no_teacher_and_a_reference_pulls_by_k3() -> None:
+    grpo = CHOICES["grpo"]
+    sums, gradient = run(PolicyGradient(grpo), [0.5, 1.0, 3.0], [], reward=[1.0, -1.0, 1.0])
     torch.testing.assert_close(gradient, -torch.tensor([0.5, -1.0, 0.0]))
     assert "loss/reverse_kl_k1" not in sums
     gains = [0.5, -1.0, 2.0]
-    _, held = run(replace(grpo, kl=0.1), [0.5, 1.0, 3.0], gains, reward=[1.0, -1.0, 1.0])
+    _, held = run(
+        PolicyGradient(replace(grpo, kl_coef=0.1)), [0.5, 1.0, 3.0], gains, reward=[1.0, -1.0, 1.0]
+    )
     torch.testing.assert_close(held - gradient, -0.1 * torch.tensor(gains).expm1())
 
 
 def test_a_loss_that_lacks_what_it_learns_from_says_so() -> None:
     with pytest.raises(AssertionError, match="reward's advantage"):
-        run(PolicyGradient(teacher_weight=0.0, reward_weight=1.0), [1.0], [])
+        run(policy_gradient(teacher_weight=0.0, reward_weight=1.0), [1.0], [])
     with pytest.raises(AssertionError, match="teacher's log-probs"):
         run(PolicyGradient(), [1.0], [])
 
 
 @pytest.mark.parametrize("surrogate", Surrogate)
 def test_tokens_that_no_engine_wrote_are_taken_as_they_are(surrogate: Surrogate) -> None:
-    loss = replace(corrected(correction=Correction.mask, band_low=0.9), surrogate=surrogate)
+    loss = policy_gradient(correction=Correction.mask, correction_min=0.9, surrogate=surrogate)
     sums, gradient = run(loss, [math.nan, math.nan], [1.0, -2.0])
     torch.testing.assert_close(gradient, torch.tensor([-1.0, 2.0]))
     assert all(math.isfinite(value) for value in sums.values())
@@ -136,14 +139,16 @@ def test_estimators_of_reverse_kl_are_sums_over_tokens() -> None:
     "wrong",
     [
         {"advantage_clip": 0.0},
-        {"clip_low": 1.5},
-        {"clip_high": -0.1},
-        {"kl": -0.1},
+        {"clip_ratio_low": 1.5},
+        {"clip_ratio_high": -0.1},
+        {"kl_coef": -0.1},
     ],
+    ids=str,
 )
 def test_parameters_out_of_bounds_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must"):
-        PolicyGradient(**wrong)
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"^loss\.{name}={value}: allowed is "):
+        policy_gradient(**wrong)
 
 
 def test_mismatch_counts_gap_and_ratio_between_learner_and_engine() -> None:
