@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import SMALL, opd
 
 from opd.batch import Batch
 from opd.head import HeadSpec
 from opd.losses.divergence import Divergence
 from opd.train.chunked import chunked_loss
+from tests.support.command import SMALL, opd
 
 pytestmark = pytest.mark.gpu
 

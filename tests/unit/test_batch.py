@@ -16,7 +16,7 @@ def scored(
     logps: list[float] | None = None,
     engine: list[float] | None = None,
     teacher: str | None = None,
-    **said: object,
+    **scores: object,
 ) -> ScoredRollout:
     rollout = Rollout(
         prompt=Prompt(uid="p", token_ids=np.array(prompt, np.int32), teacher=teacher),
@@ -26,7 +26,7 @@ def scored(
         version=0,
     )
     return ScoredRollout(
-        rollout=rollout, logps=None if logps is None else np.array(logps, np.float32), **said
+        rollout=rollout, logps=None if logps is None else np.array(logps, np.float32), **scores
     )
 
 
@@ -44,7 +44,7 @@ def test_each_target_is_predicted_by_the_hidden_state_one_place_before_it() -> N
 
 
 def test_row_n_of_every_field_is_about_the_same_token() -> None:
-    def said(token: int, completion: list[int]) -> ScoredRollout:
+    def scored_by_token(token: int, completion: list[int]) -> ScoredRollout:
         rows = np.array(completion, np.float32)[:, None]
         return scored(
             [token],
@@ -60,7 +60,7 @@ def test_row_n_of_every_field_is_about_the_same_token() -> None:
             hidden=np.repeat(rows, 3, axis=1),
         )
 
-    batch = collate([said(1, [21, 22]), said(2, [23])], pad_id=0)
+    batch = collate([scored_by_token(1, [21, 22]), scored_by_token(2, [23])], pad_id=0)
     assert batch.target_N.tolist() == [21, 22, 23]
     t = batch.target_N.float()
     torch.testing.assert_close(batch.engine_logp_N, -t / 100)
@@ -135,7 +135,7 @@ def test_micro_batches_hold_everything_once_and_no_more_tokens_than_allowed() ->
 
 
 def test_a_batch_keeps_the_first_share_of_each_completion() -> None:
-    half = LossReduction(first_share=0.5)
+    half = LossReduction(prefix_fraction=0.5)
     batch = collate([scored([1, 2], [11, 12, 13]), scored([3], [14])], pad_id=0, reduction=half)
     assert batch.target_N.tolist() == [11, 12, 14]
     assert batch.positions_N.tolist() == [1, 2, 5]
@@ -145,27 +145,27 @@ def test_a_batch_keeps_the_first_share_of_each_completion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("normalise", "weights", "denominator"),
+    ("reduction", "weights", "denominator"),
     [
         (Reduction.token, [1.0, 1.0, 1.0, 1.0], 4.0),
         (Reduction.sequence, [1 / 3, 1 / 3, 1 / 3, 1.0], 2.0),
         (Reduction.constant, [1.0, 1.0, 1.0, 1.0], 20.0),
     ],
 )
-def test_normalisations_weigh_tokens_and_divide_once(
+def test_reductions_weigh_tokens_and_divide_once(
     reduction: Reduction, weights: list[float], denominator: float
 ) -> None:
-    reduction = LossReduction(normalise=normalise, max_tokens=10)
-    said = [scored([1, 2], [11, 12, 13]), scored([3], [14])]
-    batch = collate(said, pad_id=0, reduction=reduction)
+    loss_reduction = LossReduction(reduction=reduction, max_tokens=10)
+    items = [scored([1, 2], [11, 12, 13]), scored([3], [14])]
+    batch = collate(items, pad_id=0, reduction=loss_reduction)
     assert batch.weight_N is not None
     torch.testing.assert_close(batch.weight_N, torch.tensor(weights))
-    assert reduction.denominator(said) == denominator
+    assert loss_reduction.denominator(items) == denominator
 
 
 def test_groups_have_one_teacher_and_fit() -> None:
-    said = [scored([1] * n, [2], teacher=t) for n, t in [(3, "a"), (5, "b"), (2, "a"), (5, "a")]]
-    groups = micro_batches(said, tokens=9)
+    items = [scored([1] * n, [2], teacher=t) for n, t in [(3, "a"), (5, "b"), (2, "a"), (5, "a")]]
+    groups = micro_batches(items, tokens=9)
     tags = [[s.rollout.prompt.teacher for s in g] for g in groups]
     assert sorted(tags) == [["a"], ["a", "a"], ["b"]]
     for group in groups:

@@ -19,7 +19,7 @@ from opd.types import (
 
 
 class Everybody:
-    """All the loop's clients in one, writing down what they are asked."""
+    """All the loop's clients in one, recording the calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -50,10 +50,10 @@ class Everybody:
         return [ScoredRollout(rollout=r) for r in rollouts]
 
     def info(self) -> TeacherInfo:
-        raise AssertionError("the loop does not ask")
+        raise AssertionError("the loop does not call this")
 
     def head(self, name: str | None = None) -> Any:
-        raise AssertionError("the loop does not ask")
+        raise AssertionError("the loop does not call this")
 
     def step(self, scored: Sequence[ScoredRollout]) -> StepReport:
         self.calls.append("learn")
@@ -115,7 +115,7 @@ def run(everybody: Everybody, *, start: int, steps: int, every: int) -> list[str
 STEP = ["generate", "score", "learn"]
 
 
-def test_weights_go_out_before_anything_is_asked_and_after_every_step() -> None:
+def test_weights_go_out_before_the_first_call_and_after_every_step() -> None:
     calls = run(Everybody(), start=0, steps=3, every=2)
     assert calls == [
         "push 0", "verify", "evaluate 0", "samples 0",
@@ -125,7 +125,7 @@ def test_weights_go_out_before_anything_is_asked_and_after_every_step() -> None:
     ]  # fmt: skip
 
 
-def test_a_resumed_run_asks_for_what_comes_next_and_does_not_repeat_step_0() -> None:
+def test_a_resumed_run_takes_the_next_prompts_and_does_not_repeat_step_0() -> None:
     everybody = Everybody()
     everybody.version = 2
     calls = run(everybody, start=2, steps=3, every=0)
@@ -151,7 +151,7 @@ def test_every_step_draws_with_its_own_seed_whether_resumed_or_not() -> None:
     assert later.seeds == whole.seeds[2:]
 
 
-def test_a_row_tells_lengths_tokens_times_and_bytes() -> None:
+def test_a_row_holds_lengths_tokens_times_and_bytes() -> None:
     everybody = Everybody()
     run(everybody, start=0, steps=1, every=0)
     row = everybody.rows[1]

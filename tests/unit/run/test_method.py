@@ -1,9 +1,8 @@
-"""method=NAME is a choice of writer, scorer and loss, wherever it is written."""
+"""method=NAME is a choice of who generates, who scores and which loss, wherever it is written."""
 
 from pathlib import Path
 
 import pytest
-from opd.config.losses import GrpoLossConfig
 
 from opd.config.loss import NllLossConfig, PolicyGradientLossConfig
 from opd.config.schema import problems
@@ -40,19 +39,20 @@ def test_a_method_on_the_command_line_rules_the_recipe_and_yields_to_its_neighbo
     assert made.config.rollout.on_policy == 0.0
 
 
-def test_a_method_in_a_recipe_leaves_what_the_recipe_says(tmp_path: Path) -> None:
+def test_a_method_in_a_recipe_leaves_the_recipes_settings(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         "defaults:\n  - base\n  - override method: grpo\n  - _self_\n"
         "student: {model: s}\ndata: {train: t.jsonl}\nrollout: {n: 4}\n"
     )
     config = composed(recipe, []).config
-    assert isinstance(config.loss, GrpoLossConfig)
+    assert isinstance(config.loss, PolicyGradientLossConfig)
+    assert (config.loss.teacher_weight, config.loss.reward_weight) == (0.0, 1.0)
     assert config.rollout.n == 4
-    assert config.reward.scale
+    assert config.reward.scale_rewards
 
 
-def test_what_composed_says_composes_again() -> None:
+def test_the_overrides_of_a_composed_recipe_compose_again() -> None:
     """Workers are started with the overrides that were typed and those that a method added."""
     first = composed(CONTRAST, ["method=sft", "optim.lr=1e-3"])
     assert composed(CONTRAST, first.overrides).plain == first.plain
@@ -65,13 +65,13 @@ def test_an_unknown_method_is_refused_with_those_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "sentence"),
     [
         (["teacher=none"], "teacher=none, and this loss needs one"),
         (["rollout.on_policy=0.5", "data.completion_field=null"], "data.completion_field"),
-        (["rollout.on_policy=0.5", "loss=policy_gradient"], "tokens that the student drew"),
+        (["rollout.on_policy=0.5", "loss=policy_gradient"], "tokens that the student sampled"),
         (["rollout.on_policy=0.5", "loss.support=union"], "whose ids the engine names"),
-        (["rollout=dataset"], "no engine to examine"),
+        (["rollout=dataset"], "no engine to evaluate"),
         (["method=grpo", "rollout.n=1"], "compares the completions of a prompt"),
         (["method=grpo", "reward=none"], "learns from rewards alone"),
         (["loss.reward_weight=0.5"], "needs a reward"),
@@ -81,10 +81,10 @@ def test_an_unknown_method_is_refused_with_those_there_are() -> None:
         ),
     ],
 )
-def test_what_does_not_go_together_is_one_sentence(overrides: list[str], said: str) -> None:
+def test_what_does_not_go_together_is_one_sentence(overrides: list[str], sentence: str) -> None:
     found = problems(composed(CONTRAST, overrides).config)
     assert len(found) == 1, found
-    assert said in found[0]
+    assert sentence in found[0]
 
 
 def test_self_distillation_teaches_by_the_student() -> None:
