@@ -101,8 +101,8 @@ class LocalTeacherConfig(TeacherModelConfig, TeacherConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class NoTeacherConfig(TeacherConfig):
-    """No teacher, for losses that need none."""
+class NoTeacherConfig(TeacherModelConfig, TeacherConfig):
+    """No teacher, for losses that need none; what a recipe sets for its teacher has no effect."""
 
 
 class SelfTeacher(StrEnum):
