@@ -181,6 +181,11 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
         return values[choices[group] if choices[group] in values else "else"]
 
     OmegaConf.register_new_resolver("choice", choice, replace=True)
+    unset = sorted(OmegaConf.missing_keys(bare))
+    if unset:
+        raise ValueError(
+            "; ".join(f"{k} is not set: give it in the recipe or as {k}=..." for k in unset)
+        )
     config = OmegaConf.to_object(bare)
     assert isinstance(config, Config)
     plain = OmegaConf.to_container(bare, resolve=True, throw_on_missing=False)
