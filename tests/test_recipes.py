@@ -1,19 +1,19 @@
-"""Every recipe composes, is sound, opens with its question, and dry-runs without a network."""
+"""Every bundled recipe composes, is valid, opens with its question, and dry-runs without a network."""
 
 from pathlib import Path
 
 import pytest
 
-from opd.cli.main import _answer
+from opd.cli.main import run
 from opd.config.schema import problems
-from opd.run.recipe import composed, packaged_recipes
+from opd.run.recipe import bundled_recipes, composed
 
-RECIPES = packaged_recipes()
+RECIPES = bundled_recipes()
 NEEDS_FILES = {"smollm2_135m_heal"}
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_recipe_composes_and_is_sound(name: str) -> None:
+def test_recipe_composes_and_is_valid(name: str) -> None:
     recipe = composed(RECIPES[name], [])
     assert problems(recipe.config) == []
     assert recipe.config.run.name == name
@@ -34,9 +34,10 @@ def test_recipe_dry_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _answer(["train", name, "dry_run=true"]) == 0
+    assert run(["train", name, "dry_run=true"]) == 0
     assert "dry run" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+    left = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == [Path("runs", name, "dry_run.yaml")]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_recipe_dry_runs(
         ["loss=policy_gradient", "loss.surrogate=plain", "loss.correction=truncate"],
         ["optim=sgd"],
         ["optim=sgd", "optim.lr=1e-2"],
-        ["zero=3", "adapter=lora", "adapter.rank=4"],
+        ["zero=3", "adapter=lora", "adapter.r=4"],
         ["rollout=transformers", "teacher=local", "launch.engine=torch", "launch.processes=1"],
         ["tracking=wandb", "tracking.mode=offline"],
         ["mask=file", "mask.path=m.safetensors", "mask.training=restore"],

@@ -6,28 +6,31 @@ from typing import Any
 
 import pandas as pd
 
+from opd.run.folder import CONFIG, DRY_RUN
 from opd.tracking.jsonl import METRICS, SAMPLES, read_lines
 from opd.tracking.report import write_report
-from opd.tracking.runs import RunRecord, read_run
+from opd.tracking.runs import RunRecord, read_description, read_run
 from opd.train.checkpoints import checkpoints
 
 
 class Run:
     """A run folder: ``Run("runs/quickstart").metrics``.
 
-    Everything is read from the folder when asked for. Raises ValueError when the folder is not a
-    run's.
+    Files are read when an attribute is used. Raises ValueError when the folder is not that of a run.
+    A dry run has a configuration and nothing else.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "config.yaml").is_file():
-            raise ValueError(
-                f"{folder}: found no config.yaml; give the folder that `opd train` wrote"
-            )
+        if not self._is_started and not (self.folder / DRY_RUN).is_file():
+            raise ValueError(f"{folder}: found no {CONFIG}; give the folder that `opd train` wrote")
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
+
+    @property
+    def _is_started(self) -> bool:
+        return (self.folder / CONFIG).is_file()
 
     @cached_property
     def record(self) -> RunRecord:
@@ -41,13 +44,13 @@ class Run:
 
     @property
     def status(self) -> str:
-        """``finished``, or what went wrong in a few words."""
-        return self.record.status
+        """``finished``, ``dry run``, or what went wrong in a few words."""
+        return self.record.status if self._is_started else "dry run"
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration."""
-        return dict(self.record.config)
+        """The resolved configuration; of a dry run, the one that would be used."""
+        return read_description(self.folder / (CONFIG if self._is_started else DRY_RUN))["config"]
 
     @property
     def metrics(self) -> pd.DataFrame:

@@ -154,14 +154,7 @@ def read_run(folder: str | Path) -> RunRecord:
                 f"{root}: found no {name}; a run folder holds {CONFIG} and {METRICS}; "
                 "give the folder that `opd train` wrote"
             )
-    try:
-        about = yaml.safe_load((root / CONFIG).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{root / CONFIG}: not readable as YAML ({error}); restore it") from error
-    if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
-        raise ValueError(
-            f"{root / CONFIG}: found no `config` section; give a folder that `opd train` wrote"
-        )
+    about = read_description(root / CONFIG)
     return RunRecord(
         name=root.resolve().name,
         folder=root,
@@ -173,6 +166,20 @@ def read_run(folder: str | Path) -> RunRecord:
         has_final=(root / "final").is_dir(),
         recorded=read_lines(root / WEIGHTS),
     )
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """A run's config.yaml: the resolved configuration, the choices, the versions.
+
+    Raises ``ValueError`` when it is not readable or has no ``config`` section.
+    """
+    try:
+        about = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML ({error}); restore it") from error
+    if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
+        raise ValueError(f"{path}: found no `config` section; give a folder that `opd train` wrote")
+    return about
 
 
 def read_started_run(folder: str | Path) -> RunRecord:

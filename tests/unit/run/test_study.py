@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from opd.mask.settings import require_sound
 
 from opd.config.mask import (
     DiscoverMaskConfig,
@@ -12,6 +11,7 @@ from opd.config.mask import (
     StudyArm,
     StudyMaskConfig,
     active_mask,
+    require_valid_rule,
 )
 from opd.config.schema import problems
 from opd.run.recipe import composed, find_recipe
@@ -20,7 +20,7 @@ from opd.run.study import jobs_of
 RECIPE = find_recipe("quickstart_subnetwork")
 
 
-def test_every_job_is_a_sound_run_of_the_same_recipe() -> None:
+def test_every_job_is_a_valid_run_of_the_same_recipe() -> None:
     study = composed(RECIPE, ["mask.seeds=[3,4]", "mask.lr_scale=2"])
     jobs = jobs_of(study, Path("out"))
     assert [(job.seed, job.arm) for job in jobs] == [(s, a) for s in (3, 4) for a in StudyArm]
@@ -30,15 +30,15 @@ def test_every_job_is_a_sound_run_of_the_same_recipe() -> None:
         assert isinstance(one.mask, StudyMaskConfig)
         assert one.mask.arms == []
         assert one.seed == job.seed
-        confined = active_mask(one)
+        masked = active_mask(one)
         scale = 1 if job.arm == StudyArm.full else 2
         assert one.optim.lr == pytest.approx(scale * study.config.optim.lr)
         if job.arm == StudyArm.full:
-            assert confined is None
+            assert masked is None
             continue
-        assert isinstance(confined, DiscoverMaskConfig)
+        assert isinstance(masked, DiscoverMaskConfig)
         names = RuleConfig.__dataclass_fields__
-        require_sound(RuleConfig(**{name: getattr(confined, name) for name in names}))
+        require_valid_rule(RuleConfig(**{name: getattr(masked, name) for name in names}))
 
 
 def test_the_mask_comes_from_the_same_seed_s_full_run_and_controls_copy_its_counts() -> None:
@@ -53,10 +53,10 @@ def test_the_mask_comes_from_the_same_seed_s_full_run_and_controls_copy_its_coun
     assert chance.like == "out/seed_3/discovered/mask.safetensors"
 
 
-def test_only_the_first_run_examines_the_teacher() -> None:
+def test_only_the_first_run_evaluates_the_teacher() -> None:
     jobs = jobs_of(composed(RECIPE, []), Path("out"))
-    asks = [composed(RECIPE, job.overrides).config.eval.teacher_accuracy for job in jobs]
-    assert asks == [True] + [False] * 11
+    evaluated = [composed(RECIPE, job.overrides).config.eval.teacher_accuracy for job in jobs]
+    assert evaluated == [True] + [False] * 11
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
-"""Bad input gets one clear sentence and status 2, before anything expensive."""
+"""Usage and configuration errors: one-line messages and exit status 2, before anything expensive."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from opd.cli.main import _answer
+from opd.cli.main import run
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What ``opd train quickstart ARGUMENTS`` complains of."""
-    status = _answer(["train", "quickstart", *arguments])
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The error message of ``opd train quickstart ARGUMENTS``, which must be a usage error."""
+    status = run(["train", "quickstart", *arguments])
     output = capsys.readouterr()
     assert status == 2, output.out + output.err
     assert "Traceback" not in output.err
@@ -50,14 +50,14 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["mask=discover", "mask.rule=near"], ["near", "near_zero"]),
         (["mask=discover", "mask.density=0.1", "adapter=lora"], ["adapter=lora", "adapter=none"]),
         (["mask=study", "mask.density=0.1", "mask.arms=[random]"], ["mask.arms", "discovered"]),
-        (["train.scores=fisher", "zero=0"], ["train.scores=fisher", "zero=1"]),
+        (["train.mask_scores=fisher", "zero=0"], ["train.mask_scores=fisher", "zero=1"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_a_mistake_is_named(
+def test_a_usage_error_is_explained(
     capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
 ) -> None:
-    sentence = said(capsys, *arguments)
+    sentence = refused(capsys, *arguments)
     for word in words:
         assert word in sentence, sentence
 
@@ -77,7 +77,7 @@ def test_a_malformed_row_is_named_by_file_and_line(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "1+1=", "answer": "2"}\n' + row + "\n")
-    sentence = said(capsys, f"data.train={rows}")
+    sentence = refused(capsys, f"data.train={rows}")
     for word in words:
         assert word in sentence, sentence
 
@@ -93,7 +93,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["3"], vocabulary["4"] = vocabulary["4"], vocabulary["3"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    sentence = said(capsys, f"teacher.model={other}")
+    sentence = refused(capsys, f"teacher.model={other}")
     assert "another tokenizer" in sentence
 
 
@@ -102,23 +102,23 @@ def test_a_folder_that_is_no_run_is_refused(
 ) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
-    assert "not a run" in said(capsys, "run.dir=thesis")
+    assert "not a run" in refused(capsys, "run.dir=thesis")
 
 
 def test_a_launch_file_may_not_set_numerics(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "ds.json").write_text('{"gradient_clipping": 0.5}')
-    assert "optim.clip" in said(capsys, "launch.deepspeed=ds.json")
+    assert "optim.max_grad_norm" in refused(capsys, "launch.deepspeed=ds.json")
 
 
 def test_an_unknown_recipe_lists_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _answer(["train", "quickstrat"]) == 2
+    assert run(["train", "quickstrat"]) == 2
     assert "quickstart" in capsys.readouterr().err
 
 
-def test_a_setting_of_another_choice_is_said_to_be_one(
+def test_a_setting_of_another_choice_is_reported_as_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    complaint = said(capsys, "teacher=local", "teacher.retries=3")
+    complaint = refused(capsys, "teacher=local", "teacher.retries=3")
     assert "teacher.retries is a setting of teacher=server or teacher=pool, not of" in complaint
