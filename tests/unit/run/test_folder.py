@@ -1,0 +1,74 @@
+"""The run folder: what a dry run leaves in it, and whose it is."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import opd
+from opd.cli.main import run
+from opd.run.folder import CONFIG, DRY_RUN, describe, open_folder
+from opd.run.recipe import composed, find_recipe
+
+QUICKSTART = find_recipe("quickstart")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_dry_run_leaves_its_description_and_nothing_else(tmp_path: Path) -> None:
+    assert run(["train", "quickstart", "loss=jsd", "dry_run=true"]) == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == [tmp_path / "runs" / "quickstart" / "dry_run.yaml"]
+    written = yaml.safe_load(files[0].read_text())
+    assert written["config"] == composed(QUICKSTART, ["loss=jsd", "dry_run=true"]).plain
+    assert written["config"]["optim"]["lr"] > 0, "resolved, not as the recipe spells it"
+    assert written["choices"]["loss"] == "jsd"
+    assert {"opd", "python", "torch"} <= set(written["versions"])
+
+
+def test_a_real_run_may_follow_a_dry_run_in_its_folder() -> None:
+    folder = Path("runs/quickstart")
+    assert run(["train", "quickstart", "dry_run=true"]) == 0
+    recipe = composed(QUICKSTART, [])
+    assert open_folder(recipe, folder) == 0
+    describe(recipe, folder)
+    assert open_folder(recipe, folder) == 0
+    assert run(["train", "quickstart", "dry_run=true"]) == 0, "a dry run of a run that is there"
+
+
+def test_a_dry_run_of_another_recipe_claims_nothing() -> None:
+    folder = Path("runs/quickstart")
+    assert run(["train", "quickstart", "loss=jsd", "dry_run=true"]) == 0
+    assert open_folder(composed(QUICKSTART, ["loss=forward_kl"]), folder) == 0
+
+
+def test_a_folder_with_other_files_is_refused_even_after_a_dry_run() -> None:
+    folder = Path("runs/quickstart")
+    assert run(["train", "quickstart", "dry_run=true"]) == 0
+    (folder / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="so it is not a run"):
+        open_folder(composed(QUICKSTART, []), folder)
+
+
+def test_the_api_s_dry_run_is_a_run_with_a_configuration_and_no_more() -> None:
+    dry = opd.train("quickstart", "optim.lr=1e-4", "dry_run=true")
+    assert dry.status == "dry run"
+    assert dry.config["optim"]["lr"] == 1e-4
+    with pytest.raises(ValueError, match=f"found no {CONFIG}"):
+        _ = dry.record
+    with pytest.raises(ValueError, match="has no final/ yet"):
+        _ = dry.final
+    (dry.folder / DRY_RUN).unlink()
+    with pytest.raises(ValueError, match=f"found no {CONFIG}"):
+        opd.Run(dry.folder)
+
+
+def test_a_run_with_other_settings_is_refused_by_name() -> None:
+    folder = Path("runs/quickstart")
+    describe(composed(QUICKSTART, []), folder)
+    with pytest.raises(ValueError, match=r"belongs to another run: it has .*loss"):
+        open_folder(composed(QUICKSTART, ["loss=jsd"]), folder)
+    assert open_folder(composed(QUICKSTART, ["eval.every=7"]), folder) == 0
