@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from opd.types import FloatArray, IntArray, Reduction, ScoredRollout
@@ -12,10 +13,11 @@ from opd.types import FloatArray, IntArray, Reduction, ScoredRollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossReduction:
-    """Which tokens count, and how much.
+    """Which tokens are learned from, and what a step's sum of token losses is divided by.
 
-    The first ``prefix_fraction`` of each completion is kept, rounded up, at least a token. ``reduction``
-    with ``max_tokens`` says what a step's sum is divided by.
+    The first ``prefix_fraction`` of each completion is kept: rounded up, at least one token.
+    ``reduction`` chooses the divisor; ``max_tokens``, the longest completion allowed, is used by
+    ``Reduction.constant`` only.
     """
 
     reduction: Reduction = Reduction.token
@@ -23,12 +25,12 @@ class LossReduction:
     max_tokens: int = 1
 
     def kept(self, scored: ScoredRollout) -> int:
-        """How many of the first tokens of a completion count."""
+        """How many tokens of a completion, from its start, are learned from."""
         share = self.prefix_fraction * len(scored.rollout.token_ids)
         return max(1, math.ceil(share - 1e-9))  # 0.07 * 100 is 7.000000000000001
 
     def denominator(self, scored: Sequence[ScoredRollout]) -> float:
-        """What these sequences add to the number that a step's sum is divided by."""
+        """The contribution of these sequences to the divisor of a step's sum."""
         match self.reduction:
             case Reduction.token:
                 return float(sum(map(self.kept, scored)))
@@ -38,10 +40,10 @@ class LossReduction:
                 return float(len(scored) * self.max_tokens)
 
     def weights(self, scored: ScoredRollout) -> FloatArray:
-        """The factor of each kept token's loss."""
+        """The factor of each kept token's loss, [kept] float32."""
         kept = self.kept(scored)
-        each = 1.0 / kept if self.reduction == Reduction.sequence else 1.0
-        return np.full(kept, each, np.float32)
+        weight = 1.0 / kept if self.reduction == Reduction.sequence else 1.0
+        return np.full(kept, weight, np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +51,14 @@ class Batch:
     """One micro-batch. Row n of every ``N`` field is about the same target token.
 
     ``positions_N`` are flat indices into [B * T] of the hidden state that predicts ``target_N``: the
-    shift by one lives there and nowhere else. Absent teacher fields were not asked for.
-    Unused places of a support carry id -1 and log-prob -inf.
+    shift by one is there and nowhere else. Teacher fields that were not requested are None.
+    Unused entries of a support have id -1 and log-prob -inf.
 
-    ``weight_N`` multiplies each token's loss, None is 1; ``sequence_N`` is the row of its completion;
-    ``engine_logp_N`` is NaN where no engine wrote the token; ``engine_ids_NK`` are the engine's
-    likeliest ids where it was asked; ``advantage_N`` is its completion's, from a reward.
-    ``sequence_gap_N`` is the mean over its completion's kept tokens of learner less engine log-prob,
-    filled by the student for losses that want it. One ``teacher`` scored the whole batch.
+    ``weight_N`` multiplies each token's loss, None is 1. ``sequence_N`` is the row of a token's
+    completion, ``advantage_N`` that completion's advantage, from a reward. ``engine_logp_N`` is NaN
+    where no engine wrote the token; ``engine_ids_NK`` are the engine's likeliest ids, where they were
+    requested. ``sequence_gap_N`` is the mean over a completion's kept tokens of learner less engine
+    log-prob; the student fills it for losses that need it. One ``teacher`` scored the whole batch.
     """
 
     input_ids_BT: torch.Tensor
@@ -85,9 +87,9 @@ class Batch:
         return self.target_N.shape[0]
 
     def rows(self, start: int, stop: int) -> "Batch":
-        """Target tokens start..stop; what belongs to whole sequences stays as it is."""
-        cut = {n: v[start:stop] for n, v in self._tensors() if not n.endswith("_BT")}
-        return replace(self, **cut)
+        """Target tokens start..stop; fields of whole sequences [B, T] are unchanged."""
+        selected = {n: v[start:stop] for n, v in self._tensors() if not n.endswith("_BT")}
+        return replace(self, **selected)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
@@ -104,7 +106,8 @@ class Batch:
 class LossOutput:
     """``total`` (scalar, with gradient) and metrics: ``sums`` over tokens, never means; ``maxima``.
 
-    A name in ``counts`` too is about so many of the tokens only, and is reported per one of them.
+    A sum is reported per token. One whose name is also in ``counts`` is a sum over that many tokens
+    only, and is reported per one of those.
     """
 
     total: torch.Tensor
@@ -123,37 +126,25 @@ def collate(
     discount: float = 0.0,
     reduction: LossReduction = TOKEN_MEAN,
 ) -> Batch:
-    """Right-pad sequences to the longest and line up what engine and teacher said.
+    """Right-pad sequences to the longest, and align the log-probs of engine and teacher.
 
     ``discount`` > 0 fills ``future_N`` with sum over k >= 1 of discount^k (teacher - engine) log-prob of
     the tokens that follow, the part of a discounted reverse-KL return that lies ahead of each token;
     tokens that no engine wrote add nothing to it.
-    Tokens that ``reduction`` does not keep are read by the model and are no targets.
+    Tokens that ``reduction`` does not keep are in the model's input and are not targets.
     """
     assert scored, "a micro-batch has at least one sequence"
     assert len({s.rollout.prompt.teacher for s in scored}) == 1, "a batch has one teacher"
-    lengths = [len(s.rollout.sequence) for s in scored]
     keeps = [reduction.kept(s) for s in scored]
-    width = max(lengths)
-    ids_BT = np.full((len(scored), width), pad_id, np.int64)
-    mask_BT = np.zeros((len(scored), width), np.int64)
-    positions = []
-    for row, (item, length, keep) in enumerate(zip(scored, lengths, keeps, strict=True)):
-        ids_BT[row, :length] = item.rollout.sequence
-        mask_BT[row, :length] = 1
-        first = (
-            len(item.rollout.prompt.token_ids) - 1
-        )  # this hidden state predicts the first target
-        positions.append(row * width + first + np.arange(keep))
-    supports = [s.support for s in scored]
-    rows = np.repeat(np.arange(len(scored)), keeps)
-    advantages = [s.advantage for s in scored]
+    ids_BT, mask_BT = _padded(scored, pad_id)
+    positions = _positions(scored, keeps, ids_BT.shape[1])
 
     def joined(parts: Sequence[np.ndarray | None]) -> torch.Tensor | None:
         return _joined_if_all(
             [None if p is None else p[:keep] for p, keep in zip(parts, keeps, strict=True)]
         )
 
+    supports = [s.support for s in scored]
     return Batch(
         input_ids_BT=torch.from_numpy(ids_BT),
         attention_mask_BT=torch.from_numpy(mask_BT),
@@ -162,31 +153,52 @@ def collate(
         engine_logp_N=_joined(
             [s.rollout.logps[:keep] for s, keep in zip(scored, keeps, strict=True)]
         ),
-        engine_ids_NK=joined([_wide(s.rollout.support_ids) for s in scored]),
+        engine_ids_NK=joined([_as_int64(s.rollout.support_ids) for s in scored]),
         weight_N=_joined([reduction.weights(s) for s in scored]),
-        sequence_N=torch.from_numpy(rows),
+        sequence_N=torch.from_numpy(np.repeat(np.arange(len(scored)), keeps)),
         teacher=scored[0].rollout.prompt.teacher,
         teacher_logp_N=joined([s.logps for s in scored]),
-        support_ids_NK=joined([None if s is None else _wide(s.ids) for s in supports]),
+        support_ids_NK=joined([None if s is None else _as_int64(s.ids) for s in supports]),
         support_logp_NK=joined([None if s is None else s.logps for s in supports]),
         support_tail_N=joined([None if s is None else s.tail_logp for s in supports]),
         teacher_logp_NV=joined([s.full_logps for s in scored]),
         teacher_hidden_ND=_from_bits(joined([s.hidden for s in scored])),
         teacher_outside_N=joined([s.outside for s in scored]),
         future_N=joined([_future(s, discount) for s in scored]) if discount else None,
-        advantage_N=joined(
-            [
-                None if a is None else np.full(keep, a, np.float32)
-                for a, keep in zip(advantages, keeps, strict=True)
-            ]
-        ),
+        advantage_N=joined([_advantages(s) for s in scored]),
     )
 
 
-def micro_batches(scored: Sequence[ScoredRollout], *, tokens: int) -> list[list[ScoredRollout]]:
-    """Threshold a rank's share into groups of at most ``tokens`` padded tokens, longest sequences first.
+def _padded(
+    scored: Sequence[ScoredRollout], pad_id: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Token ids [B, T] and their attention mask [B, T]."""
+    sequences = [s.rollout.sequence for s in scored]
+    width = max(map(len, sequences))
+    ids_BT = np.full((len(sequences), width), pad_id, np.int64)
+    mask_BT = np.zeros((len(sequences), width), np.int64)
+    for row, sequence in enumerate(sequences):
+        ids_BT[row, : len(sequence)] = sequence
+        mask_BT[row, : len(sequence)] = 1
+    return ids_BT, mask_BT
 
-    A group has one teacher. A sequence longer than ``tokens`` gets a group of its own.
+
+def _positions(
+    scored: Sequence[ScoredRollout], keeps: Sequence[int], width: int
+) -> list[npt.NDArray[np.int64]]:
+    """For each row the flat indices of the hidden states that predict its kept tokens."""
+    # the hidden state of a prompt's last token predicts the first target
+    firsts = [len(s.rollout.prompt.token_ids) - 1 for s in scored]
+    return [
+        row * width + first + np.arange(keep)
+        for row, (first, keep) in enumerate(zip(firsts, keeps, strict=True))
+    ]
+
+
+def micro_batches(scored: Sequence[ScoredRollout], *, tokens: int) -> list[list[ScoredRollout]]:
+    """Split a rank's share into groups of at most ``tokens`` padded tokens, longest sequences first.
+
+    A group has one teacher. A sequence longer than ``tokens`` is a group of its own.
     """
     by_teacher: dict[str | None, list[ScoredRollout]] = {}
     for item in sorted(scored, key=lambda s: -len(s.rollout.sequence)):
@@ -205,13 +217,14 @@ def micro_batches(scored: Sequence[ScoredRollout], *, tokens: int) -> list[list[
 
 
 def _from_bits(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """bfloat16 arrives as its bits in uint16."""
+    """bfloat16 is received as its bits in uint16; other dtypes are unchanged."""
     if tensor is None or tensor.dtype != torch.uint16:
         return tensor
     return tensor.view(torch.bfloat16)
 
 
 def _future(item: ScoredRollout, discount: float) -> FloatArray:
+    """See ``discount`` of ``collate``; [T]."""
     assert item.logps is not None, "a discounted return needs the teacher's sampled log-probs"
     gain = np.nan_to_num((item.logps - item.rollout.logps).astype(np.float64))
     ahead = np.zeros(len(gain) + 1)
@@ -220,8 +233,15 @@ def _future(item: ScoredRollout, discount: float) -> FloatArray:
     return (discount * ahead[1:]).astype(np.float32)
 
 
-def _wide(ids: IntArray | None) -> np.ndarray | None:
-    """As torch indexes."""
+def _advantages(item: ScoredRollout) -> FloatArray | None:
+    """The completion's advantage, once per token."""
+    if item.advantage is None:
+        return None
+    return np.full(len(item.rollout.token_ids), item.advantage, np.float32)
+
+
+def _as_int64(ids: IntArray | None) -> np.ndarray | None:
+    """The integer type that torch indexes with."""
     return None if ids is None else ids.astype(np.int64)
 
 
@@ -230,6 +250,7 @@ def _joined(parts: Sequence[np.ndarray]) -> torch.Tensor:
 
 
 def _joined_if_all(parts: Sequence[np.ndarray | None]) -> torch.Tensor | None:
+    """None if no sequence has the field."""
     present = [p for p in parts if p is not None]
-    assert len(present) in (0, len(parts)), "a batch is scored one way"
+    assert len(present) in (0, len(parts)), "all sequences of a batch are scored one way"
     return _joined(present) if present else None
