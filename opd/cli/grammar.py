@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from opd.config.fields import allowed, default, sentence
 
 HELP_FLAGS = ("-h", "--help")
-WIDTH = 100
+WIDTH, INDENT = 100, 26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +64,12 @@ def usage(help_text: str) -> str:
 
 
 def keys(kind: type) -> str:
-    """A line for each key of a dataclass: default, what is allowed, what it is."""
+    """Each key of a dataclass: its default, its sentence, and what is allowed."""
     lines = []
     for field in fields(kind):
         left = f"  {field.name}={default(field)}"
         limits = allowed(field)
         text = sentence(kind, field.name).rstrip(".") + (f" ({limits})" if limits else "")
-        room = WIDTH - max(len(left), 24) - 2
-        lines.append(f"{left:24}  {textwrap.shorten(text, max(room, 20), placeholder=' ...')}")
+        first, *more = textwrap.wrap(text, WIDTH - INDENT)
+        lines += [f"{left:{INDENT - 2}}  {first}", *(" " * INDENT + line for line in more)]
     return "\n".join(["keys:", *lines])

@@ -60,6 +60,7 @@ def discover_mask(
     each other, files that do not belong to the base and densities that cannot be met.
     """
     require_valid_rule(rule)
+    assert (like is None) == (rule.like is None), "like is the mask that rule.like names"
     fingerprint = base.fingerprint()
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=".discover-") as folder:

@@ -1,10 +1,9 @@
 """The Mask: for every parameter of one base model the coordinates that are kept for training."""
 
 import hashlib
-import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 
 from opd.checkpoint.chunks import Progress, quiet
 from opd.checkpoint.tensors import open_checkpoint
-from opd.config.mask import RuleConfig
+from opd.config.arguments import parse_arguments
+from opd.config.mask import MaskRule, RuleConfig, require_valid_rule
 from opd.mask.discover import discover_mask
 from opd.mask.file import INT32_MOST, LazyIndices, Origin, read_mask_file, write_mask
 
@@ -44,30 +44,35 @@ class Mask:
     @classmethod
     def discover(
         cls,
-        base: str,
-        rule: RuleConfig | None = None,
+        base: str | Path,
+        rule: str = MaskRule.delta,
         *,
         out: str | Path | None = None,
         progress: Progress = quiet,
         **settings: Any,
     ) -> "Mask":
-        """The mask of a rule on the model ``base`` (folder or hub id), written to ``out`` if given.
+        """The mask of a rule on the model ``base`` (folder or Hub id), written to ``out`` if given.
 
-        ``settings`` are those of ``RuleConfig``: rule="near_zero", density=0.1. Without ``out`` the
-        coordinates are held in memory. Raises ValueError for settings that contradict each other,
-        files that do not belong to the base and densities that cannot be met.
+        ``rule`` and ``settings`` are those of ``RuleConfig``: rule="near_zero", density=0.1. Without
+        ``out`` the indices are held in memory. Raises ValueError for settings that are unknown or
+        contradict each other, files that do not belong to the base and densities that cannot be met.
         """
-        rule = rule or RuleConfig(**_typed(settings))
-        like = None if rule.like is None else cls.read(rule.like)
+        words = {"rule": rule, **settings}.items()
+        config = parse_arguments(
+            RuleConfig, [f"{key}={'null' if value is None else value}" for key, value in words]
+        )
+        require_valid_rule(config)
+        like = None if config.like is None else cls.read(config.like)
+        checkpoint = open_checkpoint(str(base))
         with TemporaryDirectory(prefix="opd-mask-") as folder:
-            file = Path(folder) / "mask.safetensors"
-            discover_mask(open_checkpoint(base), rule, file, like=like, progress=progress)
-            if out is not None:
-                Path(out).parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(file, out)
-                return cls.read(out)
+            file = Path(folder, "mask.safetensors") if out is None else Path(out)
+            summary = discover_mask(checkpoint, config, file, like=like, progress=progress)
+            for warning in summary.warnings:
+                warnings.warn(warning, stacklevel=2)
             found = cls.read(file)
-            return replace(found, indices=dict(found.indices.items()))
+            if out is not None:
+                return found
+            return replace(found, indices={name: i.clone() for name, i in found.indices.items()})
 
     def __post_init__(self) -> None:
         if set(self.indices) != set(self.shapes):
@@ -166,14 +171,3 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _union(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.cat([a, _difference(b, a)]).sort().values
-
-
-def _typed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Names of enumerations as their values, as they are typed on a command line."""
-    plain = RuleConfig()
-    return {
-        name: type(getattr(plain, name))(value)
-        if isinstance(getattr(plain, name, None), StrEnum)
-        else value
-        for name, value in settings.items()
-    }

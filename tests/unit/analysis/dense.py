@@ -4,8 +4,11 @@ import math
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+EXACT, DECOMPOSED = 1e-6, 1e-4
+"""Relative tolerances of sums, and of what needs a decomposition."""
 SHARES = {"1%": 0.01, "5%": 0.05, "10%": 0.1, "20%": 0.2}
 
 
@@ -88,3 +91,12 @@ def coverage(base: torch.Tensor, trained: torch.Tensor, stored: bool = False) ->
             for name, mask in masks.items()
         }
     return told
+
+
+def agrees(found: Any, expected: Any, rel: float) -> None:
+    """Assert that every number of ``expected`` is found at its path."""
+    if isinstance(expected, dict):
+        for key, value in expected.items():
+            agrees(found[key], value, rel)
+    else:
+        assert found == pytest.approx(expected, rel=rel)

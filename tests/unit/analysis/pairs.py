@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from opd.analysis.measure import Row
+from opd.analysis.walk import Question, walked
+
 Tensors = dict[str, torch.Tensor]
 SHAPES = {
     "model.embed_tokens.weight": (300, 48),
@@ -57,3 +60,26 @@ def stored(folder: Path, tensors: Tensors, config: dict[str, Any] | None = None)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+def rows_of(folder: Path, base: Tensors, trained: Tensors, **config: Any) -> dict[str, Row]:
+    """Measured rows by name."""
+    a, b = stored(folder / "a", base, config), stored(folder / "b", trained, config)
+    return {row["name"]: row for row in walked(Question(base=a, trained=b), folder / "out")}
+
+
+def off_grid(tensors: Tensors) -> Tensors:
+    """Float32 weights that are no bf16 numbers."""
+    generator = torch.Generator().manual_seed(4)
+    return {
+        n: w.float() * (1 + 1e-3 * torch.rand(w.shape, generator=generator))
+        for n, w in tensors.items()
+    }
+
+
+PAIRS = {
+    "bf16": (weights(), stepped(weights())),
+    "bf16, moved far": (weights(), stepped(weights(), scale=2e-3)),
+    "fp32": (off_grid(weights()), stepped(off_grid(weights()), dtype=torch.float32)),
+    "bf16 and fp32": (weights(), stepped(weights(), dtype=torch.float32)),
+}

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pairs import Tensors, stepped, stored, weights
 
 from opd.analysis.fast import _larger, _upper, _witnessed, leading
 from opd.analysis.formatting import Spectrum, meaning
 from opd.analysis.sides import NumberFormat, Sides
 from opd.analysis.summary import summary
 from opd.analysis.walk import Question, walked
-from opd.cli.main import _answer
+from opd.cli.main import run
+from tests.unit.analysis.pairs import Tensors, stepped, stored, weights
 
 SHAPES = {
     "model.embed_tokens.weight": (900, 300),
@@ -100,7 +100,7 @@ def test_what_needs_whole_spectra_is_left_out_and_said(tmp_path: Path) -> None:
     stored(tmp_path / "a", base)
     stored(tmp_path / "b", stepped(base))
     words = [f"base={tmp_path}/a", f"trained={tmp_path}/b", f"out={tmp_path}/out"]
-    assert _answer(["analyze", *words, "spectrum=fast"]) == 0
+    assert run(["analyze", *words, "spectrum=fast"]) == 0
     found = json.loads((tmp_path / "out/summary.json").read_text())
     assert found["spectrum"]["method"] == "fast"
     paper = found["paper"]
@@ -129,8 +129,8 @@ def test_the_same_folder_does_not_mix_methods(
     stored(tmp_path / "a", base)
     stored(tmp_path / "b", stepped(base))
     words = [f"base={tmp_path}/a", f"trained={tmp_path}/b", f"out={tmp_path}/out"]
-    assert _answer(["analyze", *words]) == 0
-    assert _answer(["analyze", *words, "spectrum=fast"]) == 2
+    assert run(["analyze", *words]) == 0
+    assert run(["analyze", *words, "spectrum=fast"]) == 2
     assert "spectrum=" in capsys.readouterr().err
 
 

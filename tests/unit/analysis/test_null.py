@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pairs import Tensors, stepped, stored, weights
 
 from opd.analysis.null import Null, isotropic_spectrum, solved
 from opd.analysis.summary import summary
 from opd.analysis.walk import Question, walked
 from opd.checkpoint.chunks import BINS, binades
+from tests.unit.analysis.pairs import Tensors, stepped, stored, weights
 
 SHAPES = {
     "model.embed_tokens.weight": (1200, 96),

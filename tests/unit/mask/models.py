@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from opd.checkpoint.tensors import open_checkpoint
-from opd.config.mask import RuleConfig
+from opd.config.mask import RuleConfig, require_valid_rule
 from opd.mask.discover import Summary, discover_mask
-from opd.mask.mask import Mask, read_mask
+from opd.mask.mask import Mask
 
 SHAPES = {
     "model.embed_tokens.weight": (90, 24),
@@ -60,8 +60,10 @@ def stored(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> P
 
 def discovered(base: Path, rule: RuleConfig, out: Path) -> tuple[Mask, Summary]:
     """The mask that a rule finds."""
-    summary = discover_mask(open_checkpoint(str(base)), rule, out)
-    return read_mask(out), summary
+    require_valid_rule(rule)
+    like = None if rule.like is None else Mask.read(rule.like)
+    summary = discover_mask(open_checkpoint(str(base)), rule, out, like=like)
+    return Mask.read(out), summary
 
 
 def flat(mask: Mask) -> np.ndarray:

@@ -1,19 +1,16 @@
-"""The levels of chance agree with simulation; descriptions add up; pictures are drawn."""
+"""The levels of chance agree with simulation, and overlaps with those of sets."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from models import NUMEL, discovered, flat, stored, weights
 
-from opd.checkpoint.names import place
 from opd.checkpoint.tensors import open_checkpoint
 from opd.config.mask import MaskRule, RuleConfig
 from opd.mask.compare import Expected, MaskComparison, compare
-from opd.mask.describe import describe
-from opd.mask.figures import heat_map, overlap_bars
 from opd.mask.mask import Mask
+from tests.unit.mask.models import discovered, flat, stored, weights
 
 
 @pytest.fixture(scope="module")
@@ -104,43 +101,3 @@ def test_masks_and_weights_of_another_base_are_refused(base: Path, tmp_path: Pat
         compare(a, b)
     with pytest.raises(ValueError, match="the mask was made for"):
         compare(a, a, open_checkpoint(str(other)))
-
-
-def test_a_description_adds_up(tmp_path: Path) -> None:
-    base = stored(tmp_path / "base", weights())
-    mask = found(base, tmp_path / "m", MaskRule.near_zero, density=0.2)
-    described = describe(mask)
-    for shares in (described.blocks, described.modules, described.layers, described.tensors):
-        assert sum(share.kept for share in shares) == described.whole.kept == round(0.2 * NUMEL)
-        assert sum(share.numel for share in shares) == NUMEL
-    assert [s.name for s in described.layers] == ["outside layers", "0", "1"]
-    assert [s.name for s in described.blocks] == ["attention", "ffn", "embedding", "norm"]
-
-
-def test_pictures_are_drawn(tmp_path: Path) -> None:
-    base = stored(tmp_path / "base", weights())
-    mask = found(base, tmp_path / "m", MaskRule.near_zero, density=0.2)
-    heat_map(describe(mask), "a title", tmp_path / "new" / "density.png")
-    overlap_bars(compare(mask, mask), ("a", "b"), tmp_path / "new" / "overlap.png")
-    for picture in (tmp_path / "new").iterdir():
-        assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("name", "layer", "module", "block"),
-    [
-        ("model.layers.12.self_attn.q_proj.weight", 12, "q_proj", "attention"),
-        ("model.layers.12.self_attn.q_proj.bias", 12, "q_proj.bias", "attention"),
-        ("model.layers.0.self_attn.k_norm.weight", 0, "k_norm", "norm"),
-        ("model.layers.3.mlp.experts.7.up_proj.weight", 3, "up_proj", "ffn"),
-        ("model.embed_tokens.weight", None, "embed_tokens", "embedding"),
-        ("lm_head.weight", None, "lm_head", "head"),
-        ("model.norm.weight", None, "norm", "norm"),
-        ("model.visual.blocks.4.attn.qkv.weight", 4, "vision.qkv", "vision"),
-        ("transformer.h.5.ln_1.weight", 5, "ln_1", "norm"),
-        ("transformer.wte.weight", None, "wte", "embedding"),
-    ],
-)
-def test_a_name_tells_its_place(name: str, layer: int | None, module: str, block: str) -> None:
-    found = place(name)
-    assert (found.layer, found.module, found.block) == (layer, module, block)

@@ -5,13 +5,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import NUMEL, SHAPES, dense, discovered, flat, joined, moved, stored, weights
 from safetensors.torch import save_file
 
 from opd.checkpoint.chunks import binades
 from opd.checkpoint.names import place
 from opd.config.mask import MaskBudget, MaskRule, MaskStructure, RuleConfig
 from opd.mask.search import shared_out
+from tests.unit.mask.models import (
+    NUMEL,
+    SHAPES,
+    dense,
+    discovered,
+    flat,
+    joined,
+    moved,
+    stored,
+    weights,
+)
 
 RANKED = [MaskRule.delta, MaskRule.near_zero, MaskRule.safe, MaskRule.random, MaskRule.scores]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import Tensors, stepped, stored, weights
 
 import opd.analysis.walk as walk
-from opd.cli.main import _answer
+from opd.cli.main import run
+from tests.unit.analysis.pairs import Tensors, stepped, stored, weights
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def analyze(*words: str) -> int:
-    return _answer(["analyze", "base=base", "out=out", *words])
+    return run(["analyze", "base=base", "out=out", *words])
 
 
 def read(out: str = "out") -> Any:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from opd.cli.main import _answer
+from opd.cli.main import run
 
 Q, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
 K = "model.layers.1.self_attn.k_proj.weight"
@@ -84,7 +84,7 @@ def plain(model: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 def export(base: Path, trained: Path, *more: str) -> int:
     out = base.parent / "adapter"
-    return _answer(
+    return run(
         ["mask", "export", f"base={base}", f"trained={trained}", f"out={out}", FORMAT, *more]
     )
 

@@ -1,13 +1,16 @@
 """``opd mask`` does what it is told, and says in a sentence why it cannot."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from models import NUMEL, moved, stored, weights
 
-from opd.cli.main import _answer
-from opd.mask.mask import read_mask
+from opd.cli.main import run
+from opd.cli.mask_files import DiscoverArguments
+from opd.config.fields import sentence
+from opd.mask.mask import Mask
+from tests.unit.mask.models import NUMEL, moved, stored, weights
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +22,12 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def discover(*words: str) -> int:
-    return _answer(["mask", "discover", "base=base", *words])
+    return run(["mask", "discover", "base=base", *words])
 
 
 def test_discover_writes_a_mask_that_knows_its_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert discover("rule=near_zero", "density=0.1", "out=m", "exclude=['*norm*']") == 0
-    mask = read_mask(Path("m"))
+    mask = Mask.read("m")
     assert sum(mask.counts().values()) == round(0.1 * NUMEL)
     assert mask.origin.command == (
         "opd mask discover base=base rule=near_zero density=0.1 out=m 'exclude=['\"'\"'*norm*'\"'\"']'"
@@ -42,34 +45,54 @@ def test_show_compare_and_combine_answer_in_tables_and_json(
 ) -> None:
     assert discover("rule=near_zero", "density=0.1", "out=a") == 0
     assert discover("rule=random", "density=0.2", "out=b") == 0
-    assert _answer(["mask", "show", "a", "--out", "pictures"]) == 0
+    assert run(["mask", "show", "a", "out=pictures"]) == 0
     assert "q_proj" in capsys.readouterr().out
-    assert _answer(["mask", "show", "a", "--json"]) == 0
+    assert run(["mask", "show", "a", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kept"] == round(0.1 * NUMEL)
-    assert _answer(["mask", "compare", "a", "b", "base=base", "--out", "pictures"]) == 0
+    assert run(["mask", "compare", "a", "b", "base=base", "out=pictures"]) == 0
     assert "chance: and per binade" in capsys.readouterr().out
-    assert _answer(["mask", "compare", "a", "b", "--json"]) == 0
+    assert run(["mask", "compare", "a", "b", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["whole"]["chance"]) == {"global", "tensor"}
     assert {p.name for p in Path("pictures").iterdir()} == {"density.png", "overlap.png"}
-    assert _answer(["mask", "combine", "difference", "a", "b", "out=c"]) == 0
-    combined = read_mask(Path("c"))
+    assert run(["mask", "combine", "difference", "a", "b", "out=c"]) == 0
+    combined = Mask.read("c")
     assert combined.origin.command == "opd mask combine difference a b out=c"
     assert not set(combined.indices["model.norm.weight"].tolist()) & set(
-        read_mask(Path("b")).indices["model.norm.weight"].tolist()
+        Mask.read("b").indices["model.norm.weight"].tolist()
     )
 
 
-def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+VERBS = ("discover", "show", "compare", "combine", "export", "apply", "undo")
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_fits_a_screen_and_has_an_example(
+    capsys: pytest.CaptureFixture[str], verb: str | None
+) -> None:
+    words = ["mask", "--help"] if verb is None else ["mask", verb, "--help"]
+    if verb is None:
+        assert run(words) == 0
+    else:
+        with pytest.raises(SystemExit) as ended:
+            run(words)
+        assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: opd mask {verb or 'VERB'} ")
+    assert sum(line.startswith("example: opd mask ") for line in lines) == 1
+    assert len(lines) <= 40
+    assert max(len(line) for line in lines) <= 100
+
+
+def test_help_explains_every_key_to_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        _answer(["mask", "discover", "--help"])
+        run(["mask", "discover", "--help"])
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    for words in (
-        "budget=global   (global, tensor, module)",
-        "Fixes random rules",
-        "out=*required",
-    ):
-        assert words in told
+    text = " ".join(capsys.readouterr().out.split())
+    for field in fields(DiscoverArguments):
+        assert f" {field.name}=" in text
+        assert sentence(DiscoverArguments, field.name).rstrip(".") in text
+    for words in ("(global, tensor, module)", "Fixes random rules", "out=*required"):
+        assert words in text
 
 
 @pytest.mark.parametrize(
@@ -78,7 +101,10 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (["discover", "out=m"], ["base=... is missing"]),
         (["discover", "base=base"], ["out=... is missing"]),
         (["discover", "base=base", "out=m", "densty=1"], ["densty", "did you mean density?"]),
-        (["discover", "base=base", "out=m", "density"], ["density is no key=value"]),
+        (
+            ["discover", "base=base", "out=m", "density"],
+            ["unexpected argument density: usage: opd mask discover"],
+        ),
         (["discover", "base=base", "out=m", "density=x"], ["density=x: expected a number"]),
         (["discover", "base=base", "out=m", "density=2"], ["density=2", "1 or less"]),
         (["discover", "base=base", "out=m", "rule=best"], ["rule=best", "near_zero"]),
@@ -101,8 +127,8 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (["discover", "base=base", "out=m", "rule=random", "like=nowhere"], ["no mask file"]),
         (["discover", "base=other", "out=m", "rule=random", "like=a"], ["made for base"]),
         (["show", "nowhere"], ["there is no mask file nowhere"]),
-        (["show", "a", "more"], ["unknown argument more"]),
-        (["show", "base/model-0.safetensors"], ["no mask file of ours"]),
+        (["show", "a", "more"], ["unexpected argument more"]),
+        (["show", "base/model-0.safetensors"], ["is not an opd mask file"]),
         (["compare", "a", "a", "base=other"], ["made for base", "found other"]),
         (["compare", "a", "a", "bass=other"], ["did you mean base?"]),
         (["combine", "xor", "a", "a", "out=m"], ["xor", "union, intersection, difference"]),
@@ -116,7 +142,7 @@ def test_a_mistake_is_one_sentence_with_status_2(
     Path("taken").write_text("precious")
     assert discover("rule=random", "density=0.1", "out=a") == 0
     capsys.readouterr()
-    assert _answer(["mask", *words]) == 2
+    assert run(["mask", *words]) == 2
     said = capsys.readouterr().err
     assert said.startswith("opd: ")
     assert said.count("\n") == 1

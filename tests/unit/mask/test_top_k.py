@@ -1,4 +1,4 @@
-"""Streaming selection agrees with sorting everything, and parts equal scores by lot."""
+"""Streaming selection agrees with sorting everything, and breaks ties at random."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from opd.checkpoint import chunks as chunks_module
 from opd.checkpoint.chunks import Chunk, in_order
-from opd.checkpoint.chunks import chunks as pieces_module
-from opd.mask import mask as mask_module
+from opd.mask import file as mask_file
 from opd.mask.top_k import Selection, TopKQuery, sortable, tiebreak
 
 SHAPES = {"a": (70, 31), "b": (5,), "c": (400, 10), "nothing": (0, 4)}
@@ -17,8 +17,8 @@ TOTAL = sum(SIZES.values())
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces_module, "CHUNK", 257)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks_module, "CHUNK", 257)
 
 
 def kept(values: dict[str, np.ndarray], quota: int, salt: str = "0") -> dict[str, np.ndarray]:
@@ -79,7 +79,7 @@ def test_equal_scores_are_parted_without_regard_to_order() -> None:
     assert abs(places.var() - 60 * 0.25 * 0.75) < 1.5
 
 
-def test_equal_tickets_are_parted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_tiebreaks_are_broken_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def same(salt: str, name: str, coordinates: np.ndarray) -> np.ndarray:
         return np.full(len(coordinates), 9, np.uint64)
 
@@ -88,7 +88,7 @@ def test_equal_tickets_are_parted_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(c.sum() for c in chosen.values()) == 1234
 
 
-def test_tickets_depend_on_salt_name_and_coordinate_only() -> None:
+def test_tiebreaks_depend_on_salt_name_and_coordinate_only() -> None:
     drawn = tiebreak("1", "w", np.arange(100_000))
     assert (drawn[500:] == tiebreak("1", "w", np.arange(500, 100_000))).all()
     assert (drawn < 2**32).all()
@@ -97,9 +97,9 @@ def test_tickets_depend_on_salt_name_and_coordinate_only() -> None:
     assert abs(drawn.mean() / 2**32 - 0.5) < 0.005
 
 
-def test_the_result_does_not_depend_on_the_size_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_does_not_depend_on_the_size_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     small = kept(scored("few values"), 2000)
-    monkeypatch.setattr(pieces_module, "CHUNK", 1 << 20)
+    monkeypatch.setattr(chunks_module, "CHUNK", 1 << 20)
     large = kept(scored("few values"), 2000)
     assert all((small[name] == large[name]).all() for name in SIZES)
 
@@ -107,7 +107,7 @@ def test_the_result_does_not_depend_on_the_size_of_pieces(monkeypatch: pytest.Mo
 def test_large_tensors_get_int64_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
     values = scored("few values")
     narrow = kept(values, 500)
-    monkeypatch.setattr(mask_module, "INT32_MOST", 1000)
+    monkeypatch.setattr(mask_file, "INT32_MOST", 1000)
     query = TopKQuery(
         names=tuple(SIZES), quotas=(500,), scores=lambda p: values[p.name][p.start : p.stop]
     )

@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 
 from opd.analysis.prune import Moves, Order, wilson
 from opd.checkpoint.tensors import open_checkpoint
-from opd.mask.figures import prune_curve
 
 SHAPES = {"model.a.weight": (37, 11), "model.b.weight": (64,), "model.still.weight": (5, 5)}
 
@@ -83,12 +82,3 @@ def test_wilson_s_interval_holds_the_share_and_its_published_values() -> None:
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
     assert wilson(20, 20)[1] == pytest.approx(1)
-
-
-def test_the_curve_is_drawn(tmp_path: Path) -> None:
-    points = [
-        {"share": s, "reverted": 10 * s, "accuracy": 0.9 - s, "low": 0.8 - s, "high": 1.0 - s}
-        for s in (0.0, 0.5)
-    ]
-    prune_curve({"smallest": points, "largest": points}, 10, tmp_path / "prune.png")
-    assert (tmp_path / "prune.png").read_bytes().startswith(b"\x89PNG")
