@@ -18,7 +18,7 @@ from opd.losses.with_reward import WithReward, reward_policy
 
 
 def build_loss(config: LossConfig) -> Loss:
-    """The pure function that the learner minimises, with the reward beside it where one has a weight."""
+    """The function that the learner minimises: the loss, plus the reward's part if it has a weight."""
     match config:
         case PolicyGradientLossConfig():
             return PolicyGradient(config)
@@ -34,7 +34,7 @@ def build_loss(config: LossConfig) -> Loss:
 
 
 def build_reduction(config: Config) -> LossReduction:
-    """Which tokens count, and what a step's sum is divided by."""
+    """Which tokens are learned from, and what a step's sum is divided by."""
     return LossReduction(
         reduction=config.loss.reduction,
         prefix_fraction=config.loss.prefix_fraction,
@@ -43,7 +43,7 @@ def build_reduction(config: Config) -> LossReduction:
 
 
 def return_discount(config: LossConfig) -> float:
-    """The discount of the teacher's return, 0 where only a token's own advantage counts."""
+    """The discount of the teacher's return; 0: a token is credited with its own advantage only."""
     if isinstance(config, PolicyGradientLossConfig) and config.teacher_weight:
         return config.discount
     return 0.0

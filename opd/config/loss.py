@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 class Support(StrEnum):
+    """Ids that a divergence sums over: all, or the k likeliest of teacher, student, either or both."""
+
     full = "full"
     teacher_top_k = "teacher_top_k"
     student_top_k = "student_top_k"
@@ -29,7 +31,7 @@ class Support(StrEnum):
 
 
 STUDENT_SUPPORTS = (Support.student_top_k, Support.union, Support.intersection)
-"""Supports whose ids the engine names as it writes."""
+"""Supports that need the engine's likeliest ids, which it reports as it generates."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,16 +57,16 @@ class LossConfig:
     reward_weight: float = bounded(0.0, least=0)
     """Weight of the policy gradient on the reward's advantage; 0 is none."""
     clip_ratio_low: float = bounded(0.2, above=0, most=1)
-    """Policy gradients with surrogate=clip: the ratio is held above 1 - clip_ratio_low."""
+    """Policy gradients with surrogate=clip: the ratio is clipped to at least 1 - clip_ratio_low."""
     clip_ratio_high: float = bounded(0.28, above=0)
-    """Policy gradients with surrogate=clip: the ratio is held below 1 + clip_ratio_high."""
+    """Policy gradients with surrogate=clip: the ratio is clipped to at most 1 + clip_ratio_high."""
 
     def request(self, temperature: float = 1.0) -> ScoreRequest:
         """What this loss needs of a teacher, at the sampling temperature."""
         return ScoreRequest(sampled=False, temperature=temperature)
 
     def engine_support_k(self) -> int:
-        """How many of its likeliest ids per position the engine must name; 0 for none."""
+        """How many of its likeliest ids per position the engine must report; 0 for none."""
         return 0
 
     @property
@@ -88,7 +90,7 @@ class DivergenceLossConfig(LossConfig):
     skew: float = bounded(0.1, least=0, below=1)
     """Share of the first distribution mixed into the second one by the skewed divergences."""
     token_clip: float | None = bounded(None, above=0)
-    """Hold each token's divergence at this many nats; beyond, it has no gradient."""
+    """Clamp each token's divergence at this many nats; a clamped one has no gradient."""
 
     def request(self, temperature: float = 1.0) -> ScoreRequest:
         if self.support == Support.full:
@@ -113,7 +115,7 @@ class PolicyGradientLossConfig(LossConfig):
     teacher_weight: float = bounded(1.0, least=0)
     """Weight of the teacher's part of the advantage (sampled-token reverse KL), beside reward_weight."""
     advantage_clip: float | None = bounded(None, above=0)
-    """Hold the teacher's part of the advantage within plus and minus this many nats."""
+    """Clamp the teacher's part of the advantage to plus and minus this many nats."""
     discount: float = bounded(0.0, least=0, most=1)
     """Credit a token with the discounted advantages that follow it; 0 is the token's own only."""
     kl_coef: float = bounded(0.0, least=0)
@@ -130,7 +132,7 @@ class NllLossConfig(LossConfig):
 
 
 class TeacherInput(StrEnum):
-    """What the loss of a file gets of the teacher."""
+    """What a loss in a file needs of the teacher."""
 
     none = "none"
     sampled = "sampled"
@@ -140,16 +142,16 @@ class TeacherInput(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class FunctionLossConfig(LossConfig):
-    """A loss of your own: a class in a Python file, called with log-probs [N, V] and a Batch."""
+    """A loss of your own: a class in a Python file (docs/extending.md)."""
 
     path: str = MISSING
-    """path.py:Name or module:Name of a class that takes this config and is called like opd.losses."""
+    """path.py:Name or module:Name of a class that takes this config; see docs/extending.md."""
     teacher: TeacherInput = TeacherInput.full
-    """What it needs of the teacher: nothing, sampled log-probs, the k likeliest ids, everything."""
+    """What it needs: nothing, the sampled tokens' log-probs, the k likeliest ids, or all log-probs."""
     k: int = bounded(32, least=1)
     """teacher=top_k: how many ids."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of your own, which the class reads from config.options."""
+    """Settings of your own; the class reads them from config.options."""
 
     def request(self, temperature: float = 1.0) -> ScoreRequest:
         return ScoreRequest(
@@ -176,7 +178,7 @@ CHOICES: dict[str, Any] = {
 
 
 def off_policy_completions_can_be_learned_from(config: "Config") -> str | None:
-    """Some losses are about tokens that the student itself sampled."""
+    """Some losses are defined for tokens that the student itself sampled."""
     if config.rollout.on_policy == 1:
         return None
     found = f"rollout.on_policy={config.rollout.on_policy:g}"
@@ -187,35 +189,32 @@ def off_policy_completions_can_be_learned_from(config: "Config") -> str | None:
         )
     if isinstance(config.loss, DivergenceLossConfig) and config.loss.engine_support_k():
         return (
-            f"{found} and loss.support={config.loss.support}, whose ids the engine names as it "
-            "writes: use loss.support=full or teacher_top_k"
+            f"{found} and loss.support={config.loss.support}, whose ids the engine reports as "
+            "it generates: use loss.support=full or teacher_top_k"
         )
     return None
 
 
 def a_weighting_has_its_inputs(config: "Config") -> str | None:
-    """A loss that never sees the teacher cannot weigh by the teacher."""
+    """A loss that does not get the teacher's scores cannot weight tokens by them."""
     request = config.loss.request()
     if not request.sampled:
-        refused, sees = (Weighting.teacher_entropy, Weighting.gap), "needs no teacher"
+        refused, reason = (Weighting.teacher_entropy, Weighting.gap), "needs no teacher"
     elif not (request.full or request.top_k or request.rollout_support):
-        refused, sees = (
-            (Weighting.teacher_entropy,),
-            "asks the teacher for sampled tokens only",
-        )
+        refused, reason = (Weighting.teacher_entropy,), "needs the teacher for sampled tokens only"
     else:
         return None
     found = config.loss.weighting
     if found in refused:
         return (
-            f"loss.weighting={found} cannot be used with a loss that {sees}: use a divergence, or "
+            f"loss.weighting={found} cannot be used with a loss that {reason}: use a divergence, or "
             f"loss.weighting={' or '.join(w for w in Weighting if w not in refused)}"
         )
     return None
 
 
 def the_engine_is_corrected_for_once(config: "Config") -> str | None:
-    """PPO's ratio is an importance ratio already."""
+    """PPO's ratio is already an importance ratio."""
     corrected = config.loss.correction != Correction.none
     match config.loss:
         case PolicyGradientLossConfig(surrogate=Surrogate.clip) if corrected:
@@ -227,7 +226,7 @@ def the_engine_is_corrected_for_once(config: "Config") -> str | None:
 
 
 def advantages_need_a_reward(config: "Config") -> str | None:
-    """Without a reward no completion is better than another."""
+    """A policy gradient needs something to compare completions by."""
     loss = config.loss
     if isinstance(loss, PolicyGradientLossConfig) and not (
         loss.teacher_weight or loss.reward_weight

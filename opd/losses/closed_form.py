@@ -11,7 +11,7 @@ def with_gradients(
 ) -> torch.Tensor:
     """``value`` (scalar) with d value / d input = gradient for each pair (input, gradient).
 
-    A gradient of None means that its input wants none. The gradients are scaled in place by the
+    A gradient of None means that its input needs none. The gradients are scaled in place by the
     backward pass, which therefore runs once: torch refuses the second, and a second derivative.
     """
     inputs, gradients = zip(*pairs, strict=True)

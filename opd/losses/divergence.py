@@ -30,20 +30,20 @@ class Divergence:
     jsd              beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q;
                      beta 0 and 1 are forward and reverse KL themselves (GKD, arXiv 2306.13649)
     skew_kl          KL(p || skew p + (1 - skew) q) (DistiLLM, arXiv 2402.03898)
-    skew_reverse_kl  KL(q || skew q + (1 - skew) p), its replica
+    skew_reverse_kl  KL(q || skew q + (1 - skew) p), the same with p and q exchanged
 
-    v runs over the vocabulary when the batch carries ``teacher_logp_NV``. Otherwise it runs over
-    the ids of its support (support=intersection: those of them that are in ``engine_ids_NK`` too) and one
-    more bucket, **the tail**: all other ids together. With it the sum is a divergence (never
-    negative, at most the full one); without it a top-k "KL" is neither.
+    v runs over the vocabulary if the batch has ``teacher_logp_NV``. Otherwise it runs over the ids of
+    its support (support=intersection: those that are in ``engine_ids_NK`` too) and one more bucket,
+    **the tail**: all other ids together. With the tail the sum is a divergence (never negative, at
+    most the full one); without it a top-k "KL" is neither.
 
-    ``token_clip`` holds each token's divergence at that many nats: beyond, it has no gradient.
+    ``token_clip`` clamps each token's divergence at that many nats; a clamped one has no gradient.
 
     Value and slope are closed forms of d = log p - log q, and no graph over [N, V] is kept. Slopes
     are those of the same divergences between measures that need not sum to one (KL + sum q - sum p):
-    the softmax's backward pass makes them equal, and so both are exactly zero where p = q. d is cut
-    at 1e4 nats: where one side gives zero probability, terms are exact or huge but finite. Support
-    ids must not repeat in a row; teacher ids that the student lacks count to the tail.
+    the softmax's backward pass makes them equal, and so both are exactly zero where p = q. d is
+    clamped to 1e4 nats: where one side gives zero probability, terms are exact, or large but finite. Support
+    ids must not repeat in a row; teacher ids that the student lacks belong to the tail.
     """
 
     config: DivergenceLossConfig = field(default_factory=DivergenceLossConfig)
@@ -57,24 +57,24 @@ class Divergence:
             if config.support == Support.intersection and batch.teacher_logp_NV is None:
                 batch = replace(batch, support_ids_NK=within_engine_ids(batch))
             weight_N, sums = TokenWeights(config)(student_logp_NV, batch)
-            value_N, slope_NV, tails = self._measured(student_logp_NV, batch)
+            value_N, slope_NV, tails = self._per_token(student_logp_NV, batch)
             sums |= tails | {f"loss/{config.kind}": value_N.sum()}
             if batch.teacher_logp_N is not None:
                 sums["teacher/nll"] = -batch.teacher_logp_N.clamp(min=-MAX_LOG_RATIO).sum()
-            pull_N = weight_N
+            slope_weight_N = weight_N
             if config.token_clip is not None:
                 beyond_N = value_N > config.token_clip
                 sums["loss/kl_clip_share"] = beyond_N.float().sum()
                 value_N = value_N.clamp(max=config.token_clip)
-                pull_N = weight_N.masked_fill(beyond_N, 0.0)
+                slope_weight_N = weight_N.masked_fill(beyond_N, 0.0)
             total = (weight_N * value_N).sum()
-            slope_NV.mul_(pull_N[:, None])
+            slope_NV.mul_(slope_weight_N[:, None])
         return LossOutput(total=with_gradients(total, (student_logp_NV, slope_NV)), sums=sums)
 
-    def _measured(
+    def _per_token(
         self, student_logp_NV: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Each token's divergence [N], its slope [N, V], and how much lies in the tails."""
+        """Each token's divergence [N], its slope [N, V], and the sums of both tails' probability."""
         if batch.teacher_logp_NV is not None:
             return *self._value_and_slope(student_logp_NV, batch.teacher_logp_NV), {}
         ids_NK, teacher_NJ = teacher_buckets(batch, student_logp_NV.shape[-1])

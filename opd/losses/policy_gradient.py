@@ -12,16 +12,16 @@ from opd.losses.token_weights import TokenWeights, at_target
 from opd.types import Surrogate
 
 MAX_GAIN = 20.0
-"""Nats; k3's exp(log p - log q) is held here, as elsewhere in the field."""
+"""Nats; log p - log q in k3's exponential is clamped to this, as other libraries do."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyGradient:
     """Sum over tokens of weight times a surrogate whose gradient is that of an expected reward.
 
-    A = teacher_weight * [log p(y) - log q(y) + ``future_N`` where the batch has it, cut to
-    plus and minus advantage_clip nats] + reward_weight * ``advantage_N``. Written by the student
-    itself, the expected gradient of the teacher's part is that of the exact reverse KL. Per token,
+    A = teacher_weight * [log p(y) - log q(y) + ``future_N`` where the batch has it, clamped to
+    plus and minus advantage_clip nats] + reward_weight * ``advantage_N``. For tokens sampled from
+    the student the expected gradient of the teacher's part is that of the exact reverse KL. Per token,
     with A held fixed and r = q(y) / engine(y), 1 where no engine wrote y:
 
     clip   -min(r A, clip(r, 1 - clip_ratio_low, 1 + clip_ratio_high) A)     (PPO, arXiv 1707.06347)
@@ -30,10 +30,11 @@ class PolicyGradient:
     ``kl_coef`` adds kl_coef * k3, k3 = p / q - 1 - log(p / q), the reference policy in the teacher's place:
     with teacher_weight 0 and reward_weight 1 this is GRPO (arXiv 2402.03300).
 
-    The value is a surrogate: only its gradient means something. What the teacher's part stands for is
-    measured by k1 = log(q / p), k2 = k1^2 / 2, k3, three estimators of reverse KL
-    (http://joschu.net/blog/kl-approx.html); ``loss/clip_share`` counts tokens that PPO's clip holds,
-    ``loss/teacher_advantage`` and ``loss/reward_advantage`` are sizes of the two parts of A.
+    The value is a surrogate: only its gradient has a meaning. The reverse KL that the teacher's part
+    lowers is estimated by k1 = log(q / p), k2 = k1^2 / 2 and k3
+    (http://joschu.net/blog/kl-approx.html); ``loss/clip_share`` counts tokens whose gradient PPO's
+    clip removed, ``loss/teacher_advantage`` and ``loss/reward_advantage`` are sizes of the two parts
+    of A.
     """
 
     config: PolicyGradientLossConfig = field(default_factory=PolicyGradientLossConfig)
@@ -67,47 +68,48 @@ class PolicyGradient:
             advantage_N += part_N
         match config.surrogate:
             case Surrogate.plain:
-                raised_N = advantage_N * logp_N
+                objective_N = advantage_N * logp_N
             case Surrogate.clip:
-                raised_N, held_N = self._clipped(logp_N, batch.engine_logp_N, advantage_N)
-                sums["loss/clip_share"] = held_N.float().sum()
-        return LossOutput(total=(weight_N * (cost_N - raised_N)).sum(), sums=sums)
+                objective_N, clipped_N = self._clipped(logp_N, batch.engine_logp_N, advantage_N)
+                sums["loss/clip_share"] = clipped_N.float().sum()
+        return LossOutput(total=(weight_N * (cost_N - objective_N)).sum(), sums=sums)
 
     def _teacher_part(
         self, gain_N: torch.Tensor, batch: Batch, sums: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         advantage_N = gain_N if batch.future_N is None else gain_N + batch.future_N
         if self.config.advantage_clip is not None:
-            cut_N = advantage_N.clamp(-self.config.advantage_clip, self.config.advantage_clip)
-            sums["loss/advantage_clip_share"] = (cut_N != advantage_N).float().sum()
-            advantage_N = cut_N
+            clamped_N = advantage_N.clamp(-self.config.advantage_clip, self.config.advantage_clip)
+            sums["loss/advantage_clip_share"] = (clamped_N != advantage_N).float().sum()
+            advantage_N = clamped_N
         return self.config.teacher_weight * advantage_N
 
     def _clipped(
         self, logp_N: torch.Tensor, engine_logp_N: torch.Tensor, advantage_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What to raise, and which tokens have no gradient because their ratio went far enough."""
-        wrote_N = torch.where(engine_logp_N.isnan(), logp_N.detach(), engine_logp_N)
-        ratio_N = (logp_N - wrote_N).exp()
+        """PPO's objective [N], and which tokens [N] have no gradient because of the clip."""
+        behaviour_logp_N = torch.where(engine_logp_N.isnan(), logp_N.detach(), engine_logp_N)
+        ratio_N = (logp_N - behaviour_logp_N).exp()
         plain_N = ratio_N * advantage_N
-        cut_N = (
+        clamped_N = (
             ratio_N.clamp(1.0 - self.config.clip_ratio_low, 1.0 + self.config.clip_ratio_high)
             * advantage_N
         )
-        return torch.minimum(plain_N, cut_N), cut_N.detach() < plain_N.detach()
+        return torch.minimum(plain_N, clamped_N), clamped_N.detach() < plain_N.detach()
 
 
 def _estimates(gain_N: torch.Tensor) -> dict[str, torch.Tensor]:
-    held_N = gain_N.clamp(max=MAX_GAIN)
+    """Sums of three estimates of reverse KL."""
+    clamped_N = gain_N.clamp(max=MAX_GAIN)
     return {
         "loss/reverse_kl_k1": -gain_N.sum(),
         "loss/reverse_kl_k2": gain_N.square().sum() / 2,
-        "loss/reverse_kl_k3": (held_N.expm1() - held_N).sum(),
+        "loss/reverse_kl_k3": (clamped_N.expm1() - clamped_N).sum(),
     }
 
 
 def _k3(gain_N: torch.Tensor, logp_N: torch.Tensor) -> torch.Tensor:
     """k3 with its gradient (1 - p / q) by log q, both of a gain of at most ``MAX_GAIN``."""
-    held_N = gain_N.clamp(max=MAX_GAIN)
-    value_N = held_N.expm1() - held_N
-    return value_N - held_N.expm1() * (logp_N - logp_N.detach())
+    clamped_N = gain_N.clamp(max=MAX_GAIN)
+    value_N = clamped_N.expm1() - clamped_N
+    return value_N - clamped_N.expm1() * (logp_N - logp_N.detach())

@@ -8,8 +8,8 @@ from torch.nn.functional import pad
 from opd.batch import Batch
 
 MAX_LOG_RATIO = 1e4  # nats; exp(-1e4) is 0, so 0 * log 0 is 0 and no infinity meets a zero
-FOREIGN = -2  # an id that counts to the tail
-UNSEEN_TAIL = math.log(2.0**-24)  # what 1 - sum(p) cannot tell from zero in float32
+FOREIGN = -2  # stands for an id that belongs to the tail
+UNSEEN_TAIL = math.log(2.0**-24)  # float32 cannot distinguish 1 - sum(p) below this from zero
 
 
 def within_engine_ids(batch: Batch) -> torch.Tensor:
@@ -24,9 +24,9 @@ def within_engine_ids(batch: Batch) -> torch.Tensor:
 def teacher_buckets(batch: Batch, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [N, K], -1 where unused, and log-probs [N, K + 1], the tail last.
 
-    Ids that the student lacks (``vocab_size`` and above) or that are ``FOREIGN`` count to the tail.
-    Float32's rounding of a teacher's 1 - sum is undone: a tail of -inf beside an incomplete support
-    is read as 2^-24, and any tail beside the whole vocabulary as none.
+    Ids that the student lacks (``vocab_size`` and above) and ``FOREIGN`` ones belong to the tail.
+    Float32's rounding of a teacher's 1 - sum is corrected: a tail of -inf of an incomplete support
+    counts as 2^-24, and any tail of a support of the whole vocabulary as zero.
     """
     ids_NK, logp_NK, tail_N = batch.support_ids_NK, batch.support_logp_NK, batch.support_tail_N
     assert ids_NK is not None, "a divergence needs the teacher's full distribution or a support"
@@ -51,11 +51,11 @@ def teacher_buckets(batch: Batch, vocab_size: int) -> tuple[torch.Tensor, torch.
 def student_buckets(student_logp_NV: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
     """Log-probs [N, K + 1] of the support ids and of all others together.
 
-    The tail is a logsumexp over the other ids, not log(1 - sum), and pulls on all of them.
+    The tail is a logsumexp over the other ids, not log(1 - sum), so its gradient reaches all of them.
     """
     unused_NK = ids_NK < 0
     support_NK = student_logp_NV.gather(-1, ids_NK.clamp(min=0)).masked_fill(unused_NK, -torch.inf)
-    some_N1 = ids_NK.amax(dim=-1, keepdim=True)  # stands in for the unused places of its row
+    some_N1 = ids_NK.amax(dim=-1, keepdim=True)  # replaces the unused entries of its row
     inside_NK = ids_NK.where(~unused_NK, some_N1).clamp(min=0)
     tail_N1 = student_logp_NV.scatter(-1, inside_NK, -torch.inf).logsumexp(dim=-1, keepdim=True)
     tail_N1 = tail_N1.masked_fill(some_N1 < 0, 0.0)
@@ -68,8 +68,8 @@ def spread(
     student_logp_NV: torch.Tensor,
     ids_NK: torch.Tensor,
 ) -> torch.Tensor:
-    """The slope of each bucket handed to its ids: the tail's in proportion to probability."""
+    """The slope of each id from those of the buckets: the tail's in proportion to probability."""
     padded = pad(student_logp_NV, (0, 1)).sub_(tail_N1).exp_().mul_(slope_NJ[:, -1:])
-    # columns of a [N, V + 1] tensor; unused places point at the last, which is nobody's
-    places_NK = ids_NK.masked_fill(ids_NK < 0, student_logp_NV.shape[-1])
-    return padded.scatter_(-1, places_NK, slope_NJ[:, :-1])[:, :-1]
+    # columns of a [N, V + 1] tensor; unused entries point at the last column, which is dropped
+    columns_NK = ids_NK.masked_fill(ids_NK < 0, student_logp_NV.shape[-1])
+    return padded.scatter_(-1, columns_NK, slope_NJ[:, :-1])[:, :-1]

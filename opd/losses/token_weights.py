@@ -1,4 +1,4 @@
-"""What a token's loss is multiplied by: a weighting of tokens, and a correction for who wrote them."""
+"""The factor of each token's loss: a weighting of tokens times an importance correction."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from opd.types import Correction, Weighting
 
 @dataclass(frozen=True, slots=True)
 class TokenWeighting:
-    """A weight in [0, 1] for each token, by how much there is to learn at it.
+    """A weight in [0, 1] for each token, by its entropy or by the gap between teacher and student.
 
     uniform          1
     student_entropy  H(q) / log V
-    teacher_entropy  H(p) / log J, over the J buckets (ids and tail) that the teacher scored, or log V
+    teacher_entropy  H(p) / log J over the J buckets (ids and tail) that the teacher scored, or / log V
     gap              min(|log p(y) - log q(y)|, gap_clip) / gap_clip, y the sampled token
 
     Entropies in nats; a position with one bucket has entropy 0.
@@ -25,7 +25,7 @@ class TokenWeighting:
     config: LossConfig
 
     def weights(self, student_logp_NV: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[N]."""
+        """Weights [N]."""
         match self.config.weighting:
             case Weighting.uniform:
                 return student_logp_NV.new_ones(student_logp_NV.shape[0])
@@ -59,7 +59,7 @@ class ImportanceCorrection:
     def ratios(
         self, student_logp_NV: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[N], and which of them [N] were truncated or masked."""
+        """Ratios [N], and which of them [N] were truncated or masked."""
         config = self.config
         match config.correction:
             case Correction.none:
@@ -68,9 +68,7 @@ class ImportanceCorrection:
             case Correction.truncate | Correction.mask:
                 gap_N = at_target(student_logp_NV, batch) - batch.engine_logp_N
             case Correction.sequence_truncate | Correction.sequence_mask:
-                assert batch.sequence_gap_N is not None, (
-                    "the student fills sequence gaps when asked"
-                )
+                assert batch.sequence_gap_N is not None, "this needs Student(sequence_gaps=True)"
                 gap_N = batch.sequence_gap_N
         ratio_N = gap_N.nan_to_num(nan=0.0).exp()  # NaN: no engine wrote it
         match config.correction:
@@ -92,7 +90,10 @@ class TokenWeights:
     def __call__(
         self, student_logp_NV: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """[N], and metrics: ``loss/weighting`` its mean, ``loss/correction_share`` of tokens changed."""
+        """Factors [N] and sums: ``loss/weighting``, ``loss/correction``, ``loss/correction_share``.
+
+        ``loss/correction_share`` counts the tokens whose ratio was truncated or masked.
+        """
         weighting_N = TokenWeighting(self.config).weights(student_logp_NV, batch)
         ratio_N, changed_N = ImportanceCorrection(self.config).ratios(student_logp_NV, batch)
         sums = {}

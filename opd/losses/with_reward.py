@@ -19,17 +19,17 @@ class WithReward:
     policy: PolicyGradient
 
     def __call__(self, student_logp_NV: torch.Tensor, batch: Batch) -> LossOutput:
-        taught, rewarded = self.loss(student_logp_NV, batch), self.policy(student_logp_NV, batch)
+        first, second = self.loss(student_logp_NV, batch), self.policy(student_logp_NV, batch)
         return LossOutput(
-            total=taught.total + rewarded.total,
-            sums=rewarded.sums | taught.sums,
-            maxima=rewarded.maxima | taught.maxima,
-            counts=rewarded.counts | taught.counts,
+            total=first.total + second.total,
+            sums=second.sums | first.sums,
+            maxima=second.maxima | first.maxima,
+            counts=second.counts | first.counts,
         )
 
 
 def reward_policy(config: LossConfig) -> PolicyGradient:
-    """The reward's part of any loss; a weighting of tokens does not apply to it."""
+    """The reward's part of any loss; ``config.weighting`` does not apply to it."""
     corrected = config.correction != Correction.none
     return PolicyGradient(
         PolicyGradientLossConfig(

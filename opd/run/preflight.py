@@ -9,7 +9,9 @@ from pathlib import Path
 import httpx
 from huggingface_hub import constants
 
+from opd.config.functions import load_function
 from opd.config.launch import LaunchEngine, merged_deepspeed
+from opd.config.loss import FunctionLossConfig
 from opd.config.optim import clipped_warmup
 from opd.config.reward import GroupRewardConfig
 from opd.config.rollout import ServerRolloutConfig, VllmEngineConfig, training_sampling
@@ -82,6 +84,8 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
         _teachers_prompts_fit(prompts, config.teacher.max_model_len or tokenizer.max_length)
     if isinstance(config.reward, GroupRewardConfig):
         reward_function(config.reward, config.eval)
+    if isinstance(config.loss, FunctionLossConfig):
+        load_function("loss.path", config.loss.path)
     require_mask_fits(recipe, folder)
     require_servers_fit(config, tokenizer.stop_ids, prompts.max_length)
     return Preflight(
