@@ -7,7 +7,7 @@ from omegaconf import MISSING
 from rich.console import Console
 from rich.table import Table
 
-from opd.cli.grammar import read_words
+from opd.cli.grammar import parse_command_line
 from opd.cli.progress import progress_bar
 from opd.config.arguments import parse_arguments, split_arguments
 
@@ -42,7 +42,7 @@ class AnalyzeArguments:
 
 def main(words: list[str]) -> None:
     """Parse, run and print."""
-    read = read_words(words, HELP, shown=AnalyzeArguments)
+    read = parse_command_line(words, HELP, shown=AnalyzeArguments)
     own, others = split_arguments(AnalyzeArguments, read.settings)
     prunes = any(word.startswith("prune=") for word in own)
     arguments = parse_arguments(AnalyzeArguments, own if prunes else read.settings)

@@ -1,6 +1,6 @@
 """``opd doctor``."""
 
-from opd.cli.grammar import read_words
+from opd.cli.grammar import parse_command_line
 
 HELP = """usage: opd doctor RECIPE [key=value ...]
 
@@ -15,7 +15,7 @@ example: opd doctor quickstart loss=topk_reverse_kl loss.k=64"""
 
 def main(words: list[str]) -> None:
     """Parse and run."""
-    read = read_words(words, HELP, positionals=("RECIPE",))
+    read = parse_command_line(words, HELP, positionals=("RECIPE",))
     from opd.run.doctor import doctor  # loads torch, which --help does not need
 
     doctor(read.positionals[0], read.settings)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from opd.cli.grammar import read_words
+from opd.cli.grammar import parse_command_line
 from opd.config.arguments import parse_arguments, split_arguments
 from opd.run.environment import restart_keeping_memory
 from opd.run.recipe import load_recipe
@@ -37,7 +37,7 @@ class GenerateArguments:
 
 def main(words: list[str]) -> None:
     """Parse, run and print."""
-    read = read_words(words, HELP, positionals=("RECIPE",))
+    read = parse_command_line(words, HELP, positionals=("RECIPE",))
     own, overrides = split_arguments(GenerateArguments, read.settings)
     arguments = parse_arguments(GenerateArguments, own)
     recipe = load_recipe(read.positionals[0], *overrides)

@@ -11,8 +11,8 @@ WIDTH, INDENT = 100, 26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Words:
-    """A command line taken apart."""
+class CommandLine:
+    """The parts of a command line."""
 
     positionals: list[str]
     settings: list[str]
@@ -23,39 +23,39 @@ class HelpShown(SystemExit):
     """The help was printed and there is nothing else to do."""
 
 
-def read_words(
-    words: Sequence[str],
+def parse_command_line(
+    arguments: Sequence[str],
     help_text: str,
     *,
     positionals: Sequence[str] = (),
     flags: Sequence[str] = (),
     shown: type | None = None,
-) -> Words:
-    """Positionals named ``positionals``, key=value words, and flags.
+) -> CommandLine:
+    """Positionals named ``positionals``, key=value settings, and flags.
 
     --help prints ``help_text``, followed by the keys of ``shown``, and ends the process with status
     0. ValueError for an unknown flag, and for positionals that are missing or too many.
     """
-    if any(word in HELP_FLAGS for word in words):
-        print(help_text if shown is None else f"{help_text}\n{keys(shown)}")
+    if any(argument in HELP_FLAGS for argument in arguments):
+        print(help_text if shown is None else f"{help_text}\n{describe_keys(shown)}")
         raise HelpShown(0)
-    found = [word for word in words if word.startswith("-")]
-    for flag in found:
+    given_flags = [argument for argument in arguments if argument.startswith("-")]
+    for flag in given_flags:
         if flag not in flags:
             name = flag.lstrip("-").partition("=")[0].replace("-", "_")
             raise ValueError(
                 f"unknown option {flag}: settings are written key=value, as {name}=...; "
                 f"flags here are {', '.join([*flags, '--help'])}"
             )
-    rest = [word for word in words if word not in found]
-    settings = [word for word in rest if "=" in word or word.startswith("~")]
-    given = [word for word in rest if word not in settings]
+    rest = [argument for argument in arguments if argument not in given_flags]
+    settings = [argument for argument in rest if "=" in argument or argument.startswith("~")]
+    given = [argument for argument in rest if argument not in settings]
     if len(given) < len(positionals):
         raise ValueError(f"{positionals[len(given)]} is missing: {usage(help_text)}")
     if len(given) > len(positionals):
         extra = given[len(positionals)]
         raise ValueError(f"unexpected argument {extra}: {usage(help_text)}")
-    return Words(positionals=given, settings=settings, flags=set(found))
+    return CommandLine(positionals=given, settings=settings, flags=set(given_flags))
 
 
 def usage(help_text: str) -> str:
@@ -63,13 +63,17 @@ def usage(help_text: str) -> str:
     return help_text.strip().splitlines()[0]
 
 
-def keys(kind: type) -> str:
+def describe_keys(kind: type) -> str:
     """Each key of a dataclass: its default, its sentence, and what is allowed."""
-    lines = []
+    lines = ["keys:"]
     for field in fields(kind):
         left = f"  {field.name}={default(field)}"
         limits = allowed(field)
         text = sentence(kind, field.name).rstrip(".") + (f" ({limits})" if limits else "")
-        first, *more = textwrap.wrap(text, WIDTH - INDENT)
-        lines += [f"{left:{INDENT - 2}}  {first}", *(" " * INDENT + line for line in more)]
-    return "\n".join(["keys:", *lines])
+        wrapped = textwrap.wrap(text, WIDTH - INDENT)
+        if len(left) > INDENT - 2:  # a long default has a line to itself
+            lines.append(left)
+        else:
+            lines.append(f"{left:{INDENT}}{wrapped.pop(0)}")
+        lines += [" " * INDENT + line for line in wrapped]
+    return "\n".join(lines)

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from opd.checkpoint.companions import require_free
 from opd.checkpoint.tensors import Checkpoint, open_checkpoint, torch_dtype
-from opd.cli.grammar import read_words
+from opd.cli.grammar import parse_command_line
 from opd.config.arguments import parse_arguments
 from opd.delta.export import cast, export_delta
 from opd.delta.format import Delta, Side, read_delta
@@ -102,7 +102,7 @@ class UndoArguments:
 
 def export(words: list[str]) -> None:
     """``opd mask export base=A trained=B out=FILE [mask=] [dtype=] [format=] [others=]``."""
-    read = read_words(words, EXPORT, shown=ExportArguments)
+    read = parse_command_line(words, EXPORT, shown=ExportArguments)
     arguments = parse_arguments(ExportArguments, read.settings)
     out = Path(arguments.out)
     if arguments.format == Format.shira:
@@ -131,7 +131,7 @@ def export(words: list[str]) -> None:
 def apply(words: list[str]) -> None:
     """``opd mask apply base=A delta=FILE out=FOLDER``."""
 
-    read = read_words(words, APPLY, shown=ApplyArguments)
+    read = parse_command_line(words, APPLY, shown=ApplyArguments)
     arguments = parse_arguments(ApplyArguments, read.settings)
     delta = read_delta(Path(arguments.delta))
     write_trained(open_checkpoint(arguments.base), delta, Path(arguments.out))
@@ -141,7 +141,7 @@ def apply(words: list[str]) -> None:
 def undo(words: list[str]) -> None:
     """``opd mask undo trained=B delta=FILE out=FOLDER``."""
 
-    read = read_words(words, UNDO, shown=UndoArguments)
+    read = parse_command_line(words, UNDO, shown=UndoArguments)
     arguments = parse_arguments(UndoArguments, read.settings)
     delta = read_delta(Path(arguments.delta))
     write_base(open_checkpoint(resolved_model(arguments.trained)), delta, Path(arguments.out))

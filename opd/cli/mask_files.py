@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from rich.console import Console
 
 from opd.checkpoint.tensors import open_checkpoint
-from opd.cli.grammar import read_words
+from opd.cli.grammar import parse_command_line
 from opd.cli.mask_tables import (
     comparison_json,
     comparison_tables,
@@ -100,7 +100,7 @@ class CombineArguments:
 
 def discover(words: list[str]) -> None:
     """``opd mask discover``."""
-    read = read_words(words, DISCOVER, shown=DiscoverArguments)
+    read = parse_command_line(words, DISCOVER, shown=DiscoverArguments)
     settings, overrides = read.settings, []
     if any(word.startswith("recipe=") for word in settings):
         settings, overrides = split_arguments(DiscoverArguments, settings)
@@ -149,7 +149,7 @@ def _require_same_model(base: str, student: str) -> None:
 
 def show(words: list[str]) -> None:
     """``opd mask show``."""
-    read = read_words(words, SHOW, positionals=("MASK",), flags=("--json",))
+    read = parse_command_line(words, SHOW, positionals=("MASK",), flags=("--json",))
     arguments = parse_arguments(ShowArguments, read.settings)
     (file,) = read.positionals
     mask = Mask.read(file)
@@ -167,7 +167,7 @@ def show(words: list[str]) -> None:
 
 def compare(words: list[str]) -> None:
     """``opd mask compare``."""
-    read = read_words(
+    read = parse_command_line(
         words, COMPARE, positionals=("A", "B"), flags=("--json",), shown=CompareArguments
     )
     arguments = parse_arguments(CompareArguments, read.settings)
@@ -190,7 +190,7 @@ def compare(words: list[str]) -> None:
 
 def combine(words: list[str]) -> None:
     """``opd mask combine``."""
-    read = read_words(words, COMBINE, positionals=("HOW", "A", "B"), shown=CombineArguments)
+    read = parse_command_line(words, COMBINE, positionals=("HOW", "A", "B"), shown=CombineArguments)
     how, first, second = read.positionals
     operations = {
         "union": Mask.union,

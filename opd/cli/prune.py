@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from opd.cli.grammar import read_words
+from opd.cli.grammar import parse_command_line
 from opd.run.prune import PruneArguments, parse_prune, prune
 
 HELP = """usage: opd prune base=MODEL trained=RUN recipe=RECIPE out=DIR [key=value ...]
@@ -14,13 +14,13 @@ HELP = """usage: opd prune base=MODEL trained=RUN recipe=RECIPE out=DIR [key=val
 Take back part of what training moved, and evaluate what is left on the recipe's held-out prompts.
 Settings of the recipe may follow.
 
-example: opd prune base=recipes/quickstart/student trained=runs/quickstart recipe=quickstart out=pruned
+example: opd prune base=BASE trained=runs/quickstart recipe=quickstart out=pruned
 """
 
 
 def main(words: list[str]) -> None:
     """Parse, run and print."""
-    read = read_words(words, HELP, shown=PruneArguments)
+    read = parse_command_line(words, HELP, shown=PruneArguments)
     print_curves(prune(parse_prune(read.settings)))
 
 

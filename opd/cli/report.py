@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from opd.cli.grammar import read_words, usage
+from opd.cli.grammar import parse_command_line, usage
 
 HELP = """usage: opd report RUN [RUN ...] [out=DIR]
 
@@ -16,7 +16,7 @@ example: opd report runs/quickstart runs/contrast_quickstart out=comparison"""
 
 def main(words: list[str]) -> None:
     """Parse and run. A run's folder may hold = in its name."""
-    read_words([word for word in words if word.startswith("-")], HELP)
+    parse_command_line([word for word in words if word.startswith("-")], HELP)
     outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
     runs = [Path(word) for word in words if not word.startswith("out=")]
     if not runs:

@@ -1,6 +1,6 @@
 """``opd teacher``."""
 
-from opd.cli.grammar import read_words
+from opd.cli.grammar import parse_command_line
 from opd.config.teacher import TeacherServerConfig
 
 HELP = """usage: opd teacher model=MODEL [key=value ...]
@@ -13,7 +13,7 @@ example: opd teacher model=Qwen/Qwen3-4B port=8400
 
 def main(words: list[str]) -> None:
     """Parse and serve until SIGTERM or SIGINT."""
-    read = read_words(words, HELP, shown=TeacherServerConfig)
+    read = parse_command_line(words, HELP, shown=TeacherServerConfig)
     from opd.run import serve  # loads torch, which --help does not need
 
     serve.main("teacher", read.settings)

@@ -1,6 +1,6 @@
 """``opd train``."""
 
-from opd.cli.grammar import read_words
+from opd.cli.grammar import parse_command_line
 from opd.run.recipe import bundled_recipes
 
 HELP = f"""usage: opd train RECIPE [key=value ...] [-m] [--cfg]
@@ -20,7 +20,9 @@ example: opd train quickstart -m optim=adamw,sgd optim.lr=1e-3,1e-2"""
 
 def main(words: list[str]) -> None:
     """Parse and run."""
-    read = read_words(words, HELP, positionals=("RECIPE",), flags=("-m", "--multirun", "--cfg"))
+    read = parse_command_line(
+        words, HELP, positionals=("RECIPE",), flags=("-m", "--multirun", "--cfg")
+    )
     from opd.run import train  # loads transformers, which --help does not need
 
     (recipe,) = read.positionals
