@@ -56,7 +56,7 @@ class TeacherEngineConfig(TeacherModelConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class TeacherConfig:
+class TeacherConfig(TeacherModelConfig):
     """The model that scores."""
 
     model: str | None = None
@@ -96,12 +96,12 @@ class PoolTeacherConfig(ServedTeacherConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class LocalTeacherConfig(TeacherModelConfig, TeacherConfig):
+class LocalTeacherConfig(TeacherConfig):
     """A Hugging Face teacher inside each training process."""
 
 
 @dataclass(kw_only=True, slots=True)
-class NoTeacherConfig(TeacherModelConfig, TeacherConfig):
+class NoTeacherConfig(TeacherConfig):
     """No teacher, for losses that need none; what a recipe sets for its teacher has no effect."""
 
 
@@ -112,7 +112,7 @@ class SelfTeacher(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
-class SelfTeacherConfig(TeacherModelConfig, TeacherConfig):
+class SelfTeacherConfig(TeacherConfig):
     """The student scores itself, usually with privileged context (data.teacher_template).
 
     dtype auto is float32 here; model is not read.

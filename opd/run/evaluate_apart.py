@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from opd.config.student import DType
-from opd.config.teacher import TeacherModelConfig
 from opd.run.environment import child_environment
 from opd.run.recipe import Recipe
 
@@ -23,7 +22,7 @@ def teacher_accuracy(recipe: Recipe, logs: Path) -> float | None:
     if not (config.eval.teacher_accuracy and config.data.eval and teacher.model):
         return None
     overrides = ["eval.k=0"]
-    if isinstance(teacher, TeacherModelConfig) and teacher.dtype != DType.auto:
+    if teacher.dtype != DType.auto:
         overrides.append(f"rollout.dtype={teacher.dtype.value}")
     kept = [o for o in recipe.overrides if not o.startswith("rollout.dtype=")]
     changed = replace(recipe, overrides=kept)

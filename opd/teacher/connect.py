@@ -11,7 +11,6 @@ from opd.config.teacher import (
     ServedTeacherConfig,
     ServerTeacherConfig,
     TeacherConfig,
-    TeacherModelConfig,
 )
 from opd.interfaces import Progress
 from opd.teacher.client import ServerTeacher
@@ -95,7 +94,6 @@ def teacher_infos(config: TeacherConfig, student: Vocabulary) -> list[TeacherInf
         case ServerTeacherConfig(url=str(url)):
             return [_served_info(config, "teacher.url", url, student)]
     assert config.model is not None
-    assert isinstance(config, TeacherModelConfig)
     return [_read_info(config, "teacher.model", config.model, student)]
 
 
@@ -122,7 +120,7 @@ def _served_info(
 
 
 def _read_info(
-    config: TeacherModelConfig, setting: str, model: str, student: Vocabulary
+    config: TeacherConfig, setting: str, model: str, student: Vocabulary
 ) -> TeacherInfo:
     try:
         info = read_info(

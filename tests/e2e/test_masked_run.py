@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import SMALL, opd
 from safetensors.torch import load_file
 
 from opd.checkpoint.tensors import open_checkpoint
-from opd.mask.mask import read_mask
+from opd.mask.mask import Mask
+from tests.support.command import SMALL, opd
 
 pytestmark = pytest.mark.timeout(1500)  # the fixture is two runs
 MASKED = [
@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_confined(student: Path, final: Path, mask_path: Path) -> None:
-    base, mask, found = open_checkpoint(str(student)), read_mask(mask_path), load_file(final)
+    base, mask, found = open_checkpoint(str(student)), Mask.read(mask_path), load_file(final)
     assert mask.density == pytest.approx(0.1, abs=1e-5)
     moved = 0
     for name, tensor in found.items():
@@ -75,9 +75,9 @@ def test_a_run_that_stopped_goes_on_and_moves_on(run: Path) -> None:
 
 def test_only_the_values_of_the_mask_travel_to_the_rollout_server(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = sum(read_mask(run / "mask.safetensors").counts().values())
-    anchors = [row["step"] for row in rows if row["sync/anchors"]]
-    assert anchors == [0]
+    kept = sum(Mask.read(run / "mask.safetensors").counts().values())
+    snapshots = [row["step"] for row in rows if row["sync/snapshots"]]
+    assert snapshots == [0]
     # the first patch after a start brings the coordinates along: steps 1 and 3
     assert max(rows[step]["sync/bytes"] for step in (2, 4)) < 4 * kept * 1.01 + 2000
     assert all(row["sync/gap"] < 1e-3 for row in rows)
@@ -101,7 +101,7 @@ def test_the_record_of_the_weights_is_what_the_run_left(run: Path, quickstart: P
 
 
 def test_checkpoints_hold_what_is_trained_and_no_more(run: Path, quickstart: Path) -> None:
-    kept = sum(read_mask(run / "mask.safetensors").counts().values())
+    kept = sum(Mask.read(run / "mask.safetensors").counts().values())
     files = (run / "checkpoints" / "step_000004").rglob("*.pt")
     # weights, masters and two moments in float32, and the names of a few things; of the record a
     # bit per weight, and 8 directions of every matrix twice

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command import SMALL, opd
 from safetensors.torch import load_file
+
+from tests.support.command import SMALL, opd
 
 LIGHT = [
     *SMALL, "rollout=transformers", "launch.processes=1", "train.steps=2", "eval.kl_prompts=8",
@@ -66,7 +67,7 @@ def test_adapters_switched_off_are_the_teacher(tmp_path: Path) -> None:
 def test_an_averaged_teacher_resumes_bit_for_bit(tmp_path: Path) -> None:
     command = [
         "train", "contrast_quickstart", *LIGHT, "method=self_distill", "teacher.weights=ema",
-        "teacher.decay=0.5", "data.teacher_template='{answer}{prompt}'", "train.steps=4",
+        "teacher.ema_decay=0.5", "data.teacher_template='{answer}{prompt}'", "train.steps=4",
         "data.eval_teacher_template='{prompt}'", "save.every=2", "optim.warmup_steps=0",
     ]  # fmt: skip
     for arguments in (["run.dir=whole"], ["run.dir=cut", "train.stop_after=2"], ["run.dir=cut"]):
@@ -80,8 +81,8 @@ def test_an_averaged_teacher_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 def test_opd_write_makes_what_sft_reads(tmp_path: Path) -> None:
     written = opd(
-        "write", "contrast_quickstart", "data.limit=24", "rollout=transformers", "--right-only",
-        "--out=w/t.jsonl", cwd=tmp_path,
+        "generate", "contrast_quickstart", "data.limit=24", "rollout=transformers",
+        "only_correct=true", "out=w/t.jsonl", cwd=tmp_path,
     )  # fmt: skip
     assert written.returncode == 0, written.stdout + written.stderr
     lines = [json.loads(line) for line in (tmp_path / "w" / "t.jsonl").read_text().splitlines()]

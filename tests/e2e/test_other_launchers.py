@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from command import SMALL, environment, opd
+from tests.support.command import SMALL, environment, opd
 
 WITHOUT_VLLM = [*SMALL, "rollout=transformers", "teacher=local", "teacher.dtype=float32"]
 
@@ -20,7 +20,7 @@ def test_torchrun_is_a_launcher_too(tmp_path: Path) -> None:
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
             "--standalone", "-m", "opd.cli.main", "train", "quickstart", *WITHOUT_VLLM,
             "run.dir=run", "train.steps=2", "loss=topk_reverse_kl", "loss.k=8", "loss.support=union",
-            "adapter=lora", "adapter.rank=4", "zero=3", "sync.verify_every=1",
+            "adapter=lora", "adapter.r=4", "zero=3", "sync.verify_every=1",
         ],
         cwd=tmp_path,
         env=environment(),

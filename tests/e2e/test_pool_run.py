@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from command import SMALL, opd
+from tests.support.command import SMALL, opd
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "recipes" / "quickstart"

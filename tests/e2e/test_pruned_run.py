@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import opd
 from safetensors.torch import load_file, save_file
+
+from tests.support.command import opd
 
 SETTINGS = [
     "orders=[smallest]",
@@ -30,13 +31,13 @@ def test_a_broken_model_is_the_base_again_when_all_its_moves_are_back(
     words = [f"base={student}", "trained=broken", "out=pruned", *SETTINGS]
     done = opd("prune", *words, "recipe=quickstart", "shares=[0,1]", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads((tmp_path / "pruned" / "prune.json").read_text())
-    broken, base = told["curves"]["smallest"]
-    assert (broken["reverted"], base["reverted"]) == (0, told["moved"])
-    assert told["moved"] == sum(w.numel() for w in weights.values())
+    pruned = json.loads((tmp_path / "pruned" / "prune.json").read_text())
+    broken, base = pruned["curves"]["smallest"]
+    assert (broken["reverted"], base["reverted"]) == (0, pruned["moved"])
+    assert pruned["moved"] == sum(w.numel() for w in weights.values())
     assert broken["accuracy"] == 0 < base["accuracy"] < 1
     assert base["low"] < base["accuracy"] < base["high"]
-    assert base["accuracy"] * told["questions"] == pytest.approx(round(24 * base["accuracy"]))
+    assert base["accuracy"] * pruned["questions"] == pytest.approx(round(24 * base["accuracy"]))
     logs = tmp_path / "pruned" / "logs"
     shutil.rmtree(logs)
     again = opd("prune", *words, "recipe=quickstart", "shares=[0,1]", cwd=tmp_path)
@@ -46,7 +47,7 @@ def test_a_broken_model_is_the_base_again_when_all_its_moves_are_back(
     assert asked.returncode == 0, asked.stdout + asked.stderr
     assert not logs.exists(), "the two commands share what they know"
     summary = json.loads((tmp_path / "pruned" / "summary.json").read_text())
-    assert summary["prune"]["curves"] == told["curves"]
+    assert summary["prune"]["curves"] == pruned["curves"]
     page = (tmp_path / "pruned" / "report.html").read_text()
     assert "Which moves the model needs" in page
     assert f"{base['accuracy']:.3f} ({base['low']:.3f} to {base['high']:.3f})" in page

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import psutil
 import torch
-from command import OPD, SMALL, environment, opd
 from safetensors.torch import load_file
+
+from tests.support.command import OPD, SMALL, environment, opd
 
 COMMAND = [
     "train", "quickstart", *SMALL, "train.steps=6", "save.every=2", "eval.every=3",
@@ -52,7 +53,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     assert not (tmp_path / "killed" / "final").exists()
     again = opd(*COMMAND, "run.dir=killed", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "going on from 2" in again.stdout or "going on from 4" in again.stdout
+    assert "starting from step 2" in again.stdout or "starting from step 4" in again.stdout
     expected = load_file(tmp_path / "whole" / "final" / "model.safetensors")
     found = load_file(tmp_path / "killed" / "final" / "model.safetensors")
     assert found.keys() == expected.keys()

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command import SMALL, opd
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.command import SMALL, opd
 
 STEPS = 6
 
@@ -57,10 +58,10 @@ def test_a_run_leaves_what_the_contract_says(run: Path) -> None:
         "step_000004",
         "step_000006",
     ]
-    told = yaml.safe_load((run / "config.yaml").read_text())
-    assert told["config"]["zero"] == 2
-    assert told["choices"]["loss"] == "reverse_kl"
-    assert told["versions"]["torch"]
+    described = yaml.safe_load((run / "config.yaml").read_text())
+    assert described["config"]["zero"] == 2
+    assert described["choices"]["loss"] == "reverse_kl"
+    assert described["versions"]["torch"]
     assert list((run / "wandb").glob("offline-run-*"))
 
 
@@ -101,8 +102,8 @@ def test_final_model_says_in_vllm_what_the_last_evaluation_said(run: Path) -> No
         "eval",
         "quickstart",
         *SMALL,
-        "--model=run/final",
-        "--out=again.json",
+        "model=run/final",
+        "out=again.json",
         "eval.samples=24",
         cwd=run.parent,
     )
