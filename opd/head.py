@@ -10,7 +10,7 @@ CHUNK_BYTES = 256 << 20  # of one float32 [C, V] tensor; a handful of them live 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSpec:
-    """What stands between ``hidden @ weight.T`` and the softmax.
+    """What is applied between ``hidden @ weight.T`` and the softmax.
 
     ``vocab_size``: ids from here on are padding rows of the matrix and get no probability.
     ``softcap`` s: logits become s tanh(logits / s). ``scale`` multiplies the logits.
@@ -35,10 +35,10 @@ def head_spec(config: Any, vocab_size: int | None = None) -> HeadSpec:
 def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``left @ right`` in float32, whatever the dtypes, autocast or not.
 
-    A product of two bfloat16 numbers is exact in float32, so where tensor cores add up in float32
-    and hand the sum out unrounded (CUDA), half-precision operands go in as they are; elsewhere they
-    are cast. A bfloat16 *result* would round logits near 20 by up to 0.06 nats, as much as the
-    differences between teacher and student that distillation is about.
+    A product of two bfloat16 numbers is exact in float32. Tensor cores (CUDA) add up in float32 and
+    can return the sum unrounded, so there half-precision operands are used as they are; elsewhere
+    they are cast. A bfloat16 *result* would round logits near 20 by up to 0.06 nats, as much as the
+    differences between teacher and student that are to be learned.
     """
     halves = left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
     with torch.autocast(left.device.type, enabled=False):
@@ -60,10 +60,10 @@ def head_logits(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, vocab_size: in
 
 def normalise(logits_CV: torch.Tensor, spec: HeadSpec, temperature: float) -> torch.Tensor:
     """Raw float32 logits into log-probs of softmax(logits / temperature), cap and scale applied."""
-    return torch.log_softmax(_shaped(logits_CV, spec, temperature), dim=-1)
+    return torch.log_softmax(_scaled_and_capped(logits_CV, spec, temperature), dim=-1)
 
 
-def _shaped(logits_CV: torch.Tensor, spec: HeadSpec, temperature: float) -> torch.Tensor:
+def _scaled_and_capped(logits_CV: torch.Tensor, spec: HeadSpec, temperature: float) -> torch.Tensor:
     logits = logits_CV if spec.scale == 1.0 else logits_CV * spec.scale
     if spec.softcap is not None:
         logits = spec.softcap * torch.tanh(logits / spec.softcap)
@@ -79,7 +79,7 @@ def normalise_backward(
 ) -> torch.Tensor:
     """Gradient by the raw logits from the one by ``normalise``'s result, without the logits.
 
-    The log-probs are the capped logits but for a number per row, which the first raw logit tells.
+    The log-probs are the capped logits less one number per row, which follows from the first logit.
     """
     grad = logp_CV.exp().mul_(grad_CV.sum(dim=-1, keepdim=True))
     torch.sub(grad_CV, grad, out=grad)
@@ -109,9 +109,11 @@ def outside_mass(
     ``logp_CV`` is ``head_logps`` of the same states, over the ids before them; a row's first logit
     less its log-prob is the logarithm of what those add up to.
     """
-    first_C1 = _shaped(head_logits(hidden_CD, weight_VD, 1), spec, temperature)
+    first_C1 = _scaled_and_capped(head_logits(hidden_CD, weight_VD, 1), spec, temperature)
     beyond = [
-        _shaped(head_logits(hidden_CD, rows_VD, len(rows_VD)), spec, temperature).logsumexp(dim=-1)
+        _scaled_and_capped(
+            head_logits(hidden_CD, rows_VD, len(rows_VD)), spec, temperature
+        ).logsumexp(dim=-1)
         for rows_VD in weight_VD[spec.vocab_size :].split(spec.vocab_size)
     ]
     within_C = (first_C1 - logp_CV[:, :1])[:, 0]

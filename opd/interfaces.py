@@ -1,4 +1,4 @@
-"""The seams: what the loop holds, as Protocols. A class either is one of these or is final."""
+"""The seams: the loop's clients, as Protocols. A class either is one of these or is final."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -25,7 +25,7 @@ Weights = Iterable[tuple[str, "torch.Tensor"]]
 
 
 class PromptStream(Protocol):
-    """Training prompts in a resumable order: step k asks for the same prompts, whenever asked."""
+    """Training prompts in a resumable order: step k always gets the same prompts."""
 
     def take(self, step: int) -> list[Prompt]:
         """This rank's prompts of optimizer step ``step`` (from 0)."""
@@ -33,34 +33,34 @@ class PromptStream(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Writes completions: token ids in, token ids and log-probs out."""
+    """Generates completions: token ids in, token ids and log-probs out."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """``sampling.n`` rollouts a prompt, grouped by prompt in the order given."""
+        """``sampling.n`` rollouts per prompt, grouped by prompt in the order given."""
         ...
 
 
 class Teacher(Protocol):
-    """Scores every token that a student wrote."""
+    """Scores every token of a rollout."""
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """One ``ScoredRollout`` a rollout, in the order given."""
+        """One ``ScoredRollout`` per rollout, in the order given."""
         ...
 
     def info(self) -> TeacherInfo:
-        """What the teacher is; cheap, and asked before anything expensive."""
+        """The teacher's description of itself; cheap, so that it can be checked before anything else."""
         ...
 
     def head(self, name: str | None = None) -> FloatArray:
         """The output head [V, D] that turns ``ScoredRollout.hidden`` into logits.
 
-        ``name`` says whose, where prompts name one of several.
+        ``name`` chooses one of several teachers that prompts name.
         """
         ...
 
 
 class Loss(Protocol):
-    """A pure function of a chunk of tokens; sums out, so chunks, micro-batches and ranks just add."""
+    """A pure function of a chunk of tokens; it returns sums, so chunks, micro-batches and ranks add."""
 
     def __call__(self, student_logp_NV: "torch.Tensor", batch: "Batch") -> "LossOutput":
         """``student_logp_NV`` float32 with gradient; the batch's row n is about the same token n."""
@@ -83,12 +83,12 @@ class Learner(Protocol):
         ...
 
     def load(self, folder: str) -> None:
-        """Undo of ``save``; collective."""
+        """Restore what ``save`` wrote; collective."""
         ...
 
 
 class StudentScorer(Protocol):
-    """Reads the student without moving it."""
+    """Evaluates the student without changing it."""
 
     def logps(self, rollouts: Sequence[Rollout]) -> list[FloatArray]:
         """The learner's log-probs [T] of each rollout's tokens; collective."""
@@ -103,12 +103,12 @@ class WeightSync(Protocol):
     """The one edge that goes back: the learner's weights into the rollout engine."""
 
     def push(self, weights: "Weights", version: int) -> Mapping[str, float]:
-        """Hand over and return metrics (``sync/bytes``); collective."""
+        """Send the weights and return metrics (``sync/bytes``); collective."""
         ...
 
 
 class Evaluator(Protocol):
-    """Asks held-out questions."""
+    """Evaluates the student on the held-out set."""
 
     def evaluate(self, step: int) -> Evaluation:
         """Metrics reduced over ranks; collective."""
@@ -116,7 +116,7 @@ class Evaluator(Protocol):
 
 
 class Tracker(Protocol):
-    """Where numbers go."""
+    """Records metrics and samples."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row for one step."""
@@ -127,7 +127,7 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Flush and write what is left to write."""
+        """Write what is not written yet."""
         ...
 
 

@@ -20,11 +20,12 @@ from opd.types import FinishReason, Rollout, Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
-    """Everything one run holds: clients and a few numbers.
+    """One run: its clients and a few numbers.
 
     ``verify`` compares engine and learner and raises when they differ; ``save`` writes a checkpoint
     of the step it is given; ``total`` sums counts over ranks.
-    ``*_every`` = 0 means only where it is done anyway: before, after, at the last step.
+    ``*_every`` = 0 leaves what is always done: verify and evaluate before training, evaluate and
+    save at the last step.
     """
 
     prompts: PromptStream
@@ -44,9 +45,9 @@ class Loop:
     verify_every: int
 
     def run(self, start: int) -> None:
-        """From ``start`` finished steps to ``steps``; step 0 is the evaluation before training."""
-        hand_over = self.sync.push(self.learner.weights(), start)
-        first = dict(hand_over) | self.verify()
+        """Continue from ``start`` finished steps to ``steps``; step 0 is the evaluation before training."""
+        pushed = self.sync.push(self.learner.weights(), start)
+        first = dict(pushed) | self.verify()
         if start == 0:
             first |= self._evaluated(0)
             self.tracker.log(0, first)
@@ -72,22 +73,22 @@ class Loop:
                 report = self.learner.step(scored)
             with timed(times, "time/sync"):
                 pushed = self.sync.push(self.learner.weights(), report.version)
-        return {**report.metrics, **self._written(rollouts), **pushed, **times}
+        return {**report.metrics, **self._rollout_metrics(rollouts), **pushed, **times}
 
     def _sampling(self, step: int) -> Sampling:
         return replace(self.sampling, seed=self.sampling.seed * 1_000_003 + step)
 
-    def _written(self, rollouts: list[Rollout]) -> dict[str, float]:
+    def _rollout_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
         counts = self.total(
             {
                 "tokens": float(sum(len(r.token_ids) for r in rollouts)),
-                "cut": float(sum(r.finish_reason == FinishReason.length for r in rollouts)),
+                "truncated": float(sum(r.finish_reason == FinishReason.length for r in rollouts)),
                 "rollouts": float(len(rollouts)),
             }
         )
         return {
             "rollout/length": counts["tokens"] / counts["rollouts"],
-            "rollout/truncated": counts["cut"] / counts["rollouts"],
+            "rollout/truncated": counts["truncated"] / counts["rollouts"],
             "tokens/generated": counts["tokens"],
         }
 
