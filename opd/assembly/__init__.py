@@ -1,1 +1,1 @@
-"""Config -> objects: the only place that chooses a class. Imported by workers only."""
+"""Config -> objects: the only place that chooses classes. Imported by workers only."""

@@ -1,4 +1,4 @@
-"""The evaluations of a run, and the check of engine against learner."""
+"""The evaluators of a run, and the check that engine and learner agree."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,6 +16,7 @@ from opd.types import Rollout
 from opd.world import World
 
 VERIFY_PROMPTS = 4
+"""Training prompts of each rank on which engine and learner are compared."""
 
 
 def build_evaluator(
@@ -29,7 +30,7 @@ def build_evaluator(
     measure: Callable[[Sequence[Rollout]], dict[str, float]] | None = None,
     teacher_accuracy: float | None = None,
 ) -> Evaluator | None:
-    """The evaluation of ``config.eval``; None when there is nothing to evaluate."""
+    """The evaluator of ``config.eval``; None without held-out prompts or without an engine."""
     if isinstance(config.rollout, DatasetRolloutConfig):
         return None
     tasks: list[Evaluator] = []
@@ -76,7 +77,7 @@ def build_divergence_measure(
 def build_sync_check(
     config: Config, prompts: PromptSets, engine: RolloutEngine, learner: StudentScorer, world: World
 ) -> Callable[[], dict[str, float]]:
-    """Compares engine and learner on a few training prompts of each rank, where there is an engine."""
+    """A function that compares engine and learner on a few training prompts; without an engine it does nothing."""
     if isinstance(config.rollout, DatasetRolloutConfig):
         return dict
     check = SyncCheck(

@@ -27,8 +27,8 @@ from opd.types import Correction
 from opd.world import World
 
 SEQUENCE_CORRECTIONS = (Correction.sequence_truncate, Correction.sequence_mask)
-MOVES_NOTHING = (MaskScores.fisher, MaskScores.first_gradient)
-"""Scores that are read from gradients at the initial weights."""
+GRADIENT_SCORES = (MaskScores.fisher, MaskScores.first_gradient)
+"""Scores computed from gradients at the initial weights; no weight is updated."""
 
 
 def build_learner(
@@ -41,11 +41,11 @@ def build_learner(
     progress: Progress,
     write: Write,
 ) -> StudentLearner:
-    """The student under its training engine; ``write`` takes what record=weights finds."""
+    """The student under its training engine; ``write`` receives the rows of record=weights."""
     student = _student(config, model, teachers, tokenizer).to(world.device)
     optimizer = (
         SquaredGradients(student.parameters())
-        if config.train.mask_scores in MOVES_NOTHING
+        if config.train.mask_scores in GRADIENT_SCORES
         else build_optimizer(student, config.optim)
     )
     engine = _engine(config, student, optimizer, parameter_mask, world)
@@ -73,10 +73,10 @@ def _student(
     config: Config, model: torch.nn.Module, teachers: Teachers, tokenizer: StudentTokenizer
 ) -> Student:
     clients = (teachers.training, teachers.whole)
-    sizes = [teacher.info().vocab_size for teacher in clients if teacher is not None]
+    vocab_sizes = [teacher.info().vocab_size for teacher in clients if teacher is not None]
     return Student(
         model,
-        spec=head_spec(causal_lm(model).config, min(tokenizer.vocab_size, *sizes)),
+        spec=head_spec(causal_lm(model).config, min(tokenizer.vocab_size, *vocab_sizes)),
         temperature=config.rollout.temperature,
         chunk_bytes=config.train.chunk_mib << 20,
         teacher_head=teachers.heads,
@@ -114,8 +114,8 @@ def _recorder(
 ) -> Recorder:
     if not isinstance(config.record, WeightRecordConfig):
         return NoRecord()
-    moves = config.train.mask_scores not in MOVES_NOTHING
-    adam = config.optim if isinstance(config.optim, AdamWConfig) and moves else None
+    updates = config.train.mask_scores not in GRADIENT_SCORES
+    adam = config.optim if isinstance(config.optim, AdamWConfig) and updates else None
     return WeightRecorder(
         causal,
         engine,

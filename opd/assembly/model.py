@@ -1,4 +1,4 @@
-"""The student's model: loaded, with adapters, held to a mask."""
+"""The student's model, its adapters, and which of its weights are trained."""
 
 from pathlib import Path
 
@@ -19,11 +19,11 @@ from opd.train.weights import load_student, with_lora
 from opd.world import World
 
 RUN_MASK = "mask.safetensors"
-"""Where a run keeps the mask that it trains."""
+"""File in the run folder that holds the mask of the run."""
 
 
 def read_run_mask(config: Config, folder: Path) -> Mask | None:
-    """The mask of a run, which was put into its folder before it started; None trains everything."""
+    """The mask that was written into the run folder before training; None trains every weight."""
     if active_mask(config) is None:
         return None
     return Mask.read(folder / RUN_MASK)
@@ -32,7 +32,7 @@ def read_run_mask(config: Config, folder: Path) -> Mask | None:
 def build_model(
     config: Config, mask: Mask | None, world: World
 ) -> tuple[torch.nn.Module, ParameterMask]:
-    """The transformers (or peft) model to train, and what of it is trained."""
+    """The transformers (or peft) model, and which of its weights are trained."""
     pure = config.train.precision == Precision.pure_bf16
     dtype = torch.bfloat16 if pure else torch.float32
     model = load_student(config.student.model, config.student, dtype=dtype).to(world.device)

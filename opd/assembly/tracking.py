@@ -1,4 +1,4 @@
-"""Where metrics go."""
+"""The trackers and the progress display of a run."""
 
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,7 +18,7 @@ from opd.world import World
 
 
 def build_console(world: World, terminal: TextIO) -> tuple[Console, Progress]:
-    """A rich console and its progress bars on rank 0; silence elsewhere."""
+    """A rich console and its progress bars; both print nothing on ranks other than 0."""
     console = Console(file=terminal, quiet=not world.is_main)
     return console, ConsoleProgress(console) if world.is_main else SilentProgress()
 
@@ -31,7 +31,7 @@ def build_trackers(
     world: World,
     resumed: int | None,
 ) -> Tracker:
-    """Files always, the console always, Weights & Biases when asked; nothing but on rank 0.
+    """The run's files, the console, and Weights & Biases where configured; no tracker off rank 0.
 
     ``resumed`` is the step of the checkpoint that the run resumes from.
     """
@@ -49,7 +49,7 @@ def build_trackers(
 
 
 def build_weight_record(config: Config, folder: Path, world: World, resumed: int | None) -> Write:
-    """Where record=weights writes."""
+    """The function that writes rows of record=weights; it does nothing off rank 0."""
     if not world.is_main or not isinstance(config.record, WeightRecordConfig):
         return lambda step, row: None
     return WeightRecord(folder, resumed).append

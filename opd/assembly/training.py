@@ -19,6 +19,7 @@ from opd.config.train import last_step
 from opd.data.prompt_sets import PromptSets, read_prompt_sets
 from opd.data.stream import ShuffledPrompts
 from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
+from opd.interfaces import Evaluator, RolloutEngine, Tracker, WeightSync
 from opd.loop import Loop
 from opd.teacher.vocabulary import vocabulary_of
 from opd.train.checkpoints import newest_checkpoint, write_checkpoint
@@ -28,7 +29,7 @@ from opd.world import World, join_world
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """A rank that is ready: the loop, what it holds, and the checkpoint that it resumes from."""
+    """A rank ready to run: the loop, its parts, and the checkpoint to resume from."""
 
     loop: Loop
     learner: StudentLearner
@@ -41,7 +42,7 @@ class Training:
 
     @property
     def start(self) -> int:
-        """Finished steps."""
+        """The number of finished steps."""
         return 0 if self.checkpoint is None else self.checkpoint[1]
 
     def resume(self) -> None:
@@ -54,6 +55,19 @@ class Training:
             self.teachers.average.load(str(folder), step)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What the loop connects."""
+
+    tokenizer: StudentTokenizer
+    prompts: PromptSets
+    engine: RolloutEngine
+    sync: WeightSync
+    teachers: Teachers
+    learner: StudentLearner
+    world: World
+
+
 def build_training(
     config: Config,
     folder: Path,
@@ -63,7 +77,8 @@ def build_training(
 ) -> Training:
     """Build everything of this rank; collective. Raises ValueError for configuration errors.
 
-    ``teacher_accuracy`` is the teacher's in the same evaluation, where it is known.
+    ``resolved`` is the configuration as plain data, for the trackers. ``teacher_accuracy`` is that of
+    the teacher in the same evaluation, where it is known.
     """
     world = join_world()
     console, progress = build_console(world, terminal)
@@ -88,37 +103,19 @@ def build_training(
     learner = build_learner(
         config, model, parameter_mask, teachers, tokenizer, world, progress, write
     )
-    evaluator = build_evaluator(
-        config,
-        prompts,
-        tokenizer,
-        engine,
-        world,
-        teacher=teachers.sampled,
-        measure=build_divergence_measure(learner, teachers.whole),
-        teacher_accuracy=teacher_accuracy,
-    )
-    loop = Loop(
-        prompts=ShuffledPrompts(
-            prompts.train, config.train.prompts_per_step, config.seed, world.rank, world.size
-        ),
-        engine=build_writer(config, engine),
-        teacher=teachers.training,
+    parts = _Parts(
+        tokenizer=tokenizer,
+        prompts=prompts,
+        engine=engine,
+        sync=sync,
+        teachers=teachers,
         learner=learner,
-        sync=build_sync(config, sync, teachers.average),
-        evaluator=evaluator,
-        tracker=build_trackers(config, folder, resolved, console, world, resumed),
-        verify=build_sync_check(config, prompts, engine, learner, world),
-        save=_saver(config, folder, learner, teachers, world),
-        total=world.sum,
-        sampling=training_sampling(config),
-        steps=last_step(config),
-        eval_every=config.eval.every,
-        save_every=config.save.every,
-        verify_every=config.sync.verify_every,
+        world=world,
     )
+    evaluator = _build_evaluator(config, parts, teacher_accuracy)
+    tracker = build_trackers(config, folder, resolved, console, world, resumed)
     return Training(
-        loop=loop,
+        loop=_build_loop(config, folder, parts, evaluator, tracker),
         learner=learner,
         model=model,
         teachers=teachers,
@@ -129,10 +126,50 @@ def build_training(
     )
 
 
+def _build_evaluator(
+    config: Config, parts: _Parts, teacher_accuracy: float | None
+) -> Evaluator | None:
+    return build_evaluator(
+        config,
+        parts.prompts,
+        parts.tokenizer,
+        parts.engine,
+        parts.world,
+        teacher=parts.teachers.sampled,
+        measure=build_divergence_measure(parts.learner, parts.teachers.whole),
+        teacher_accuracy=teacher_accuracy,
+    )
+
+
+def _build_loop(
+    config: Config, folder: Path, parts: _Parts, evaluator: Evaluator | None, tracker: Tracker
+) -> Loop:
+    prompts, engine, teachers, world = parts.prompts, parts.engine, parts.teachers, parts.world
+    return Loop(
+        prompts=ShuffledPrompts(
+            prompts.train, config.train.prompts_per_step, config.seed, world.rank, world.size
+        ),
+        engine=build_writer(config, engine),
+        teacher=teachers.training,
+        learner=parts.learner,
+        sync=build_sync(config, parts.sync, teachers.average),
+        evaluator=evaluator,
+        tracker=tracker,
+        verify=build_sync_check(config, prompts, engine, parts.learner, world),
+        save=_saver(config, folder, parts.learner, teachers, world),
+        total=world.sum,
+        sampling=training_sampling(config),
+        steps=last_step(config),
+        eval_every=config.eval.every,
+        save_every=config.save.every,
+        verify_every=config.sync.verify_every,
+    )
+
+
 def _saver(
     config: Config, folder: Path, learner: StudentLearner, teachers: Teachers, world: World
 ) -> Callable[[int], None]:
-    """Writes the checkpoint of a step; collective."""
+    """A function that writes the checkpoint of a step; collective."""
 
     def save_state(partial: str) -> None:
         learner.save(partial)
