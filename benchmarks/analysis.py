@@ -55,10 +55,10 @@ def watched(work: Callable[[], Any]) -> dict[str, float]:
 
 def chosen(base: str, trained: str, layers: int) -> list[Any]:
     """Pairs of the first layers; all with 0."""
-    from opd.analysis.pair import paired
+    from opd.analysis.pair import pair_checkpoints
     from opd.checkpoint.names import place
 
-    pairs = paired(base, trained)
+    pairs = pair_checkpoints(base, trained)
     return [p for p in pairs if not layers or (place(p.name).layer or 0) < layers]
 
 

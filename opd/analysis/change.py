@@ -5,8 +5,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from opd.analysis.measure import CHANGED_KEYS, THRESHOLD_KEYS, Row
+from opd.analysis.measure import CHANGED_KEYS, THRESHOLD_KEYS
 from opd.analysis.overlap import overlaps
+from opd.analysis.rows import Row
 
 Tree = dict[str, Any]
 

@@ -11,7 +11,8 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 
 from opd.analysis.counts import THRESHOLDS
-from opd.analysis.measure import RANK_KEYS, THRESHOLD_KEYS, Row
+from opd.analysis.measure import RANK_KEYS, THRESHOLD_KEYS
+from opd.analysis.rows import Row
 from opd.mask.compare import LEVELS, Overlap
 
 INK, GRID, OBSERVED, NULL = "#333333", "#dddddd", "#2563eb", "#d9600b"
@@ -66,7 +67,7 @@ def heat_map(
     """
     cells: dict[tuple[int, str], list[float]] = {}
     for row in rows:
-        if row["layer"] is not None and len(row["shape"]) > 1:
+        if row["layer"] is not None and len(row["shape"]) == 2:
             cells.setdefault((row["layer"], row["module"]), []).append(value(row))
     layers = sorted({layer for layer, _ in cells}) or [0]
     order = {row["module"]: (row["block"], row["module"]) for row in rows}

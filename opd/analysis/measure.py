@@ -23,12 +23,12 @@ from opd.analysis.null import Null, isotropic_spectrum, noise_edge, solved
 from opd.analysis.overlap import overlap_row
 from opd.analysis.pair import Pair
 from opd.analysis.placement import MASKS, Placement, placements
+from opd.analysis.rows import Row
 from opd.analysis.sides import MANTISSA, NumberFormat, Sides
 from opd.analysis.spectrum import RANKS, Spectra, rank_of, shape_of, spectra
 from opd.checkpoint.names import place
 from opd.checkpoint.tensors import dtype_name
 
-Row = dict[str, Any]
 _DRAWN = 64
 """Singular values kept of each spectrum, spread evenly over the logarithm of their rank."""
 
@@ -59,6 +59,8 @@ def measured(pair: Pair, other: Pair | None = None, spectrum: Spectrum = Spectru
         "block": where.block,
         "shape": list(pair.shape),
         "numel": pair.numel,
+        "part_of": pair.part_of,
+        "is_fused": pair.is_fused,
         "dtypes": [
             dtype_name(side.dtype) for side in (pair.base, pair.trained) if side is not None
         ],

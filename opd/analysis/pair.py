@@ -1,8 +1,13 @@
-"""Two checkpoints tensor by tensor, under names that both share; what cannot be paired says why."""
+"""Two checkpoints tensor by tensor, under names that both share; what cannot be paired says why.
+
+A fused parameter (``qkv``, ``qkv_proj``, ``gate_up_proj``, stacked experts) is listed as it is stored
+and as its parts: figures of the whole model are over tensors as stored, tables by block, module type
+and layer over parts.
+"""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +22,18 @@ _PARTS = "language_model|visual|vision_tower|vision_model|multi_modal_projector"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One tensor of the base and of the trained model; with a ``reason`` they do not compare."""
+    """One tensor of the base and of the trained model; with a ``reason`` they do not compare.
+
+    ``part_of`` names the fused tensor that a part is cut from; ``is_fused`` marks a tensor whose parts
+    are listed too.
+    """
 
     name: str
     base: Stored | None
     trained: Stored | None
     reason: str = ""
+    part_of: str | None = None
+    is_fused: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,32 +48,73 @@ class Pair:
         return torch.Size(self.shape).numel()
 
 
-def paired(base: str, trained: str) -> list[Pair]:
-    """Every tensor of either checkpoint (folders or hub ids), by canonical name.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanonicalTensors:
+    """A model's tensors by canonical name, and for each part the name of its fused tensor."""
 
-    Raises ValueError when a checkpoint cannot be opened or nothing is common to both.
+    tensors: Mapping[str, Stored]
+    part_of: Mapping[str, str]
+
+
+def pair_checkpoints(base: str, trained: str) -> list[Pair]:
+    """Every tensor of either checkpoint (folders or Hub ids), by canonical name.
+
+    A fused tensor is listed whole only if both checkpoints store it whole, and its parts only if both
+    can be taken apart or one of them is stored in parts. Raises ValueError when a checkpoint cannot be
+    opened or nothing is common to both.
     """
     ours, theirs = canonical_tensors(base), canonical_tensors(trained)
-    pairs = [_pair(name, ours.get(name), theirs.get(name)) for name in sorted({*ours, *theirs})]
+    part_of = {**ours.part_of, **theirs.part_of}
+    whole = {name for name in part_of.values() if name in ours.tensors and name in theirs.tensors}
+    unmatched = {
+        part
+        for part, name in part_of.items()
+        if name in whole and not (part in ours.tensors and part in theirs.tensors)
+    }
+    fused = set(part_of.values())
+    names = {*ours.tensors, *theirs.tensors} - (fused - whole) - unmatched
+    pairs = [
+        _pair(name, ours.tensors.get(name), theirs.tensors.get(name)) for name in sorted(names)
+    ]
     if all(pair.reason for pair in pairs):
         raise ValueError(
             f"no tensor of {trained} compares with one of {base} "
             f"({pairs[0].name}: {pairs[0].reason}): name a base and the same model trained"
         )
-    return pairs
+    listed = {part: name for part, name in part_of.items() if part in names and name in whole}
+    return [
+        replace(pair, part_of=listed.get(pair.name), is_fused=pair.name in listed.values())
+        for pair in pairs
+    ]
 
 
-def canonical_tensors(model: str) -> dict[str, Stored]:
-    """A model's tensors by canonical name: tied heads once, fused matrices and experts taken apart."""
+def as_parts(pairs: Sequence[Pair], names: Collection[str]) -> list[Pair]:
+    """The pairs without the fused tensors of these names, whose parts are listed as stored ones."""
+    return [
+        replace(pair, part_of=None) if pair.part_of in names else pair
+        for pair in pairs
+        if pair.name not in names
+    ]
+
+
+def canonical_tensors(model: str) -> CanonicalTensors:
+    """A model's tensors, tied heads once, fused matrices and experts whole and in parts."""
     checkpoint, config = open_checkpoint(model), _config(model_folder(model))
     found: dict[str, Stored] = {}
-    for name, stored in _parts(checkpoint, config):
-        if name in found:
-            raise ValueError(f"{model} holds {name} twice under different names: export it again")
-        found[name] = stored
+    part_of: dict[str, str] = {}
+    for stored_name, stored in checkpoint.items():
+        whole = canonical(stored_name)
+        parts = dict(_split(whole, stored, config))
+        part_of |= dict.fromkeys(parts, whole)
+        for name, tensor in {whole: stored, **parts}.items():
+            if name in found:
+                raise ValueError(
+                    f"{model} holds {name} twice under different names: export it again"
+                )
+            found[name] = tensor
     if config.get("tie_word_embeddings") and EMBEDDING in found:
         found.pop(HEAD, None)
-    return found
+    return CanonicalTensors(tensors=found, part_of=part_of)
 
 
 def canonical(name: str) -> str:
@@ -84,12 +136,16 @@ def _config(folder: Path) -> dict[str, Any]:
     return outer | (outer.get("text_config") or {})
 
 
-def _parts(
-    checkpoint: Mapping[str, Stored], config: dict[str, Any]
-) -> Iterator[tuple[str, Stored]]:
-    for name, stored in checkpoint.items():
-        for part, cut in _experts(canonical(name), stored):
-            yield from _unfused(part, cut, config)
+def _split(name: str, stored: Stored, config: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
+    """The parts of a fused tensor; nothing for any other."""
+    for expert, matrix in _experts(name, stored):
+        split = _part_rows(expert, matrix.shape, config)
+        if not split and expert != name:
+            yield expert, matrix
+        start = 0
+        for part, rows in split.items():
+            yield part, _slice(matrix, slice(start, start + rows), (rows, *matrix.shape[1:]))
+            start += rows
 
 
 def _experts(name: str, stored: Stored) -> Iterator[tuple[str, Stored]]:
@@ -100,22 +156,10 @@ def _experts(name: str, stored: Stored) -> Iterator[tuple[str, Stored]]:
         return
     stem = name.removesuffix(found[1])
     for expert in range(stored.shape[0]):
-        yield f"{stem}{expert}.{found[1]}.weight", _chunk(stored, expert, stored.shape[1:])
+        yield f"{stem}{expert}.{found[1]}.weight", _slice(stored, expert, stored.shape[1:])
 
 
-def _unfused(name: str, stored: Stored, config: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
-    split = _rows(name, stored.shape, config)
-    if not split:
-        yield name, stored
-        return
-    start = 0
-    for part, rows in split.items():
-        shape = (rows, *stored.shape[1:])
-        yield part, _chunk(stored, slice(start, start + rows), shape)
-        start += rows
-
-
-def _rows(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> dict[str, int]:
+def _part_rows(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> dict[str, int]:
     """The parts of a fused parameter and their rows; empty when it is none, or does not fit."""
     if not shape:
         return {}
@@ -135,7 +179,7 @@ def _rows(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> dict[str
     return rows if sum(rows.values()) == shape[0] else {}
 
 
-def _chunk(stored: Stored, part: int | slice, shape: tuple[int, ...]) -> Stored:
+def _slice(stored: Stored, part: int | slice, shape: tuple[int, ...]) -> Stored:
     read: Callable[[], torch.Tensor] = stored.read
     return Stored(shape=tuple(shape), dtype=stored.dtype, read=lambda: read()[part])
 

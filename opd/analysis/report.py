@@ -10,8 +10,8 @@ import jinja2
 
 from opd.analysis import figures
 from opd.analysis.formatting import HEADLINES, at, meaning, shown
-from opd.analysis.measure import Row
 from opd.analysis.overlap import overlaps
+from opd.analysis.rows import Row, as_parts, as_stored
 from opd.analysis.walk import Question
 
 REPORT, APPENDIX = "report.html", "report.md"
@@ -34,14 +34,14 @@ class Shown:
 
 def write_report(question: Question, rows: Sequence[Row], found: dict[str, Any], out: Path) -> Path:
     """Draw the pictures and write both reports into ``out``; the path of the page."""
-    sound = [row for row in rows if row["status"] == "ok"]
+    measured = [row for row in rows if row["status"] == "ok"]
     context = {
         "question": question,
         "found": found,
-        "numel": sum(row["numel"] for row in sound),
+        "numel": sum(row["numel"] for row in as_stored(measured)),
         "headlines": _headlines(found),
         "lead": meaning(found),
-        "pictures": _pictures(sound, found, out),
+        "pictures": _pictures(measured, found, out),
         "blocks": found["block"],
         "modules": found["module"],
         "levels": found["overlap_levels"],
@@ -77,7 +77,9 @@ def _headlines(found: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return lines
 
 
-def _pictures(rows: Sequence[Row], found: dict[str, Any], out: Path) -> list[Shown]:
+def _pictures(measured: Sequence[Row], found: dict[str, Any], out: Path) -> list[Shown]:
+    rows = as_parts(measured)
+
     def share_zero(row: Row) -> float:
         return 100 * row["bf16"]["below"]["1e-5"] / row["numel"]
 
@@ -135,14 +137,14 @@ def _pictures(rows: Sequence[Row], found: dict[str, Any], out: Path) -> list[Sho
             "this norm could show; what lies under the dotted edge cannot be told from rounding."
         )
         made.append(Shown(title="Spectra of the update", path=path, said=said))
-    return made + _overlap_picture(rows, out) + _prune_picture(found["prune"], out)
+    return made + _overlap_picture(measured, out) + _prune_picture(found["prune"], out)
 
 
 def _overlap_picture(rows: Sequence[Row], out: Path) -> list[Shown]:
     groups: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in as_parts(rows):
         groups.setdefault(row["module"], []).append(row)
-    bars = [overlaps(list(rows), "1e-5"), *(overlaps(g, "1e-5", n) for n, g in groups.items())]
+    bars = [overlaps(as_stored(rows), "1e-5"), *(overlaps(g, "1e-5", n) for n, g in groups.items())]
     known = [bar for bar in bars if bar is not None and bar.a]
     if not known:
         return []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opd.analysis.blocks import BLOCKS, block_of_paper
 from opd.analysis.change import change, overlap_levels, spectrum, spread, visible
 from opd.analysis.measure import (
     CHANGED_KEYS,
@@ -17,13 +18,11 @@ from opd.analysis.measure import (
     RELATIVE_KEYS,
     THRESHOLD_KEYS,
     TOP_KEYS,
-    Row,
 )
 from opd.analysis.overlap import overlaps
 from opd.analysis.placement import MASKS
+from opd.analysis.rows import Row, as_parts, as_stored
 
-BLOCKS = ("ffn", "attention", "embedding", "lm_head", "norm", "other")
-_BLOCK_OF = {"head": "lm_head", "vision": "other"}
 _MEDIAN = math.sqrt(math.pi / 2)
 """How much wider than a mean's the spread of a median of normals is."""
 Tree = dict[str, Any]
@@ -55,8 +54,11 @@ def summary(rows: Sequence[Row]) -> Tree:
 
     ``paper``, ``null``, ``excess`` and ``z`` are of bf16; ``stored`` holds its own four. Beside them
     the ways to count change, the tables by block, module type and layer, and what was left out.
+    All are over tensors as stored, with spectra and masks of 2-D ones, as the paper's authors do; the
+    tables are over the parts of fused tensors.
     """
-    sound = [row for row in rows if row["status"] == "ok"]
+    measured = [row for row in rows if row["status"] == "ok"]
+    sound, parts = as_stored(measured), as_parts(measured)
     paper, stored = (figures(sound, precision) for precision in ("bf16", "stored"))
     told: Tree = {
         "paper": paper,
@@ -69,7 +71,7 @@ def summary(rows: Sequence[Row]) -> Tree:
         "s": spread(sound),
         "spectrum": spectrum(sound),
         "overlap_levels": overlap_levels(sound),
-        **{key: _groups(sound, key) for key in ("block", "module", "layer")},
+        **{key: _groups(parts, key) for key in ("block", "module", "layer")},
         "tensors": {"measured": len(sound), "left_out": _left_out(rows)},
     }
     for key, part in PARTS.items():
@@ -209,7 +211,7 @@ def coverage(views: list[Tree], mask: str, share: str, changed: str) -> dict[str
 
 def _energy_share(rows: Sequence[Row], precision: str, block: str) -> Figure:
     """A block's share of the energy; its null is its share of the parameters."""
-    mine = [row for row in rows if _BLOCK_OF.get(row["block"], row["block"]) == block]
+    mine = [row for row in rows if block_of_paper(row["name"]) == block]
     energy = sum(row[precision]["energy"] for row in rows)
     return Figure(
         _ratio(sum(row[precision]["energy"] for row in mine), energy),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd.analysis.measure import Row
+from opd.analysis.rows import Row
 
 PARQUET, CSV = "tensors.parquet", "tensors.csv"
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from opd.analysis.formatting import Spectrum
-from opd.analysis.measure import Row, measured
-from opd.analysis.pair import Pair, paired
+from opd.analysis.measure import measured
+from opd.analysis.pair import Pair, as_parts, pair_checkpoints
+from opd.analysis.rows import Row
 from opd.checkpoint.chunks import THREADS, Progress, quiet
 from opd.checkpoint.tensors import model_folder, weight_files
 
 ROWS = "tensors.jsonl"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +49,11 @@ def walked(question: Question, out: Path, progress: Progress = quiet) -> list[Ro
     Raises ValueError when a checkpoint cannot be opened, when nothing compares, or when ``out``
     holds the rows of another pair.
     """
-    pairs = paired(question.base, question.trained)
-    others = {}
+    pairs = pair_checkpoints(question.base, question.trained)
+    others: dict[str, Pair] = {}
     if question.other is not None:
-        others = {pair.name: pair for pair in paired(question.base, question.other)}
+        others = {pair.name: pair for pair in pair_checkpoints(question.base, question.other)}
+        pairs = as_parts(pairs, {p.name for p in pairs if p.is_fused and p.name not in others})
     out.mkdir(parents=True, exist_ok=True)
     file = out / ROWS
     header = question.header()

@@ -1,6 +1,7 @@
 """The paper's metrics written out plainly in float64, a whole matrix at a time."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,67 @@ def coverage(base: torch.Tensor, trained: torch.Tensor, stored: bool = False) ->
             for name, mask in masks.items()
         }
     return told
+
+
+def paper(
+    base: dict[str, torch.Tensor], trained: dict[str, torch.Tensor], blocks: dict[str, str]
+) -> dict[str, Any]:
+    """The paper's figures of a model: every tensor as it is stored, matrices those of two dimensions."""
+    d = {name: difference(w, trained[name]) for name, w in base.items()}
+    rows = {name: coordinates(w, trained[name]) for name, w in base.items()}
+    n = sum(x.size for x in d.values())
+    energy = {name: (x**2).sum() for name, x in d.items()}
+    total = sum(energy.values())
+    norm = math.sqrt(sum((w.double() ** 2).sum().item() for w in base.values()))
+
+    def share(value: Callable[[dict[str, Any]], Any]) -> float:
+        return sum(value(row) * d[name].size for name, row in rows.items()) / n
+
+    matrices = [name for name in base if d[name].ndim == 2 and energy[name]]
+    spectra = [spectral(base[name], trained[name]) for name in matrices]
+    smaller = [min(d[name].shape) for name in matrices]
+    masks = [coverage(base[name], trained[name]) for name in matrices]
+
+    def over(values: list[float]) -> dict[str, float]:
+        return {"mean": float(np.mean(values)), "median": float(np.median(values))}
+
+    def covered(mask: str, rank: str, changed: str) -> dict[str, float]:
+        counts = np.array([(np.abs(d[name]) > float(changed)).sum() for name in matrices])
+        cells = np.array([cell[rank][mask][changed] for cell in masks])
+        weighted = float(np.average(cells, weights=counts))
+        return over(cells[counts > 0].tolist()) | {"update_weighted_mean": weighted}
+
+    return {
+        "relative_norm": math.sqrt(total) / norm,
+        "exact_zero": share(lambda row: row["zero"]),
+        "sparsity": {
+            k: share(lambda row, k=k: row["below"][k]) for k in rows[matrices[0]]["below"]
+        },
+        "relative_sparsity": {
+            k: share(lambda row, k=k: row["relative_below"][k]) for k in ("1e-4", "1e-3", "1e-2")
+        },
+        "coordinate_energy": {
+            k: sum(row["top"][k] for row in rows.values()) / total for k in ("0.1%", "1%", "5%")
+        },
+        "top_energy": {str(k): over([s[f"energy_{k}"] for s in spectra]) for k in (1, 8, 16)},
+        "stable_rank": over([s["stable_rank"] for s in spectra]),
+        "effective_rank": over([s["effective_rank"] for s in spectra]),
+        "numerical_rank_share": {
+            t: over([s[f"numerical_rank_{t}"] / p for s, p in zip(spectra, smaller, strict=True)])
+            for t in ("1e-6", "1e-5", "1e-4")
+        },
+        "principal_projection": {r: over([s["projection"][r] for s in spectra]) for r in SHARES},
+        "subspace_rotation": {r: over([s["rotation"][r] for s in spectra]) for r in SHARES},
+        "spectral_drift": over([s["drift"] for s in spectra]),
+        "coverage": {
+            mask: {r: {c: covered(mask, r, c) for c in ("0", "1e-5")} for r in SHARES}
+            for mask in masks[0]["1%"]
+        },
+        "energy_share": {
+            block: sum(energy[name] for name in base if blocks[name] == block) / total
+            for block in ("ffn", "attention", "embedding", "lm_head", "norm", "other")
+        },
+    }
 
 
 def agrees(found: Any, expected: Any, rel: float) -> None:

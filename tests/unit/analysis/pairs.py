@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from opd.analysis.measure import Row
+from opd.analysis.rows import Row
 from opd.analysis.walk import Question, walked
 
 Tensors = dict[str, torch.Tensor]

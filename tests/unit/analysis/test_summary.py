@@ -1,7 +1,9 @@
 """Figures of the whole model pool tensors as the paper does."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ import torch
 
 from opd.analysis.summary import summary
 from tests.unit.analysis import dense
-from tests.unit.analysis.dense import DECOMPOSED, EXACT
-from tests.unit.analysis.pairs import PAIRS, rows_of
+from tests.unit.analysis.dense import DECOMPOSED, EXACT, agrees
+from tests.unit.analysis.pairs import PAIRS, rows_of, stepped, weights
 
 
 def test_paper_numbers_pool_tensors_as_the_paper_does(tmp_path: Path) -> None:
@@ -59,3 +61,78 @@ def test_five_ways_to_count_change(tmp_path: Path) -> None:
     assert sum(steps.values()) == pytest.approx(1)
     x, y = (after.bfloat16() - before).double(), after.double() - before.double()
     assert found["visible_of_true"]["energy_ratio"] == pytest.approx(((x @ x) / (y @ y)).item())
+
+
+VISION = {
+    "model.visual.patch_embed.proj.weight": (32, 3, 2, 4, 4),
+    "model.visual.blocks.0.attn.qkv.weight": (96, 32),
+    "model.visual.blocks.0.attn.qkv.bias": (96,),
+    "model.visual.blocks.0.attn.proj.weight": (32, 32),
+    "model.visual.blocks.0.mlp.gate_proj.weight": (64, 32),
+    "model.visual.blocks.0.norm1.weight": (32,),
+    "model.visual.blocks.1.downsample.weight": (16, 32, 3, 3),
+    "model.visual.merger.ln_q.weight": (32,),
+    "model.language_model.embed_tokens.weight": (120, 48),
+    "model.language_model.layers.0.self_attn.q_proj.weight": (48, 48),
+    "model.language_model.layers.0.self_attn.k_proj.bias": (16,),
+    "model.language_model.layers.0.mlp.experts.gate_up_proj": (3, 40, 48),
+    "model.language_model.layers.0.mlp.experts.down_proj": (3, 48, 20),
+    "model.language_model.norm.weight": (48,),
+    "lm_head.weight": (120, 48),
+}
+BLOCKS_OF_THE_PAPER = {
+    "ffn": ("mlp.gate_proj", "mlp.down_proj", "experts.gate_up_proj", "experts.down_proj"),
+    "attention": ("q_proj", "k_proj"),
+    "embedding": ("embed_tokens",),
+    "lm_head": ("lm_head",),
+    "norm": ("norm", "ln_q"),
+    "other": ("patch_embed", "attn.qkv", "attn.proj", "downsample"),
+}
+
+
+def blocks(names: Iterable[str]) -> dict[str, str]:
+    """The block of each name; every name has exactly one."""
+    found = {
+        name: [b for b, tokens in BLOCKS_OF_THE_PAPER.items() if any(t in name for t in tokens)]
+        for name in names
+    }
+    assert all(len(each) == 1 for each in found.values()), found
+    return {name: each[0] for name, each in found.items()}
+
+
+@pytest.mark.parametrize("kind", ["text", "vision and language"])
+def test_every_figure_of_the_paper_is_over_tensors_as_stored(tmp_path: Path, kind: str) -> None:
+    base = weights() if kind == "text" else weights(shapes=VISION)
+    trained = stepped(base)
+    rows = list(rows_of(tmp_path, base, trained, moe_intermediate_size=20).values())
+    assert all(row["status"] == "ok" for row in rows)
+    found = summary(rows)
+    expected = dense.paper(base, trained, blocks(base))
+    agrees(found["paper"], expected, DECOMPOSED)
+    assert shape(found["paper"]) == shape(expected)
+    assert found["tensors"]["measured"] == len(base)
+
+
+def test_tables_are_over_the_parts_of_fused_tensors(tmp_path: Path) -> None:
+    base = weights(shapes=VISION)
+    rows = rows_of(tmp_path, base, stepped(base), moe_intermediate_size=20)
+    found = summary(list(rows.values()))
+    numel = sum(w.numel() for w in base.values())
+    for table in ("block", "module", "layer"):
+        assert sum(group["numel"] for group in found[table].values()) == numel
+        assert sum(group["energy_share"] for group in found[table].values()) == pytest.approx(1)
+    assert {"vision.q", "vision.k", "vision.v", "gate_proj", "up_proj"} <= set(found["module"])
+    assert not {"vision.qkv", "experts.gate_up_proj"} & set(found["module"])
+    parts = [rows[f"visual.blocks.0.attn.{part}.weight"] for part in "qkv"]
+    whole = rows["visual.blocks.0.attn.qkv.weight"]
+    assert {part["part_of"] for part in parts} == {whole["name"]}
+    assert whole["is_fused"]
+    assert sum(part["bf16"]["zero"] for part in parts) == whole["bf16"]["zero"]
+    ranks = [part["bf16"]["spectrum"]["stable_rank"] for part in parts]
+    assert found["module"]["vision.k"]["stable_rank"] == ranks[1]
+    assert whole["bf16"]["spectrum"]["stable_rank"] not in ranks
+
+
+def shape(tree: Any) -> Any:
+    """The keys of nested dictionaries."""
+    return {key: shape(value) for key, value in tree.items()} if isinstance(tree, dict) else None
