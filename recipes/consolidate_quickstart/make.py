@@ -1,18 +1,18 @@
-"""Makes the consolidation experiment: a second skill, its teacher, and a student careless at both.
+"""Make the consolidation experiment: a second skill, its teacher, and a student weak at both skills.
 
 The first skill is the quickstart's column addition, and its teacher is the quickstart's. The second
 is column subtraction, written out in the same way. The answer to ``345-78=`` is
 
     5-8-0=17;4-7-1=16;3-0-1=02#267
 
-one ``digit-digit-borrow=`` per column from the right, followed by what is borrowed from the next
-column and the digit that is left, then ``#`` and the result with as many digits as the first
-number. The first number is never the smaller one.
+one ``digit-digit-borrow=`` per column from the right, each followed by the borrow from the next
+column and the digit that is left; then ``#`` and the result, with as many digits as the first
+number. The first number is never smaller than the second.
 
-The teacher of subtraction has seen only right subtractions. The student has seen both skills, half
-and half, written by somebody who forgets carries and borrows seven times in ten.
+The subtraction teacher was trained on right subtractions only. The student was trained on both
+skills, half and half, with each carry or borrow forgotten with probability 0.7.
 
-The pairs of numbers are the quickstart's, each asked both as a sum and as a difference. No prompt of
+The pairs of numbers are the quickstart's, each used as a sum and as a difference. No prompt of
 ``eval.jsonl`` (nor the same sum with its operands exchanged) occurs in ``train.jsonl`` or in the
 worked examples of any of the models.
 
@@ -37,7 +37,7 @@ STUDENT = replace(quickstart.STUDENT, steps=700)
 
 
 def work(a: int, b: int, slip: float, rng: random.Random) -> str:
-    """The written-out solution of a - b, each borrow forgotten with chance `slip`; no end token."""
+    """The written-out solution of a - b, each borrow forgotten with probability `slip`; no end token."""
     steps, digits, borrow = [], "", 0
     for place in range(len(str(a))):
         x, y = a // 10**place % 10, b // 10**place % 10
@@ -49,14 +49,14 @@ def work(a: int, b: int, slip: float, rng: random.Random) -> str:
 
 
 def ordered(pair: Sum) -> Sum:
-    """The larger first."""
+    """The larger number first."""
     return max(pair), min(pair)
 
 
 def fresh_differences(
     count: int, banned: set[Sum], slip: float
 ) -> Callable[[random.Random], list[Pair]]:
-    """Draws `count` prompts with their written solutions; `banned` has pairs in both orders."""
+    """Draw `count` prompts with their written-out solutions; `banned` has pairs in both orders."""
 
     def batch(rng: random.Random) -> list[Pair]:
         pairs: list[Sum] = []
@@ -75,7 +75,7 @@ def questions(pairs: list[Sum]) -> list[Pair]:
 
 
 def read(path: Path, count: int) -> dict[str, list[Pair]]:
-    """The first `count` sums of one of the quickstart's files, and the differences of their numbers."""
+    """The first `count` sums of a file of the quickstart, and the differences of the same numbers."""
     sums: list[Sum] = []
     for line in path.read_text().splitlines()[:count]:
         a, _, b = json.loads(line)["prompt"].rstrip("=").partition("+")
@@ -87,7 +87,7 @@ def read(path: Path, count: int) -> dict[str, list[Pair]]:
 
 
 def write_prompts(path: Path, split: str, skills: dict[str, list[Pair]]) -> None:
-    """Rows of all skills in turn; each names the teacher of its skill."""
+    """Rows of all skills, alternating; each names the teacher of its skill."""
     turns = zip(*([(name, *pair) for pair in pairs] for name, pairs in skills.items()), strict=True)
     rows = [row for turn in turns for row in turn]
     lines = (
@@ -99,11 +99,17 @@ def write_prompts(path: Path, split: str, skills: dict[str, list[Pair]]) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write (this one)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and order")
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="folder to write (default: that of this script)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights and order (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--train-prompts", type=int, default=2048, help="of each skill")
-    parser.add_argument("--eval-prompts", type=int, default=256, help="of each skill, held out")
+    parser.add_argument("--train-prompts", type=int, default=2048, help="prompts of each skill")
+    parser.add_argument(
+        "--eval-prompts", type=int, default=256, help="held-out prompts of each skill"
+    )
     parser.add_argument("--every", type=int, default=50, help="steps between progress lines")
     parser.add_argument("--only", choices=("teacher", "student"), help="train one of the two")
     arguments = parser.parse_args()
@@ -128,14 +134,14 @@ def main() -> None:
         ]
 
     right = fresh_differences(TEACHER.batch, banned, TEACHER.slip)
-    for name, recipe, examples, asked in (
+    for name, recipe, examples, probed in (
         ("teacher", TEACHER, right, probe["subtraction"]),
         ("student", STUDENT, both, [*probe["addition"], *probe["subtraction"]]),
     ):
         if arguments.only not in (None, name):
             continue
         model = quickstart.pretrain(
-            name, recipe, tokenizer, examples, asked, arguments.seed, arguments.every
+            name, recipe, tokenizer, examples, probed, arguments.seed, arguments.every
         )
         stored = quickstart.write(model, tokenizer, arguments.out / name)
         size = sum(p.numel() for p in stored.parameters())

@@ -1,4 +1,4 @@
-"""Makes the quickstart experiment: the task, its tokenizer, a teacher and a weaker student.
+"""Make the quickstart experiment: the task, its tokenizer, a teacher and a weaker student.
 
 The task is column addition with the steps written out. The answer to ``345+78=`` is
 
@@ -7,10 +7,10 @@ The task is column addition with the steps written out. The answer to ``345+78=`
 one ``digit+digit+carry=sum`` per column from the right, then ``#`` and the result. Each column is
 easy, the answer is right only if all columns are, and the carry links every column to the next.
 
-Both models learn to write such solutions from worked examples. The teacher's are right. The
-student's were written by somebody careless, who forgets a carry seven times in ten: it adds every
-column well, knows that carries exist, and mostly drops them. On-policy distillation has to teach it
-to carry, in solutions that it writes itself.
+Both models learn to write such solutions from worked examples. The teacher's examples are right.
+In the student's examples each carry is forgotten with probability 0.7. The student therefore adds
+every column correctly and sometimes carries, but drops most carries. On-policy distillation has to
+teach it to carry, in solutions that it writes itself.
 
 No prompt of ``eval.jsonl`` (nor the same sum with its operands exchanged) occurs in
 ``train.jsonl`` or in the worked examples of either model.
@@ -42,7 +42,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How one of the two models is shaped and trained; `slip` is the chance that a carry is
+    """Architecture and training of one of the two models; `slip` is the probability that a carry is
     forgotten in its worked examples."""
 
     layers: int
@@ -65,7 +65,7 @@ STUDENT = Recipe(
 
 
 def work(a: int, b: int, slip: float, rng: random.Random) -> str:
-    """The written-out solution of a + b, each carry forgotten with chance `slip`; no end token."""
+    """The written-out solution of a + b, each carry forgotten with probability `slip`; no end token."""
     steps, digits, carry, total = [], "", 0, 0
     for place in range(max(len(str(a)), len(str(b)))):
         x, y = a // 10**place % 10, b // 10**place % 10
@@ -97,7 +97,7 @@ def both_orders(sums: list[Sum]) -> set[Sum]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; 32 in all, so that padding a vocabulary is never needed."""
+    """One token per character; 32 in all, so that the vocabulary needs no padding."""
     vocabulary = {token: i for i, token in enumerate([*SPECIALS, *CHARACTERS])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -135,7 +135,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCa
 
 
 def fresh_sums(count: int, banned: set[Sum], slip: float) -> Callable[[random.Random], list[Pair]]:
-    """Draws `count` prompts with their written solutions."""
+    """Draw `count` prompts with their written-out solutions."""
 
     def batch(rng: random.Random) -> list[Pair]:
         sums: list[Sum] = []
@@ -172,13 +172,13 @@ def as_tensors(
 
 @torch.no_grad()
 def accuracy(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: list[Pair]
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]
 ) -> float:
     """Share of prompts whose number after ``#`` is right, decoded greedily."""
     model.eval()
     right = 0
-    for start in range(0, len(asked), 256):
-        part = asked[start : start + 256]
+    for start in range(0, len(pairs), 256):
+        part = pairs[start : start + 256]
         inputs = tokenizer([prompt for prompt, _ in part], return_tensors="pt", padding=True)
         written = model.generate(
             input_ids=inputs["input_ids"],
@@ -190,7 +190,7 @@ def accuracy(
             text = tokenizer.decode(ids, skip_special_tokens=True)
             right += text.partition("#")[2] == answer
     model.train()
-    return right / len(asked)
+    return right / len(pairs)
 
 
 def pretrain(
@@ -236,7 +236,7 @@ def pretrain(
 def write(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> Qwen3ForCausalLM:
-    """Saves a Hugging Face checkpoint in bfloat16 and returns it as read back in float32."""
+    """Save a Hugging Face checkpoint in bfloat16, and return it as read back in float32."""
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -255,7 +255,9 @@ def write_prompts(path: Path, split: str, sums: list[Sum]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write (this one)")
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="folder to write (default: that of this script)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and order")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--train-prompts", type=int, default=4096, help="prompts for distillation")

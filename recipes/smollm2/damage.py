@@ -1,11 +1,12 @@
-"""Damage a model as compression damages it, and save it as a plain Hugging Face folder.
+"""Damage a model as compression would damage it, and save it as a plain Hugging Face folder.
 
     python recipes/smollm2/damage.py --model TEACHER --out STUDENT --noise 0.10 --seed 0
     python recipes/smollm2/damage.py --model TEACHER --out STUDENT --drop-layers 13 14
     python recipes/smollm2/damage.py --model TEACHER --out STUDENT --quantize 5
 
-The three kinds. Noise and rounding go to the matrices of the layers; norms, embedding and head
-are left alone, as quantisers leave them: the row of a token that training never shows cannot heal.
+There are three kinds of damage. Noise and rounding are applied to the matrices of the layers. Norms,
+embedding and head are not changed, as quantisers usually leave them unchanged: the row of a token
+that never occurs in training could not recover.
 
 - ``--noise S``: ``W + S * rms(W) * N(0, 1)``, the root mean square taken over each matrix. Rounding
   to b bits adds an error of this kind.
@@ -75,13 +76,17 @@ def damage(model: PreTrainedModel, args: argparse.Namespace) -> None:
 def main() -> None:
     """Read the command line, damage, save."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", required=True, help="the healthy model: a folder or a hub id")
+    parser.add_argument("--model", required=True, help="the undamaged model: a folder or a hub id")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--noise", type=float, help="relative size of the noise; 0.10 can be healed")
+    kind.add_argument(
+        "--noise", type=float, help="relative size of the noise; training can repair 0.10"
+    )
     kind.add_argument("--drop-layers", type=int, nargs="+", metavar="I", help="layers to remove")
-    kind.add_argument("--quantize", type=int, metavar="BITS", help="bits a weight, 2 to 8")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    kind.add_argument("--quantize", type=int, metavar="BITS", help="bits per weight, 2 to 8")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the noise (default: %(default)s)"
+    )
     args = parser.parse_args()
     if args.noise is not None and args.noise <= 0:
         parser.error(f"--noise {args.noise}: give a number above 0")

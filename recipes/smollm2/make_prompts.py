@@ -4,7 +4,7 @@
         --gsm8k-train gsm8k_train.jsonl --gsm8k-test gsm8k_test.jsonl
 
 Each input may be plain or gzipped JSON lines, as its authors publish it. The same inputs give the
-same files, byte for byte. No fact of the evaluation is in training, in whatever wording.
+same files, byte for byte. No fact of the evaluation occurs in training, in any wording.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-# Categories whose facts the undamaged model knows most of (README: how they were chosen).
+# Categories of which the undamaged model knows most facts (the README says how they were chosen).
 EVALUATED = ("capital", "landmark", "language", "opposite", "symbol")
 EVALUATED_SHARE = 0.75
-"""Of the entities of every evaluated category; the rest are for training."""
+"""Share of the entities of each evaluated category; the others are for training."""
 
 INSTRUCTIONS = 400
 WORD_PROBLEMS = 200
@@ -56,7 +56,7 @@ def draw(text: str) -> str:
 
 
 def read_facts(path: Path) -> list[Fact]:
-    """Parse ``facts.txt``; its head explains the format."""
+    """Parse ``facts.txt``; the top of that file explains the format."""
     facts: list[Fact] = []
     category = question = kind = ""
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -68,19 +68,19 @@ def read_facts(path: Path) -> list[Fact]:
         elif line.strip() and not line.startswith("#"):
             for pair in line.split("; "):
                 subject, answer = (part.strip() for part in pair.split(" = "))
-                asked = question.format(subject)
+                filled = question.format(subject)
                 facts.append(
                     Fact(
                         category=category,
                         kind=kind,
                         subject=subject,
-                        question=re.sub(r"^\w|(?<=: )\w", lambda m: m[0].upper(), asked),
+                        question=re.sub(r"^\w|(?<=: )\w", lambda m: m[0].upper(), filled),
                         answer=answer,
                     )
                 )
     for fact in facts:
-        asked = f" {slug(fact.question)} ".replace("-", " ")
-        if any(f" {slug(part)} ".replace("-", " ") in asked for part in fact.answer.split("|")):
+        words = f" {slug(fact.question)} ".replace("-", " ")
+        if any(f" {slug(part)} ".replace("-", " ") in words for part in fact.answer.split("|")):
             raise SystemExit(f"{path}: the question of {fact.uid} contains its answer")
     uids = [fact.uid for fact in facts]
     repeated = sorted({uid for uid in uids if uids.count(uid) > 1})
@@ -92,7 +92,7 @@ def read_facts(path: Path) -> list[Fact]:
 def split_facts(facts: Sequence[Fact]) -> tuple[list[Fact], list[Fact]]:
     """Facts for evaluation and for training; an entity's facts all fall on one side.
 
-    An evaluated entity's facts in categories that are not evaluated are left out of both.
+    Facts about an evaluated entity in categories that are not evaluated are on neither side.
     """
     entities: dict[str, set[str]] = defaultdict(set)
     for fact in facts:
@@ -117,7 +117,7 @@ def read_rows(path: Path) -> Iterator[dict]:
 
 
 def instructions(path: Path) -> list[dict]:
-    """IFEval's short prompts, without links, one of each opening, in a shuffled order."""
+    """IFEval's short prompts, without links, one for each opening, in a shuffled order."""
     rows: dict[str, dict] = {}
     for row in read_rows(path):
         prompt = row["prompt"].strip()
@@ -171,11 +171,11 @@ def main() -> None:
 
     evaluation, training = split_facts(read_facts(args.facts))
     facts = sorted(map(fact_row, training), key=lambda row: draw(row["uid"]))
-    asked = instructions(args.ifeval)
-    cut, cut_asked = HELD_OUT["facts"], HELD_OUT["ifeval"]
-    held_out = facts[:cut] + asked[:cut_asked]
+    short = instructions(args.ifeval)
+    facts_held, short_held = HELD_OUT["facts"], HELD_OUT["ifeval"]
+    held_out = facts[:facts_held] + short[:short_held]
     held_out += word_problems(args.gsm8k_test, "test", HELD_OUT["gsm8k"])
-    train = facts[cut:] + asked[cut_asked : cut_asked + INSTRUCTIONS]
+    train = facts[facts_held:] + short[short_held : short_held + INSTRUCTIONS]
     train += word_problems(args.gsm8k_train, "train", WORD_PROBLEMS)
 
     seen = {slug(row["prompt"]) for row in train}
