@@ -77,7 +77,7 @@ def build_divergence_measure(
 def build_sync_check(
     config: Config, prompts: PromptSets, engine: RolloutEngine, learner: StudentScorer, world: World
 ) -> Callable[[], dict[str, float]]:
-    """A function that compares engine and learner on a few training prompts; without an engine it does nothing."""
+    """A comparison of engine and learner on a few training prompts; empty without an engine."""
     if isinstance(config.rollout, DatasetRolloutConfig):
         return dict
     check = SyncCheck(

@@ -1,1 +1,1 @@
-"""Prompts: where they come from, and in which order a run asks for them."""
+"""Prompts: read from data sets, tokenised, and ordered for training."""

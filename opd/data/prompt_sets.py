@@ -1,4 +1,4 @@
-"""Every prompt of a run, tokenised: to learn from, to be evaluated on, to measure the divergence on."""
+"""The tokenised prompts of a run: for training, for evaluation, and for the divergence to the teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from opd.types import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSets:
-    """What the run learns from and is evaluated on; each list fits the model's context."""
+    """Prompts for training, for evaluation and for the divergence; all fit the model's context."""
 
     train: list[Prompt]
     eval: list[Prompt]
@@ -25,7 +25,7 @@ class PromptSets:
     max_length: int
     """Longest prompt plus completion that can occur, in tokens."""
     teacher_max_length: int
-    """The same with prompts as the teacher sees them."""
+    """The same for prompts as the teacher sees them."""
 
 
 def read_prompt_sets(config: Config, student: StudentTokenizer) -> PromptSets:
@@ -35,9 +35,7 @@ def read_prompt_sets(config: Config, student: StudentTokenizer) -> PromptSets:
         context = min(context, config.rollout.max_model_len)
     train_tokens = config.rollout.max_tokens
     eval_tokens = config.eval.max_tokens or train_tokens
-    reader = _SetReader(
-        data=data, student=student, teacher_tokenizer=_teacher_tokenizer(data, student)
-    )
+    reader = _SetReader(student=student, teacher_tokenizer=_teacher_tokenizer(data, student))
     train = reader.read(
         data.train, data, context - train_tokens, completions=_completions(config, student)
     )
@@ -48,22 +46,22 @@ def read_prompt_sets(config: Config, student: StudentTokenizer) -> PromptSets:
     divergence = held_out
     if config.eval.kl_data is not None:
         divergence = reader.read(config.eval.kl_data, data.for_eval(), context - train_tokens)
-    every = [*train, *held_out, *divergence]
-    longest = max(len(p.token_ids) for p in every)
+    prompts = [*train, *held_out, *divergence]
+    longest = max(len(p.token_ids) for p in prompts)
     return PromptSets(
         train=train,
         eval=held_out,
         divergence=divergence[: config.eval.kl_prompts],
         max_length=min(context, longest + max(train_tokens, eval_tokens)),
         teacher_max_length=max(
-            _longest_for_teacher(every) + train_tokens, _longest_for_teacher(held_out) + eval_tokens
+            _longest_for_teacher(prompts) + train_tokens,
+            _longest_for_teacher(held_out) + eval_tokens,
         ),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _SetReader:
-    data: DataConfig
     student: StudentTokenizer
     teacher_tokenizer: Any
 
@@ -73,8 +71,8 @@ class _SetReader:
         """The prompts of a source; each has at most ``room`` tokens."""
         if room < 1:
             raise ValueError(
-                f"rollout.max_tokens leaves no room for a prompt in the model's context of "
-                f"{self.student.max_length} tokens: lower it"
+                f"rollout.max_tokens or eval.max_tokens leaves no room for a prompt in the model's context "
+                f"of {self.student.max_length} tokens: lower it"
             )
         return load_prompts(
             source,
@@ -87,8 +85,8 @@ class _SetReader:
 
 
 def _longest_for_teacher(prompts: Sequence[Prompt]) -> int:
-    seen = (p.token_ids if p.teacher_ids is None else p.teacher_ids for p in prompts)
-    return max(map(len, seen), default=0)
+    token_ids = (p.token_ids if p.teacher_ids is None else p.teacher_ids for p in prompts)
+    return max(map(len, token_ids), default=0)
 
 
 def _completions(config: Config, student: StudentTokenizer) -> Completions | None:
@@ -103,7 +101,7 @@ def _completions(config: Config, student: StudentTokenizer) -> Completions | Non
 
 
 def _teacher_tokenizer(data: DataConfig, student: StudentTokenizer) -> Any:
-    """The tokenizer whose chat template the teacher's prompts use; ValueError if its ids differ."""
+    """The tokenizer of data.teacher_chat_template; ValueError if its vocabulary is not the student's."""
     if data.teacher_chat_template is None:
         return None
     try:

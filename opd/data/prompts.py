@@ -1,4 +1,4 @@
-"""Turns rows into tokenised prompts, checking every row and naming the one that is wrong."""
+"""Rows become tokenised prompts; every row is checked, and an error names the file and line."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -23,16 +23,16 @@ def load_prompts(
     completions: Completions | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Prompt]:
-    """The prompts of ``source``, in its order, at most the first ``data.limit``.
+    """The prompts of ``source`` in file order, at most the first ``data.limit``.
 
     source: a .jsonl, .jsonl.gz, .json, .csv or .parquet path, or a hub id.
-    completions: reads the data set's own completions into ``Prompt.completion_ids``.
-    teacher_tokenizer: whose chat template writes the teacher's prompts; by default the student's.
+    completions: reads the completions of the data set into ``Prompt.completion_ids``.
+    teacher_tokenizer: its chat template renders the teacher's prompts; by default the student's.
     uid: the row's ``uid`` when it has one, else its number in the source.
 
     Raises ``ValueError`` naming file, line, what was found and what is allowed: for unreadable
     rows, missing or empty prompts, wrong types, duplicate uids and prompts of more than
-    ``max_prompt_tokens`` tokens. Prompts are never cut or dropped silently.
+    ``max_prompt_tokens`` tokens. Prompts are never truncated or dropped silently.
     """
     reader = PromptReader.from_config(data, tokenizer, max_prompt_tokens)
     teacher_reader = reader.for_teacher(data, teacher_tokenizer)
@@ -51,8 +51,8 @@ def load_prompts(
         if completions is not None:
             prompt = replace(prompt, completion_ids=completions.read(place, row))
         if teacher_reader is not None:
-            seen = teacher_reader.prompt(place, row, index)
-            prompt = replace(prompt, teacher_ids=seen.token_ids)
+            teacher_prompt = teacher_reader.prompt(place, row, index)
+            prompt = replace(prompt, teacher_ids=teacher_prompt.token_ids)
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{source}: found no rows; expected at least one prompt")
@@ -60,7 +60,7 @@ def load_prompts(
 
 
 def source_rows(source: str, data: DataConfig) -> Iterator[Row]:
-    """(place, row) of a source as ``data`` selects them, through ``data.function`` where there is one."""
+    """(place, row) of the rows that ``data`` selects, each converted by ``data.function`` if it is set."""
     rows = read_rows(source, split=data.split, subset=data.subset)
     if data.function is not None:
         rows = _converted(rows, data.function)
@@ -71,17 +71,17 @@ def _converted(rows: Iterator[Row], name: str) -> Iterator[Row]:
     convert = load_function("data.function", name)
     for place, row in rows:
         try:
-            found: Any = convert(dict(row))
+            converted: Any = convert(dict(row))
         except Exception as error:  # the user's code may raise anything
             raise ValueError(
                 f"{place}: data.function={name} failed ({type(error).__name__}: {error}); correct the "
                 "function or the row"
             ) from error
-        if found is None:
+        if converted is None:
             continue
-        if not isinstance(found, Mapping):
+        if not isinstance(converted, Mapping):
             raise ValueError(
-                f"{place}: data.function={name} returned a {type(found).__name__}; expected a dict "
+                f"{place}: data.function={name} returned a {type(converted).__name__}; expected a dict "
                 "(the row to use) or None (drop it)"
             )
-        yield place, found
+        yield place, converted

@@ -1,4 +1,4 @@
-"""How one row becomes one prompt: fields, templates, chat templates, tokens."""
+"""One row becomes one prompt: fields, template, chat template, token ids."""
 
 import re
 import string
@@ -16,9 +16,9 @@ from opd.types import IntArray, Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completions:
-    """The completions of a data set: the text in ``field``, tokenised, and the token that ends it.
+    """Reads the completions of a data set: the text in ``field``, tokenised, plus the end token.
 
-    Longer than ``max_tokens``, end included, is refused.
+    A completion of more than ``max_tokens`` tokens, end token included, is refused.
     """
 
     field: str
@@ -27,15 +27,15 @@ class Completions:
     max_tokens: int
 
     def read(self, place: str, row: Mapping[str, Any]) -> IntArray:
-        """Token ids [T] of one row; ValueError naming it when there is none."""
-        said = row.get(self.field)
-        if not isinstance(said, str) or not said:
+        """Token ids [T] of one row; ValueError naming the row when it has no completion."""
+        text = row.get(self.field)
+        if not isinstance(text, str) or not text:
             raise ValueError(
-                f"{place}: found {'no' if said is None else 'an unusable'} completion in field "
+                f"{place}: found {'no' if text is None else 'an unusable'} completion in field "
                 f"{self.field!r}; found the fields {_names(row)}; expected a non-empty string, as "
-                "`opd write` leaves them"
+                "`opd generate` writes"
             )
-        ids = self.tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         token_ids = np.asarray([*ids, self.end_id], np.int32)
         if len(token_ids) > self.max_tokens:
             raise ValueError(
@@ -46,18 +46,19 @@ class Completions:
 
 
 def teacher_name(place: str, row: Mapping[str, Any], field: str) -> str:
-    named = row.get(field)
-    if not isinstance(named, str) or not named:
+    """The teacher that ``row`` names in ``field``; ValueError when it names none."""
+    name = row.get(field)
+    if not isinstance(name, str) or not name:
         raise ValueError(
-            f"{place}: found {named!r} in field {field!r}; expected the name of a teacher, one of "
+            f"{place}: found {name!r} in field {field!r}; expected the name of a teacher, one of "
             "teacher.members"
         )
-    return named
+    return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptReader:
-    """How one row becomes one prompt."""
+    """Renders one row as text and tokenises it."""
 
     tokenizer: PreTrainedTokenizerBase
     prompt_field: str
@@ -73,12 +74,12 @@ class PromptReader:
     def from_config(
         cls, data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int | None
     ) -> "PromptReader":
-        """The student's prompts; ValueError for an ``answer_regex`` that is none."""
+        """A reader of the student's prompts; ValueError for an invalid ``answer_regex``."""
         return cls(
             tokenizer=tokenizer,
             prompt_field=data.prompt_field,
             answer_field=data.answer_field,
-            answer_regex=_compiled(data.answer_regex),
+            answer_regex=_compile(data.answer_regex),
             template=data.template,
             chat_template=data.chat,
             chat_options=dict(data.chat_options),
@@ -89,7 +90,7 @@ class PromptReader:
     def for_teacher(
         self, data: DataConfig, tokenizer: PreTrainedTokenizerBase | None
     ) -> "PromptReader | None":
-        """The teacher's prompts of the same rows; None where it sees what the student sees."""
+        """A reader of the teacher's prompts; None where teacher and student see the same prompt."""
         if not (data.teacher_template or data.teacher_system or tokenizer):
             return None
         return replace(
@@ -101,9 +102,16 @@ class PromptReader:
         )
 
     def prompt(self, place: str, row: Mapping[str, Any], index: int) -> Prompt:
-        said = self._filled(place, row) if self.template is not None else self._said(place, row)
-        text, templated = self._rendered(place, said)
-        # The chat template writes the special tokens itself; twice would be once too many.
+        """The prompt of ``row``; ``index`` is its uid where the row has none.
+
+        ValueError naming ``place`` for a row that cannot be used.
+        """
+        if self.template is not None:
+            content: str | list[dict[str, Any]] = self._fill_template(place, row)
+        else:
+            content = self._read_content(place, row)
+        text, templated = self._render(place, content)
+        # The chat template writes the special tokens itself; the tokenizer must not add them again.
         ids = self.tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"]
         token_ids: IntArray = np.asarray(ids, dtype=np.int32)
         if len(token_ids) == 0:
@@ -116,73 +124,75 @@ class PromptReader:
         return Prompt(
             uid=_uid(place, row, index),
             token_ids=token_ids,
-            answer=self._answer(place, row),
+            answer=self._read_answer(place, row),
             text=text,
         )
 
-    def _filled(self, place: str, row: Mapping[str, Any]) -> str:
+    def _fill_template(self, place: str, row: Mapping[str, Any]) -> str:
         assert self.template is not None
         try:
             named = {"prompt": row[self.prompt_field]} if self.prompt_field in row else {}
             return string.Formatter().vformat(self.template, (), {**row, **named})
         except (KeyError, IndexError) as error:
             raise ValueError(
-                f"{place}: the template asks for {error}; found the fields {_names(row)}; "
+                f"{place}: the template needs the field {error}; found the fields {_names(row)}; "
                 "double literal braces: {{ }}"
             ) from error
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"template={self.template!r} cannot be filled ({error}); write fields as {{name}} "
+                f"data.template={self.template!r} cannot be filled ({error}); write fields as {{name}} "
                 "and double literal braces: {{ }}"
             ) from error
 
-    def _said(self, place: str, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+    def _read_content(self, place: str, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
         if self.prompt_field not in row:
             raise ValueError(
                 f"{place}: no field {self.prompt_field!r}; found {_names(row)}; name the right one "
-                "with prompt_field, or use a template"
+                "with data.prompt_field, or use data.template"
             )
-        said = row[self.prompt_field]
-        if isinstance(said, str):
-            return said
-        if not isinstance(said, list):
+        content = row[self.prompt_field]
+        if isinstance(content, str):
+            return content
+        if not isinstance(content, list):
             raise ValueError(
-                f"{place}: found a prompt of type {type(said).__name__}; expected a string or a "
+                f"{place}: found a prompt of type {type(content).__name__}; expected a string or a "
                 'list of {"role", "content"} messages'
             )
-        return [_message(place, number, message) for number, message in enumerate(said, start=1)]
+        return [_message(place, number, message) for number, message in enumerate(content, start=1)]
 
-    def _rendered(self, place: str, said: str | list[dict[str, Any]]) -> tuple[str, bool]:
-        """The prompt's text, and whether the chat template wrote it."""
-        if not (said.strip() if isinstance(said, str) else said):
+    def _render(self, place: str, content: str | list[dict[str, Any]]) -> tuple[str, bool]:
+        """The prompt's text, and whether the chat template rendered it."""
+        if not (content.strip() if isinstance(content, str) else content):
             raise ValueError(f"{place}: the prompt is empty; write one or remove the row")
-        if isinstance(said, str):
-            if not self.chat_template:
-                if self.system:
-                    warnings.warn("system has no effect without chat_template", stacklevel=2)
-                return said, False
-            said = [{"role": "user", "content": said}]
+        if isinstance(content, list):
+            messages = content
+        elif self.chat_template:
+            messages = [{"role": "user", "content": content}]
+        else:
+            if self.system:
+                warnings.warn("data.system has no effect without data.chat=true", stacklevel=2)
+            return content, False
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"{place}: the tokenizer {self.tokenizer.name_or_path!r} has no chat template; "
-                "give plain strings without chat_template, or use an instruct model"
+                "use plain strings with data.chat=false, or an instruct model"
             )
-        if self.system and said[0]["role"] != "system":
-            said = [{"role": "system", "content": self.system}, *said]
+        if self.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
         text = self.tokenizer.apply_chat_template(
-            said, tokenize=False, add_generation_prompt=True, **self.chat_options
+            messages, tokenize=False, add_generation_prompt=True, **self.chat_options
         )
         assert isinstance(text, str)
         return text, True
 
-    def _answer(self, place: str, row: Mapping[str, Any]) -> str | None:
-        said = row.get(self.answer_field)
-        if said is None:
+    def _read_answer(self, place: str, row: Mapping[str, Any]) -> str | None:
+        value = row.get(self.answer_field)
+        if value is None:
             return None
-        parts = said if isinstance(said, list) else [said]
+        parts = value if isinstance(value, list) else [value]
         if not parts or not all(isinstance(part, str | int | float) for part in parts):
             raise ValueError(
-                f"{place}: found an answer of type {type(said).__name__} ({str(said)[:60]!r}); "
+                f"{place}: found an answer of type {type(value).__name__} ({str(value)[:60]!r}); "
                 "expected a string, a number, a boolean or a list of these"
             )
         answer = "|".join(str(part) for part in parts)
@@ -191,7 +201,7 @@ class PromptReader:
         match = self.answer_regex.search(answer)
         if match is None:
             raise ValueError(
-                f"{place}: answer_regex={self.answer_regex.pattern!r} finds nothing in "
+                f"{place}: data.answer_regex={self.answer_regex.pattern!r} finds nothing in "
                 f"{answer[-60:]!r}; correct the expression or the row"
             )
         return (match.group(1) if self.answer_regex.groups else match.group()).strip()
@@ -223,10 +233,10 @@ def _message(place: str, number: int, message: Any) -> dict[str, Any]:
     return message
 
 
-def _compiled(answer_regex: str | None) -> re.Pattern[str] | None:
+def _compile(answer_regex: str | None) -> re.Pattern[str] | None:
     try:
         return None if answer_regex is None else re.compile(answer_regex)
     except re.error as error:
         raise ValueError(
-            f"answer_regex={answer_regex!r} is not a regular expression ({error})"
+            f"data.answer_regex={answer_regex!r} is not a regular expression ({error})"
         ) from error

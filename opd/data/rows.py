@@ -1,4 +1,4 @@
-"""Reads rows from a file or the Hugging Face hub, each with the place it came from."""
+"""Rows of a file or of a Hugging Face data set, each with its place for error messages."""
 
 import csv
 import gzip
@@ -15,7 +15,7 @@ FILE_KINDS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 
 
 def read_rows(source: str, *, split: str = "train", subset: str | None = None) -> Iterator[Row]:
-    """Yield (place, row) in the source's own order; place reads ``train.jsonl:12``.
+    """Yield (place, row) in the order of the source; a place looks like ``train.jsonl:12``.
 
     ``source`` is a path whose name ends in one of ``FILE_KINDS``, a folder, or a hub id; ``split``
     and ``subset`` pick a part of a hub data set. A line number counts from 1; a row of a parquet
@@ -78,7 +78,7 @@ def _json_kind(value: Any) -> str:
 
 
 def _read_jsonl(source: str, path: Path) -> Iterator[Row]:
-    # Not splitlines(): it also cuts at U+2028, which JSON allows inside a string.
+    # Not splitlines(): it also splits at U+2028, which JSON allows inside a string.
     for number, line in enumerate(_text(source, path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -144,7 +144,7 @@ def _read_parquet(source: str, path: Path) -> Iterator[Row]:
 def _read_hub(source: str, split: str, subset: str | None) -> Iterator[Row]:
     import datasets
 
-    # The hub is a border: its errors are of many classes, and all are the user's to act on.
+    # load_dataset raises many classes of errors, and all of them are for the user to act on.
     try:
         dataset = datasets.load_dataset(source, subset, split=split)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The order of training prompts: a pure function of seed and step, so resuming is free."""
+"""The order of training prompts: a pure function of seed and step, so nothing is saved for a resume."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,12 @@ from opd.types import Prompt
 
 
 class ShuffledPrompts:
-    """A ``PromptStream``: every epoch a new permutation, cut into batches of ``per_step``.
+    """A ``PromptStream``: a new permutation for each epoch, in batches of ``per_step`` prompts.
 
-    The global batch of a step depends on ``seed`` and ``step`` alone; rank r takes every
-    ``size``-th prompt of it, starting at r, so shares may differ by one (and are empty where
-    ``size`` exceeds ``per_step``). No prompt occurs twice in one batch: the up to ``per_step - 1``
-    prompts left at the end of an epoch, different ones each time, wait for the next.
+    The global batch of a step depends only on ``seed`` and ``step``. Rank r takes every ``size``-th
+    prompt of it, starting at r, so the shares of ranks differ by at most one prompt (a share is empty
+    where ``size`` exceeds ``per_step``). No prompt occurs twice in one batch: the up to
+    ``per_step - 1`` prompts left over at the end of an epoch, others each time, are skipped in it.
     """
 
     def __init__(

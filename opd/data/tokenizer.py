@@ -1,4 +1,4 @@
-"""What a model folder says about tokens and lengths."""
+"""The tokenizer of a model, its end tokens, its context length and its vocabulary size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from opd.config.student import StudentConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentTokenizer:
-    """A tokenizer and what the student's folder says about tokens and lengths.
+    """A tokenizer with what the model's configs say about tokens and lengths.
 
     ``stop_ids`` end a completion; ``max_length`` is the model's context in tokens;
-    ``vocab_size`` counts the rows of its embedding.
+    ``vocab_size`` is the number of rows of its embedding.
     """
 
     tokenizer: Any
@@ -25,7 +25,7 @@ class StudentTokenizer:
 
     @property
     def end_id(self) -> int:
-        """The token that ends a completion of a data set."""
+        """The token that is appended to a completion of a data set."""
         end = self.tokenizer.eos_token_id
         return self.stop_ids[0] if end is None else end
 
@@ -62,9 +62,7 @@ def read_tokenizer(model: str, *, trust_remote_code: bool = False) -> StudentTok
     listed = ends if isinstance(ends, list) else [ends]
     stop_ids = sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
     if not stop_ids:
-        raise ValueError(
-            f"student.model={model} names no end token: set eos_token in its tokenizer"
-        )
+        raise ValueError(f"student.model={model} has no end token: set eos_token in its tokenizer")
     text = config.get_text_config()
     pad_id = tokenizer.pad_token_id
     return StudentTokenizer(
