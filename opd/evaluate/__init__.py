@@ -1,1 +1,1 @@
-"""Asks held-out questions and grades the answers."""
+"""Evaluation on held-out prompts: accuracy, mean@k, pass@k, divergence; graders and rewards."""

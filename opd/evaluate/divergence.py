@@ -1,4 +1,4 @@
-"""How far the student is from its teacher, on prompts that it never learns from."""
+"""The divergence between student and teacher on held-out prompts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from opd.world import World
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DivergenceEvaluator:
-    """An ``Evaluator`` of what ``measure`` says about one sampled completion a prompt.
+    """An ``Evaluator`` that samples one completion a prompt and applies ``measure`` to them.
 
     Metrics ``eval/<task>/<name>``; ``measure`` takes this rank's rollouts and returns metrics already
     reduced over ranks (nats per token for a divergence).
@@ -28,23 +28,23 @@ class DivergenceEvaluator:
     seed: int
 
     def evaluate(self, step: int) -> Evaluation:
-        """See ``Evaluator``; every step draws with the same seed."""
+        """Metrics reduced over ranks, collective; every step samples with the same seed."""
         share = self.prompts[self.world.rank :: self.world.size]
         sampling = Sampling(
             temperature=self.temperature, max_tokens=self.max_tokens, seed=self.seed
         )
-        measured = self.measure(self.engine.generate(share, sampling))
-        return Evaluation(metrics={f"eval/{self.task}/{k}": v for k, v in measured.items()})
+        metrics = self.measure(self.engine.generate(share, sampling))
+        return Evaluation(metrics={f"eval/{self.task}/{k}": v for k, v in metrics.items()})
 
 
 def exact_reverse_kl(
     learner: StudentScorer, teacher: Teacher
 ) -> Callable[[Sequence[Rollout]], dict[str, float]]:
-    """A ``measure``: the exact reverse KL of the learner to the teacher; collective."""
+    """A ``measure``: the exact reverse KL, KL(learner || teacher), in nats per token; collective."""
     loss = Divergence(DivergenceLossConfig(kind=DivergenceKind.reverse_kl))
 
     def measure(rollouts: Sequence[Rollout]) -> dict[str, float]:
-        measured = learner.measure(teacher.score(rollouts), loss)
-        return {"reverse_kl": measured["loss/reverse_kl"]}
+        metrics = learner.measure(teacher.score(rollouts), loss)
+        return {"reverse_kl": metrics["loss/reverse_kl"]}
 
     return measure

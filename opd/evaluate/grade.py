@@ -1,4 +1,4 @@
-"""Graders: pure functions that say whether a completion gives the expected answer."""
+"""Graders: pure functions that decide whether a completion gives the expected answer."""
 
 import re
 import threading
@@ -8,7 +8,7 @@ from decimal import Decimal
 from functools import partial
 
 Grade = Callable[[str, str], bool]
-"""(completion, answer) -> is it right?"""
+"""(completion, answer) -> whether the completion is correct."""
 
 GRADERS = ("exact", "after", "contains", "number", "math")
 
@@ -18,15 +18,15 @@ _PARSE_SECONDS = 5
 
 
 def grader(name: str, marker: str = "#") -> Grade:
-    """The grader called ``name``; every one ignores white space around both texts.
+    """The grader called ``name``; all of them ignore white space around both texts.
 
     exact: the completion is the answer.
-    after: what follows the last ``marker`` is the answer; no marker is wrong.
+    after: what follows the last ``marker`` is the answer; without a marker it is wrong.
     contains: the answer occurs as whole words, ignoring case and punctuation; ``|`` separates
         alternatives.
     number: the completion's last number equals the answer's, ``1,000.0`` being ``1000``.
-    math: equal as mathematics, by math-verify (LaTeX, fractions, sets, intervals); safe in any
-        thread, but only in the main one is its time limited.
+    math: equal as mathematics, by math-verify (LaTeX, fractions, sets, intervals). It may be called
+        in any thread; its time is limited in the main thread only.
     """
     match name:
         case "exact":
@@ -53,7 +53,7 @@ def _after(marker: str, completion: str, answer: str) -> bool:
     return bool(found) and _exact(tail, answer)
 
 
-def _words(text: str) -> str:
+def _normalise(text: str) -> str:
     """Case folded words between single spaces; "U.S." is "us" and "3.14" stays one word."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     joined = re.sub(r"(?<=\w)[.,'\u2019](?=\w)", "", folded)
@@ -62,9 +62,9 @@ def _words(text: str) -> str:
 
 
 def _contains(completion: str, answer: str) -> bool:
-    said = _words(completion)
-    alternatives = (_words(part) for part in answer.split("|"))
-    return any(part in said for part in alternatives if part.strip())
+    words = _normalise(completion)
+    alternatives = (_normalise(part) for part in answer.split("|"))
+    return any(part in words for part in alternatives if part.strip())
 
 
 def _last_number(text: str) -> Decimal | None:
@@ -89,9 +89,9 @@ def _number(completion: str, answer: str) -> bool:
 def _math(completion: str, answer: str) -> bool:
     from math_verify import parse, verify
 
-    # math-verify limits its time by SIGALRM, which Python allows in the main thread alone.
-    main = threading.current_thread() is threading.main_thread()
-    seconds = _PARSE_SECONDS if main else 0
-    marked = "$" in answer or "\\boxed" in answer or "\\(" in answer or "\\[" in answer
-    gold = parse(answer if marked else f"\\boxed{{{answer}}}", parsing_timeout=seconds)
+    # math-verify limits its time by SIGALRM, which Python allows in the main thread only.
+    is_main = threading.current_thread() is threading.main_thread()
+    seconds = _PARSE_SECONDS if is_main else 0
+    is_latex = "$" in answer or "\\boxed" in answer or "\\(" in answer or "\\[" in answer
+    gold = parse(answer if is_latex else f"\\boxed{{{answer}}}", parsing_timeout=seconds)
     return verify(gold, parse(completion, parsing_timeout=seconds), timeout_seconds=seconds)

@@ -1,4 +1,4 @@
-"""Rewards: what a verifier gives for one completion."""
+"""Rewards: a number for each completion, from a grader or from a function of the user's own."""
 
 from collections.abc import Callable
 
@@ -12,18 +12,18 @@ RewardFunction = Callable[[str, str | None], float]
 
 
 def reward_function(config: RewardConfig, evaluation: EvalConfig) -> RewardFunction:
-    """The reward of a run; ValueError where a function of the user's cannot be imported."""
+    """The reward function of a run; ValueError when reward.function cannot be imported."""
     match config:
         case GraderRewardConfig(grader=kind, marker=marker):
             chosen = kind or evaluation.grader
-            return graded(grader(chosen.value, marker or evaluation.marker))
+            return grade_reward(grader(chosen.value, marker or evaluation.marker))
         case FunctionRewardConfig(function=name):
             return load_function("reward.function", name)
     raise AssertionError(f"no reward for {type(config).__name__}")
 
 
-def graded(grade: Grade) -> RewardFunction:
-    """1 for a right answer and 0 for a wrong one, or where there is none to compare with."""
+def grade_reward(grade: Grade) -> RewardFunction:
+    """1 for a correct completion, 0 for a wrong one and for a prompt without an answer."""
 
     def reward(completion: str, answer: str | None) -> float:
         return 0.0 if answer is None else float(grade(completion, answer))

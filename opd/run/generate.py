@@ -16,7 +16,7 @@ from opd.data.prompt_sets import read_prompt_sets
 from opd.data.prompts import source_rows
 from opd.data.tokenizer import StudentTokenizer, read_tokenizer
 from opd.evaluate.grade import grader
-from opd.evaluate.reward import RewardFunction, graded
+from opd.evaluate.reward import RewardFunction, grade_reward
 from opd.run.model_names import resolved_model
 from opd.run.recipe import Recipe
 from opd.types import FinishReason, Rollout
@@ -82,7 +82,7 @@ def _generated(config: Config, model: str) -> tuple[StudentTokenizer, list[Rollo
 def _judge(config: Config, only_correct: bool) -> RewardFunction:
     if not only_correct:
         return lambda completion, answer: 1.0
-    return graded(grader(config.eval.grader.value, config.eval.marker))
+    return grade_reward(grader(config.eval.grader.value, config.eval.marker))
 
 
 def _rows(config: Config) -> Iterator[dict[str, Any]]:

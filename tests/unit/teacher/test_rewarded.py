@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from opd.evaluate.grade import grader
-from opd.evaluate.reward import graded, named_function
+from opd.evaluate.reward import grade_reward, named_function
 from opd.teacher.no_teacher import NoTeacher
 from opd.teacher.rewarded import RewardedTeacher, advantage
 from opd.types import FinishReason, Prompt, Rollout
@@ -46,7 +46,7 @@ def test_a_reward_that_is_no_number_is_refused_by_name() -> None:
 
 
 def test_a_grader_rewards_right_answers_and_no_answer_gets_nothing() -> None:
-    reward = graded(grader("after", "#"))
+    reward = grade_reward(grader("after", "#"))
     assert (reward("1+2#3", "3"), reward("1+2#4", "3"), reward("3", None)) == (1.0, 0.0, 0.0)
 
 
