@@ -61,8 +61,8 @@ def overlaps(rows: list[dict[str, Any]], changed: str, name: str = "all") -> Ove
         b=int(b),
         both=int(both),
         expected={
-            "global": Expected.of(np.array([n]), np.array([a]), np.array([b])),
-            "tensor": Expected.of(sums[:, 0], sums[:, 1], sums[:, 2]),
-            "binade": Expected.of(cells[0], cells[1], cells[2]),
+            "global": Expected.from_counts(np.array([n]), np.array([a]), np.array([b])),
+            "tensor": Expected.from_counts(sums[:, 0], sums[:, 1], sums[:, 2]),
+            "binade": Expected.from_counts(cells[0], cells[1], cells[2]),
         },
     )

@@ -12,7 +12,7 @@ from opd.checkpoint.chunks import Chunk, chunk_values, chunks, float32
 from opd.checkpoint.companions import copy_companions, require_free
 from opd.checkpoint.tensors import Checkpoint, model_folder
 from opd.checkpoint.writer import write_tensors
-from opd.mask.rules import require_same
+from opd.mask.rules import require_same_shapes
 from opd.mask.top_k import Selection, TopKQuery
 
 
@@ -36,7 +36,7 @@ class Moves:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        require_same(self.base, self.trained, f"trained={self.trained.model}")
+        require_same_shapes(self.base, self.trained, f"trained={self.trained.model}")
 
     def count(self) -> int:
         """How many there are."""
@@ -56,7 +56,7 @@ class Moves:
 
         selection = Selection(self.base.shapes, f"{seed} prune {order.value}")
         query = TopKQuery(names=tuple(self.base), quotas=(count,), scores=score)
-        for name, index in selection.kept(query, selection.cut(query)):
+        for name, index in selection.select(query, selection.find_threshold(query)):
             tensor = self.trained[name].read().clone()
             start = self.base[name].read().reshape(-1)
             chosen = index.long()

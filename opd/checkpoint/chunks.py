@@ -1,4 +1,4 @@
-"""Whole models a chunk at a time: what every pass over the weights shares."""
+"""Reading the weights of whole models a chunk at a time."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,13 +12,15 @@ import torch
 from opd.checkpoint.tensors import Stored
 
 CHUNK = 1 << 18
-"""Coordinates looked at together: a few MiB of temporaries."""
+"""Coordinates processed together: a few MiB of temporaries."""
 THREADS = 2
 AHEAD = 4
-"""Pieces under way; more would only hold results that wait."""
+"""Chunks in flight; more would only queue results in memory."""
 
 Progress = Callable[[str, float], None]
-"""Told what is being done and which share of it is done."""
+"""Called with what is being done and the share of it that is done."""
+ChunkReader = Callable[["Chunk"], np.ndarray]
+"""Returns one value for each coordinate of a chunk."""
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -33,11 +35,11 @@ class Chunk:
 
 
 def quiet(_doing: str, _done: float) -> None:
-    """Progress that nobody watches."""
+    """A progress callback that does nothing."""
 
 
 def chunks(sizes: Mapping[str, int], names: Iterable[str]) -> list[Chunk]:
-    """The parameters of these names, cut up; empty ones have none."""
+    """The chunks of the parameters of these names, in order; an empty parameter has none."""
     return [
         Chunk(name, start, min(start + CHUNK, sizes[name]))
         for name in names
@@ -46,23 +48,23 @@ def chunks(sizes: Mapping[str, int], names: Iterable[str]) -> list[Chunk]:
 
 
 def in_order(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-    """``map`` over threads that never holds more than a few results."""
-    under_way: deque[Future[B]] = deque()
+    """``map`` over threads, in order, that never holds more than a few results."""
+    in_flight: deque[Future[B]] = deque()
     for item in items:
-        under_way.append(pool.submit(work, item))
-        if len(under_way) >= AHEAD:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
+        in_flight.append(pool.submit(work, item))
+        if len(in_flight) >= AHEAD:
+            yield in_flight.popleft().result()
+    while in_flight:
+        yield in_flight.popleft().result()
 
 
 def chunk_values(stored: Stored, chunk: Chunk) -> torch.Tensor:
-    """These coordinates of a tensor, as stored."""
+    """The values of a chunk of a tensor, as stored."""
     return stored.read().reshape(-1)[chunk.start : chunk.stop]
 
 
 def float32(values: torch.Tensor) -> np.ndarray:
-    """As numpy float32; float64 is rounded."""
+    """Values as numpy float32; float64 is rounded."""
     return values.float().numpy()
 
 
@@ -78,7 +80,7 @@ def binades(values: torch.Tensor) -> np.ndarray:
 
 
 def counts_by_binade(stored: Stored, index: torch.Tensor) -> np.ndarray:
-    """How many of some coordinates of a parameter lie in each binade of its weights, [BINS]."""
+    """How many of the coordinates ``index`` lie in each binade of a parameter's weights, [BINS]."""
     weights, counts = stored.read().reshape(-1), np.zeros(BINS, np.int64)
     for part in index.split(CHUNK):
         counts += np.bincount(binades(weights[part]), minlength=BINS)

@@ -1,4 +1,4 @@
-"""What lies beside the weights in a model folder: configuration, tokenizer, chat template, code."""
+"""The files beside the weights in a model folder: configuration, tokenizer, chat template, code."""
 
 import shutil
 from pathlib import Path
@@ -7,13 +7,13 @@ from opd.checkpoint.tensors import COMPANIONS
 
 
 def require_free(out: Path) -> None:
-    """ValueError when the folder is there and holds something."""
+    """ValueError when ``out`` exists and is not an empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out={out} is there already: name a new folder, or remove it")
+        raise ValueError(f"out={out} already exists: name a new folder, or remove it")
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Configuration, tokenizer and the like; no weights and no list of shards."""
+    """Copy configuration, tokenizer and the like; no weights and no index of shards."""
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and not file.name.endswith(".index.json"):

@@ -1,9 +1,9 @@
-"""Weights that training with FSDP left as one file a rank: ``model_world_size_4_rank_0.pt``, ...
+"""FSDP checkpoints with one file a rank: ``model_world_size_4_rank_0.pt``, ...
 
-Each holds a dictionary of DTensors: this rank's part and how it was cut. They are read by torch's
-restricted unpickler (``weights_only``), with bare stand-ins for the classes that describe the cut, so
-that no code of the file runs, no process group is needed, and files of older torch, which knew these
-classes under other modules, are read as well.
+Each file holds a dictionary of DTensors: this rank's shard and its placement. The files are read by
+torch's restricted unpickler (``weights_only``), with empty stand-ins for the classes that describe
+placements: no code of the file runs, no process group is needed, and files of older torch versions,
+which kept these classes in other modules, are read as well.
 """
 
 import re
@@ -21,26 +21,26 @@ _TENSOR = "DTensor"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharded:
-    """A tensor in parts, one a rank, cut along ``dim``; a single part where nothing was cut."""
+    """A tensor in shards, one a rank, split along ``dim``; a single one where nothing was split."""
 
     parts: tuple[torch.Tensor, ...]
     dim: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the whole."""
+        """Shape of the whole tensor."""
         shape = list(self.parts[0].shape)
         if len(self.parts) > 1:
             shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
         return tuple(shape)
 
     def whole(self) -> torch.Tensor:
-        """The parts side by side."""
+        """The shards concatenated."""
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, self.dim)
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The files of all ranks, in order; empty when there are none. ValueError when one is missing."""
+    """The files of all ranks, in order; empty without any. ValueError when a rank's file is missing."""
     found = {file.name: file for file in folder.glob(PATTERN) if _NAME.match(file.name)}
     if not found:
         return []
@@ -51,23 +51,23 @@ def shard_files(folder: Path) -> list[Path]:
             "keep those of one"
         )
     size = sizes.pop()
-    wanted = [f"model_world_size_{size}_rank_{rank}.pt" for rank in range(size)]
-    missing = [name for name in wanted if name not in found]
+    expected = [f"model_world_size_{size}_rank_{rank}.pt" for rank in range(size)]
+    missing = [name for name in expected if name not in found]
     if missing:
         raise ValueError(
             f"{folder} lacks the shard {missing[0]}: fetch it from that rank's machine"
         )
-    return [found[name] for name in wanted]
+    return [found[name] for name in expected]
 
 
 def read_shards(files: Sequence[Path]) -> dict[str, Sharded]:
-    """Tensors by name from all ranks' files, mapped. ValueError for a cut other than FSDP's."""
+    """Tensors by name from all ranks' files, memory-mapped. ValueError for other placements than FSDP's."""
     states = [_state(file) for file in files]
-    return {name: _joined(name, [state[name] for state in states]) for name in states[0]}
+    return {name: _join(name, [state[name] for state in states]) for name in states[0]}
 
 
 class _Pickled:
-    """What a pickled object says about itself, as attributes."""
+    """An unpickled object's state as attributes."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -83,15 +83,15 @@ class _Pickled:
 
 
 class _LocalTensor(torch.Tensor):
-    """A DTensor's stand-in: ``_local_tensor`` and ``_spec`` are set by the unpickler."""
+    """Stand-in for DTensor: the unpickler sets ``_local_tensor`` and ``_spec``."""
 
     @classmethod
     def __torch_dispatch__(cls, *arguments: Any) -> Any:
-        raise TypeError("a shard's stand-in is looked at, not computed with")
+        raise TypeError("a stand-in for DTensor cannot be computed with")
 
 
 def _state(file: Path) -> dict[str, Any]:
-    """The dictionary of a rank. What does not describe a cut is refused by ``weights_only``."""
+    """The dictionary of a rank; ``weights_only`` refuses classes that do not describe a placement."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
     allowed: list[Any] = [
         (_stand_in(name), name) for name in names if name.split(".")[:2] == ["torch", "distributed"]
@@ -105,32 +105,35 @@ def _stand_in(name: str) -> type:
     return _LocalTensor if last == _TENSOR else type(last, (_Pickled,), {})
 
 
-def _joined(name: str, parts: list[Any]) -> Sharded:
-    """One tensor from what every rank holds of it."""
+def _join(name: str, parts: list[Any]) -> Sharded:
+    """One tensor from the shards of all ranks."""
     if type(parts[0]) in (torch.Tensor, torch.nn.Parameter):
         return Sharded(parts=(parts[0].detach(),), dim=0)
-    cuts = {tuple(_cut(placement) for placement in part._spec.placements) for part in parts}
+    placements = {tuple(_placement(p) for p in part._spec.placements) for part in parts}
     local = tuple(part._local_tensor.detach() for part in parts)
-    match list(cuts):
+    match list(placements):
         case [(("Replicate", _),)]:
             return Sharded(parts=local[:1], dim=0)
         case [(("Shard", int(dim)),)]:
             joined = Sharded(parts=local, dim=dim)
         case _:
-            words = "; ".join(" x ".join(kind for kind, _ in cut) for cut in sorted(cuts, key=str))
+            kinds = "; ".join(
+                " x ".join(kind for kind, _ in each) for each in sorted(placements, key=str)
+            )
             raise ValueError(
-                f"{name} is cut as {words}: only one Shard or Replicate is read; merge the shards first"
+                f"{name} is sharded as {kinds}: only one Shard or Replicate is supported; merge the "
+                "shards first"
             )
     if joined.shape != tuple(parts[0].shape):
         raise ValueError(
-            f"the shards of {name} make {list(joined.shape)}, and say that they are cut from "
-            f"{list(parts[0].shape)}: some are of another run"
+            f"the shards of {name} make {list(joined.shape)}, and belong to a tensor of "
+            f"{list(parts[0].shape)}: some are from another run"
         )
     return joined
 
 
-def _cut(placement: Any) -> tuple[str, Any]:
-    """A placement's kind, and the dimension that it cuts."""
+def _placement(placement: Any) -> tuple[str, Any]:
+    """A placement's kind, and the dimension that it splits."""
     kind = type(placement).__name__
     if kind != "Shard":
         return kind, None

@@ -1,4 +1,4 @@
-"""Where a parameter sits in the model, told from its Hugging Face name."""
+"""A parameter's place in the model: layer, module type and block, derived from its name."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _FFN = re.compile(r"mlp|ffn|feed_forward|experts|(^|\.)fc\d?\.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """``layer`` is None outside the stack; ``module`` is what recurs over layers (``q_proj``)."""
+    """Layer (None outside the stack), module type (``q_proj``, the same in every layer) and block."""
 
     layer: int | None
     module: str
@@ -26,8 +26,8 @@ def place(name: str) -> Place:
     """The layer, the module type and the block of a parameter.
 
     ``model.layers.3.self_attn.q_proj.weight`` is layer 3, module ``q_proj``, block ``attention``. A
-    bias is a module type of its own (``q_proj.bias``), experts share one, and the vision tower's
-    carry ``vision.`` in front.
+    bias has a module type of its own (``q_proj.bias``), experts share one, and those of the vision
+    tower begin with ``vision.``.
     """
     found = _LAYER.search(name)
     vision = bool(_VISION.search(name))

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, one at a time, under their Hugging Face names."""
+"""Reading a checkpoint's tensors one at a time, under their Hugging Face names."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ from opd.checkpoint.fsdp import read_shards, shard_files
 READERS = 2
 """Threads that hash; each holds one tensor."""
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
-"""What lies beside the weights: configuration, tokenizer, chat template, code."""
+"""Files beside the weights: configuration, tokenizer, chat template, code."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """One tensor as it lies in a checkpoint; ``read`` brings it into CPU memory, as stored."""
+    """One tensor of a checkpoint; ``read`` returns it on the CPU, as stored."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -38,7 +38,7 @@ class Stored:
 
 
 class Checkpoint(Mapping[str, Stored]):
-    """Weights of a model folder by name, in the order of their names; nothing is read until asked.
+    """Weights of a model folder by name, in the order of their names; each is read when needed.
 
     A head that is tied to the embedding is not listed, whether or not the file repeats it.
     """
@@ -67,15 +67,15 @@ class Checkpoint(Mapping[str, Stored]):
         return sum(tensor.numel for tensor in self._tensors.values())
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of names, shapes, dtypes and every bit; sharding does not matter."""
+        """Hexadecimal digest of names, shapes, dtypes and every bit, whatever the sharding."""
         with ThreadPoolExecutor(READERS) as pool:
-            return fingerprint_of(
+            return combine_digests(
                 pool.map(lambda named: digest(named[0], named[1].read()), self._tensors.items())
             )
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """The weights of a model folder or hub id: safetensors, ``pytorch_model*.bin``, or FSDP's shards.
+    """The weights of a model folder or Hub id: safetensors, ``pytorch_model*.bin`` or FSDP shards.
 
     Raises ValueError when there are none, or when a shard is cut short or missing.
     """
@@ -107,27 +107,27 @@ def open_tensors(file: Path) -> Checkpoint:
 def _read_file(file: Path) -> dict[str, Stored]:
     try:
         return _bin_tensors(file) if file.suffix == ".bin" else _safetensors(file)
-    except Exception as error:  # each format raises its own kind for a file that is cut short
+    except Exception as error:  # each format raises its own kind for a truncated file
         raise ValueError(f"{file} cannot be read ({error}): fetch it again") from error
 
 
-def _downloaded(model: str) -> Path:
+def _download(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", *COMPANIONS]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{model} is neither a model folder nor a hub id that can be had ({first})"
+            f"{model} is neither a model folder nor an accessible Hub id ({first})"
         ) from None
 
 
 def model_folder(model: str) -> Path:
-    """The folder of a model that is given as folder or hub id; ValueError when it is neither."""
-    return Path(model) if Path(model).is_dir() else _downloaded(model)
+    """The folder of a model given as folder or Hub id; ValueError when it is neither."""
+    return Path(model) if Path(model).is_dir() else _download(model)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights. ValueError when one that must be there is missing."""
+    """The files that hold a model's weights. ValueError when one that an index names is missing."""
     for pattern, index in (
         ("*.safetensors", "model.safetensors.index.json"),
         ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
@@ -145,7 +145,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder, or of the ``huggingface/`` beside shards; empty without."""
+    """``config.json`` of a model folder, or of ``huggingface/`` beside shards; empty without one."""
     for file in (folder / "config.json", folder / "huggingface" / "config.json"):
         if file.is_file():
             return json.loads(file.read_text())
@@ -157,7 +157,7 @@ def _shards(files: list[Path]) -> dict[str, Stored]:
         tensors = read_shards(files)
     except ValueError:
         raise
-    except Exception as error:  # whatever a file that is cut short, or holds code, leads to
+    except Exception as error:  # truncated files and files with code raise many kinds
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"the shards in {files[0].parent} cannot be read ({first})") from error
     return {
@@ -194,7 +194,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""safetensors' words for number formats."""
+"""Number formats by their names in safetensors."""
 
 
 def _bin_tensors(file: Path) -> dict[str, Stored]:
@@ -222,6 +222,6 @@ def digest(name: str, tensor: torch.Tensor) -> bytes:
     return hashlib.sha256(header.encode() + hashlib.sha256(data.data).digest()).digest()
 
 
-def fingerprint_of(digests: Iterable[bytes]) -> str:
+def combine_digests(digests: Iterable[bytes]) -> str:
     """The fingerprint of a checkpoint from the digests of its tensors, in the order of their names."""
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]

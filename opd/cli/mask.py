@@ -5,15 +5,15 @@ from opd.cli.grammar import HELP_FLAGS
 
 HELP = """usage: opd mask VERB [ARGUMENTS] [key=value ...]
 
-Which weights are trained.
+Masks of the weights that are trained, and files of the weights that training changed.
 
   discover   find a mask by a rule
-  show       where a mask is dense
-  compare    how two masks overlap, beside chance
+  show       show where a mask is dense
+  compare    compare two masks: their overlap beside chance
   combine    union, intersection or difference of two masks
-  export     write what training changed as one small file
-  apply      make the trained model from its base and that file
-  undo       make the base from the trained model and that file
+  export     write the difference of base and trained model as one small file
+  apply      rebuild the trained model from its base and that file
+  undo       rebuild the base from the trained model and that file
 
 `opd mask VERB --help` explains a verb; docs/masks.md explains the rules.
 

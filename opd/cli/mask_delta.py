@@ -16,7 +16,7 @@ from opd.config.arguments import parse_arguments
 from opd.delta.export import cast, export_delta
 from opd.delta.format import Delta, Side, read_delta
 from opd.delta.rebuild import write_base, write_trained
-from opd.delta.shira import Adapter, Others, export_shira
+from opd.delta.shira import Adapter, UnsupportedParameters, export_shira
 from opd.mask.mask import Mask
 from opd.run.model_names import resolved_model
 
@@ -41,14 +41,14 @@ example: opd mask undo trained=runs/x delta=x.safetensors out=base
 
 
 class Format(StrEnum):
-    """How a trained subnetwork is written."""
+    """The format of an exported subnetwork."""
 
     delta = "delta"
     shira = "shira"
 
 
 class CastTo(StrEnum):
-    """Number formats that trained weights can be rounded to before they are compared."""
+    """Number formats to which trained weights can be rounded before they are compared."""
 
     stored = "stored"
     bfloat16 = "bfloat16"
@@ -61,19 +61,19 @@ class ExportArguments:
     """Keys of `opd mask export`."""
 
     base: str = MISSING
-    """Folder or hub id of the model that training started from."""
+    """Folder or Hub id of the model that training started from."""
     trained: str = MISSING
-    """Folder or hub id of the trained model, or the folder of a run (its final/ is meant)."""
+    """The trained model: a folder, a Hub id or a run folder (its final/)."""
     out: str = MISSING
     """File to write; with format=shira a folder."""
     mask: str | None = None
-    """Mask file: refuse when a weight outside it changed."""
+    """Mask file: the export fails when a weight outside it changed."""
     dtype: CastTo = CastTo.stored
-    """Round the trained weights to it first."""
+    """Number format to which the trained weights are rounded first."""
     format: Format = Format.delta
-    """delta: one file, exact both ways; shira: an adapter that PEFT loads."""
-    others: Others = Others.refuse
-    """format=shira: what such an adapter cannot hold is refused, or dropped with a warning."""
+    """delta: one file, exact in both directions; shira: an adapter that PEFT loads."""
+    others: UnsupportedParameters = UnsupportedParameters.refuse
+    """format=shira: parameters that the adapter cannot hold are an error, or dropped with a warning."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,11 +81,11 @@ class ApplyArguments:
     """Keys of `opd mask apply`."""
 
     base: str = MISSING
-    """Folder or hub id of the base."""
+    """Folder or Hub id of the base."""
     delta: str = MISSING
-    """File of `opd mask export`."""
+    """File written by `opd mask export`."""
     out: str = MISSING
-    """Folder to write: the trained model."""
+    """Folder for the trained model."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -93,11 +93,11 @@ class UndoArguments:
     """Keys of `opd mask undo`."""
 
     trained: str = MISSING
-    """Folder or hub id of the trained model, or the folder of a run."""
+    """The trained model: a folder, a Hub id or a run folder (its final/)."""
     delta: str = MISSING
-    """File of `opd mask export`."""
+    """File written by `opd mask export`."""
     out: str = MISSING
-    """Folder to write: the base."""
+    """Folder for the base."""
 
 
 def export(words: list[str]) -> None:
@@ -108,17 +108,19 @@ def export(words: list[str]) -> None:
     if arguments.format == Format.shira:
         require_free(out)
         with tempfile.TemporaryDirectory() as folder:
-            base, delta = _exported(arguments, Path(folder) / "delta.safetensors", words)
+            base, delta = _export(arguments, Path(folder) / "delta.safetensors", words)
             adapter = export_shira(base, delta, out, arguments.others)
         _print_adapter(adapter, out)
         return
-    if arguments.others != Others.refuse:
-        raise ValueError("others= is for format=shira only: leave it out")
+    if arguments.others != UnsupportedParameters.refuse:
+        raise ValueError("others= has no effect without format=shira: leave it out")
     if out.suffix != ".safetensors":
-        raise ValueError(f"out={out} should be a file: name one that ends in .safetensors")
+        raise ValueError(
+            f"out={out} is not a .safetensors file: give a name that ends in .safetensors"
+        )
     if out.exists():
-        raise ValueError(f"out={out} is there already: name a new file, or remove it")
-    base, delta = _exported(arguments, out, words)
+        raise ValueError(f"out={out} already exists: name a new file, or remove it")
+    base, delta = _export(arguments, out, words)
     dense = sum(stored.numel * stored.dtype.itemsize for stored in base.values())
     size = out.stat().st_size
     print(
@@ -130,7 +132,6 @@ def export(words: list[str]) -> None:
 
 def apply(words: list[str]) -> None:
     """``opd mask apply base=A delta=FILE out=FOLDER``."""
-
     read = parse_command_line(words, APPLY, shown=ApplyArguments)
     arguments = parse_arguments(ApplyArguments, read.settings)
     delta = read_delta(Path(arguments.delta))
@@ -140,7 +141,6 @@ def apply(words: list[str]) -> None:
 
 def undo(words: list[str]) -> None:
     """``opd mask undo trained=B delta=FILE out=FOLDER``."""
-
     read = parse_command_line(words, UNDO, shown=UndoArguments)
     arguments = parse_arguments(UndoArguments, read.settings)
     delta = read_delta(Path(arguments.delta))
@@ -148,8 +148,7 @@ def undo(words: list[str]) -> None:
     _print_rebuilt(delta, Side.base, arguments.out)
 
 
-def _exported(arguments: ExportArguments, out: Path, words: list[str]) -> tuple[Checkpoint, Delta]:
-
+def _export(arguments: ExportArguments, out: Path, words: list[str]) -> tuple[Checkpoint, Delta]:
     base, trained = (
         open_checkpoint(arguments.base),
         open_checkpoint(resolved_model(arguments.trained)),
@@ -161,10 +160,9 @@ def _exported(arguments: ExportArguments, out: Path, words: list[str]) -> tuple[
     return base, export_delta(base, trained, out, mask=mask, command=command)
 
 
-def _print_rebuilt(delta: Delta, side: StrEnum, out: str) -> None:
-
-    end = delta.ends[Side(side)]
-    print(f"{out} is {end.model} bit for bit (fingerprint {end.fingerprint[:12]})")
+def _print_rebuilt(delta: Delta, side: Side, out: str) -> None:
+    model = delta.models[side]
+    print(f"{out} is {model.name} bit for bit (fingerprint {model.fingerprint[:12]})")
 
 
 def _print_adapter(adapter: Adapter, out: Path) -> None:

@@ -17,7 +17,7 @@ from opd.cli.mask_tables import (
     comparison_tables,
     description_json,
     description_tables,
-    discovered,
+    discovery_table,
 )
 from opd.cli.progress import progress_bar
 from opd.config.arguments import parse_arguments, split_arguments
@@ -33,18 +33,19 @@ from opd.run.train import run_one
 
 DISCOVER = """usage: opd mask discover base=MODEL rule=RULE density=SHARE out=MASK [key=value ...]
 
-Find a mask by a rule. docs/masks.md says what each rule is and costs.
+Find a mask by a rule. docs/masks.md explains each rule and its cost.
 
 example: opd mask discover base=MODEL rule=near_zero density=0.1 out=m.safetensors
 """
 SHOW = """usage: opd mask show MASK [out=DIR] [--json]
 
-Where a mask is dense: tables, with out= a heat map (density.png), with --json numbers.
+Where a mask is dense: tables; with out= a heat map (density.png), with --json numbers.
 
-example: opd mask show m.safetensors out=pictures"""
+example: opd mask show m.safetensors out=figures
+"""
 COMPARE = """usage: opd mask compare A B [base=MODEL] [out=DIR] [--json]
 
-How two masks of one base overlap, beside chance; with out= bars (overlap.png).
+How two masks of one base overlap, beside chance; with out= bars (overlap.png), with --json numbers.
 
 example: opd mask compare a.safetensors b.safetensors base=MODEL
 """
@@ -61,13 +62,13 @@ class DiscoverArguments(RuleConfig):
     """Keys of `opd mask discover`."""
 
     base: str = MISSING
-    """Folder or hub id of the model whose weights are masked."""
+    """Folder or Hub id of the model whose weights are masked."""
     out: str = MISSING
     """Mask file to write."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace an existing file."""
     recipe: str | None = None
-    """Rules that score a live run: the recipe to run for `steps` steps; its settings may follow."""
+    """Rules that score a live run: the recipe to run for `steps` steps; overrides of it may follow."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,7 +84,7 @@ class CompareArguments:
     """Keys of `opd mask compare`."""
 
     base: str | None = None
-    """Folder or hub id of the masks' base; with it chance can keep the magnitudes of weights too."""
+    """Folder or Hub id of the masks' base; adds chance at equal counts per binade of the weights."""
     out: str | None = None
     """Folder for bars, overlap.png."""
 
@@ -95,7 +96,7 @@ class CombineArguments:
     out: str = MISSING
     """Mask file to write."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace an existing file."""
 
 
 def discover(words: list[str]) -> None:
@@ -105,7 +106,7 @@ def discover(words: list[str]) -> None:
     if any(word.startswith("recipe=") for word in settings):
         settings, overrides = split_arguments(DiscoverArguments, settings)
     arguments = parse_arguments(DiscoverArguments, settings)
-    out = _free(arguments.out, arguments.overwrite)
+    out = _require_writable(arguments.out, arguments.overwrite)
     rule = RuleConfig(**{f.name: getattr(arguments, f.name) for f in fields(RuleConfig)})
     command = shlex.join(["opd", "mask", "discover", *words])
     with TemporaryDirectory(prefix="opd-mask-") as folder, progress_bar() as progress:
@@ -120,7 +121,7 @@ def discover(words: list[str]) -> None:
         base = open_checkpoint(arguments.base)
         like = None if rule.like is None else Mask.read(rule.like)
         summary = discover_mask(base, rule, out, like=like, command=command, progress=progress)
-    Console().print(discovered(summary))
+    Console().print(discovery_table(summary))
     for warning in summary.warnings:
         print(f"opd: warning: {warning}", file=sys.stderr)
 
@@ -128,11 +129,11 @@ def discover(words: list[str]) -> None:
 def _live_scores(
     arguments: DiscoverArguments, rule: RuleConfig, overrides: list[str], folder: Path
 ) -> str:
-    """The file of scores that a short run of the recipe leaves."""
+    """The file of scores that a short run of the recipe writes."""
     if arguments.recipe is None:
         raise ValueError(
             f"rule={rule.rule} scores a live run: give recipe=RECIPE to run for {rule.steps} steps, "
-            "or scores=FILE that such a run left"
+            "or scores=FILE of such a run"
         )
     recipe = load_recipe(arguments.recipe, *overrides)
     _require_same_model(arguments.base, recipe.config.student.model)
@@ -142,8 +143,8 @@ def _live_scores(
 def _require_same_model(base: str, student: str) -> None:
     if open_checkpoint(base).fingerprint() != open_checkpoint(student).fingerprint():
         raise ValueError(
-            f"base={base} is not the recipe's student.model={student}, whose weights are scored: give "
-            "the same model to both"
+            f"base={base} is not the recipe's student.model={student}, whose weights are scored: use "
+            "the same model in both"
         )
 
 
@@ -153,16 +154,16 @@ def show(words: list[str]) -> None:
     arguments = parse_arguments(ShowArguments, read.settings)
     (file,) = read.positionals
     mask = Mask.read(file)
-    described = describe(mask)
+    description = describe(mask)
     if "--json" in read.flags:
-        print(json.dumps(description_json(mask, described), indent=1))
+        print(json.dumps(description_json(mask, description), indent=1))
     else:
-        for table in description_tables(mask, described):
+        for table in description_tables(mask, description):
             Console().print(table)
     if arguments.out is not None:
-        picture = Path(arguments.out) / "density.png"
-        heat_map(described, f"{_title(file, mask)} of {mask.origin.model}", picture)
-        _print_picture(picture, read.flags)
+        figure = Path(arguments.out) / "density.png"
+        heat_map(description, f"{_title(file, mask)} of {mask.origin.model}", figure)
+        _print_figure(figure, read.flags)
 
 
 def compare(words: list[str]) -> None:
@@ -183,9 +184,9 @@ def compare(words: list[str]) -> None:
         for table in comparison_tables(comparison, titles):
             Console().print(table)
     if arguments.out is not None:
-        picture = Path(arguments.out) / "overlap.png"
-        overlap_bars(comparison, titles, picture)
-        _print_picture(picture, read.flags)
+        figure = Path(arguments.out) / "overlap.png"
+        overlap_bars(comparison, titles, figure)
+        _print_figure(figure, read.flags)
 
 
 def combine(words: list[str]) -> None:
@@ -198,21 +199,21 @@ def combine(words: list[str]) -> None:
         "difference": Mask.difference,
     }
     if how not in operations:
-        raise ValueError(f"masks cannot be combined by {how}: allowed are {', '.join(operations)}")
+        raise ValueError(f"{how} does not combine masks: allowed are {', '.join(operations)}")
     arguments = parse_arguments(CombineArguments, read.settings)
-    out = _free(arguments.out, arguments.overwrite)
-    made = operations[how](Mask.read(first), Mask.read(second))
+    out = _require_writable(arguments.out, arguments.overwrite)
+    combined = operations[how](Mask.read(first), Mask.read(second))
     command = shlex.join(["opd", "mask", "combine", *words])
-    replace(made, origin=replace(made.origin, command=command)).save(out)
+    replace(combined, origin=replace(combined.origin, command=command)).save(out)
     print(f"{out}: {Mask.read(out).density:.4%} of all weights kept")
 
 
-def _free(out: str, overwrite: bool) -> Path:
+def _require_writable(out: str, overwrite: bool) -> Path:
     path = Path(out)
     if path.is_dir():
-        raise ValueError(f"out={out} is a folder: name a file, as out={path / 'mask.safetensors'}")
+        raise ValueError(f"out={out} is a folder: give a file, as out={path / 'mask.safetensors'}")
     if path.exists() and not overwrite:
-        raise ValueError(f"out={out} exists: give another name, or overwrite=true")
+        raise ValueError(f"out={out} already exists: give another name, or overwrite=true")
     return path
 
 
@@ -220,6 +221,6 @@ def _title(file: str, mask: Mask) -> str:
     return f"{Path(file).name} ({mask.origin.rule})"
 
 
-def _print_picture(picture: Path, flags: set[str]) -> None:
+def _print_figure(figure: Path, flags: set[str]) -> None:
     if "--json" not in flags:
-        print(f"picture: {picture}")
+        print(f"figure: {figure}")

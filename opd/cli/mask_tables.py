@@ -1,4 +1,4 @@
-"""What ``opd mask`` has to say, as tables for a person and as JSON for a script."""
+"""The output of ``opd mask``: tables to read, JSON for scripts."""
 
 import math
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ CHANCE = {
 }
 
 
-def discovered(summary: Summary) -> Table:
-    """A mask just found."""
+def discovery_table(summary: Summary) -> Table:
+    """The weights that a discovered mask keeps, by block."""
     table = _table(str(summary.path), "", "weights kept", "density")
     blocks: dict[str, int] = {}
     for name, kept in summary.counts.items():
@@ -34,40 +34,39 @@ def discovered(summary: Summary) -> Table:
     table.add_section()
     table.add_row("all", f"{summary.kept:,}", f"{summary.density:.4%}")
     if summary.tied:
-        told = f"{summary.tied:,} scores equal the boundary's,\n{summary.tied_kept:,} of them kept by lot"
-        table.caption = told
+        table.caption = f"{summary.tied:,} scores equal a threshold,\n{summary.tied_kept:,} of them kept at random"
         table.caption_justify = "left"
     return table
 
 
-def description_tables(mask: Mask, described: Description) -> Iterator[Table]:
-    """Where a mask is dense."""
-    origin, whole = mask.origin, described.whole
+def description_tables(mask: Mask, description: Description) -> Iterator[Table]:
+    """The origin of a mask and its density by block, module type, layer and tensor."""
+    origin, whole = mask.origin, description.whole
     head = _table("Mask", "", "", right=False)
-    for name, told in (
+    for name, value in (
         ("rule", origin.rule),
         ("base", f"{origin.model} (fingerprint {origin.base[:12]})"),
         ("seed", str(origin.seed)),
         ("command", origin.command),
         ("kept", f"{whole.kept:,} of {whole.numel:,} weights: {whole.density:.4%}"),
     ):
-        head.add_row(name, told)
+        head.add_row(name, value)
     yield head
     for title, shares in (
-        ("Blocks", described.blocks),
-        ("Module types", described.modules),
-        ("Layers", described.layers),
+        ("Blocks", description.blocks),
+        ("Module types", description.modules),
+        ("Layers", description.layers),
     ):
-        yield _shares(title, shares, whole)
-    ranked = sorted(described.tensors, key=lambda share: -share.density)
-    for title, some in (("Densest", ranked[:EXTREMES]), ("Sparsest", ranked[-EXTREMES:])):
+        yield _share_table(title, shares, whole)
+    ranked = sorted(description.tensors, key=lambda share: -share.density)
+    for title, extremes in (("Densest", ranked[:EXTREMES]), ("Sparsest", ranked[-EXTREMES:])):
         table = _table(f"{title} tensors", "", "density", "kept")
-        for share in some:
+        for share in extremes:
             table.add_row(share.name, f"{share.density:.3%}", f"{share.kept:,}")
         yield table
 
 
-def _shares(title: str, shares: Any, whole: Share) -> Table:
+def _share_table(title: str, shares: Any, whole: Share) -> Table:
     table = _table(title, "", "density", "x model's", "kept", "of all\nkept", "of all\nweights")
     for share in shares:
         relative = share.density / whole.density if whole.density else math.nan
@@ -82,26 +81,26 @@ def _shares(title: str, shares: Any, whole: Share) -> Table:
     return table
 
 
-def description_json(mask: Mask, described: Description) -> dict[str, Any]:
-    """The same numbers."""
+def description_json(mask: Mask, description: Description) -> dict[str, Any]:
+    """The numbers of ``description_tables``."""
 
-    def shares(of: tuple[Share, ...]) -> dict[str, Any]:
-        return {s.name: {"kept": s.kept, "numel": s.numel, "density": s.density} for s in of}
+    def as_dict(shares: tuple[Share, ...]) -> dict[str, Any]:
+        return {s.name: {"kept": s.kept, "numel": s.numel, "density": s.density} for s in shares}
 
     return {
         "origin": asdict(mask.origin),
-        "kept": described.whole.kept,
-        "numel": described.whole.numel,
-        "density": described.whole.density,
-        "blocks": shares(described.blocks),
-        "modules": shares(described.modules),
-        "layers": shares(described.layers),
-        "tensors": shares(described.tensors),
+        "kept": description.whole.kept,
+        "numel": description.whole.numel,
+        "density": description.whole.density,
+        "blocks": as_dict(description.blocks),
+        "modules": as_dict(description.modules),
+        "layers": as_dict(description.layers),
+        "tensors": as_dict(description.tensors),
     }
 
 
 def comparison_tables(comparison: MaskComparison, names: tuple[str, str]) -> Iterator[Table]:
-    """Observed overlap beside chance."""
+    """Observed overlap beside chance, for the whole model and by module type."""
     whole = comparison.whole
     levels = [level for level in LEVELS if level in whole.expected]
     title = f"A = {names[0]}: {whole.a:,}\nB = {names[1]}: {whole.b:,}\nboth: {whole.both:,}"
@@ -126,17 +125,17 @@ def comparison_tables(comparison: MaskComparison, names: tuple[str, str]) -> Ite
         table.caption = "base=MODEL adds chance that keeps the magnitudes of the weights"
         table.caption_justify = "left"
     yield table
-    # within a module type chance per tensor says what chance for the whole would
-    shown = [level for level in levels if level != "global"]
-    lifts = [f"lift\n{level}" for level in shown]
+    # chance at both densities adds nothing to chance per tensor within a module type
+    detailed = [level for level in levels if level != "global"]
+    lifts = [f"lift\n{level}" for level in detailed]
     headings = ("A\nkeeps", "B\nkeeps", "A's\nin B", "B's\nin A", *lifts, "z")
     detail = _table("Module types", "", *headings)
     for row in comparison.modules:
-        detail.add_row(*_module(row, shown))
+        detail.add_row(*_module_row(row, detailed))
     yield detail
 
 
-def _module(row: Overlap, levels: list[str]) -> list[str]:
+def _module_row(row: Overlap, levels: list[str]) -> list[str]:
     return [
         row.name,
         f"{row.a / row.numel:.1%}",
@@ -148,40 +147,40 @@ def _module(row: Overlap, levels: list[str]) -> list[str]:
     ]
 
 
-def _cell(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
+def _cell(value: float, style: str) -> str:
+    return "-" if math.isnan(value) else format(value, style)
 
 
 def comparison_json(comparison: MaskComparison) -> dict[str, Any]:
-    """The same numbers; what is not defined is null."""
+    """The numbers of ``comparison_tables``; undefined ones are None."""
 
-    def told(row: Overlap) -> dict[str, Any]:
+    def as_dict(row: Overlap) -> dict[str, Any]:
         return {
             "numel": row.numel,
             "a": row.a,
             "b": row.b,
             "both": row.both,
-            "coverage_of_a": _defined(row.coverage_of_a),
-            "coverage_of_b": _defined(row.coverage_of_b),
-            "jaccard": _defined(row.jaccard),
+            "coverage_of_a": _none_if_nan(row.coverage_of_a),
+            "coverage_of_b": _none_if_nan(row.coverage_of_b),
+            "jaccard": _none_if_nan(row.jaccard),
             "chance": {
                 level: {
                     "both": row.expected[level].mean,
-                    "jaccard": _defined(row.expected_jaccard(level)),
-                    "lift": _defined(row.lift(level)),
-                    "z": _defined(row.z(level)),
+                    "jaccard": _none_if_nan(row.expected_jaccard(level)),
+                    "lift": _none_if_nan(row.lift(level)),
+                    "z": _none_if_nan(row.z(level)),
                 }
                 for level in row.expected
             },
         }
 
     return {
-        "whole": told(comparison.whole),
-        "modules": {row.name: told(row) for row in comparison.modules},
+        "whole": as_dict(comparison.whole),
+        "modules": {row.name: as_dict(row) for row in comparison.modules},
     }
 
 
-def _defined(value: float) -> float | None:
+def _none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 

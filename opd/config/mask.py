@@ -57,17 +57,17 @@ class RuleConfig:
     """How a mask is discovered."""
 
     rule: MaskRule = MaskRule.delta
-    """How weights are ranked; docs/masks.md explains each."""
+    """How weights are ranked; docs/masks.md explains each rule."""
     density: float | None = bounded(None, above=0, most=1)
-    """Share of all weights to keep, met exactly; rule=delta and rule=scores take a threshold instead."""
+    """Share of all weights to keep, met exactly; some rules take a threshold instead."""
     threshold: float | None = bounded(None, least=0)
-    """Keep scores above this instead of an exact share; for rule=delta |D| of both sides in bf16."""
+    """Keep scores above this instead of an exact share; rule=delta scores |D| in bf16."""
     budget: MaskBudget = MaskBudget["global"]
     """Whether weights compete over the whole model, within their tensor or within their module type."""
     structure: MaskStructure = MaskStructure.coordinates
     """Single weights, or whole rows or columns of matrices by the mean of their squared scores."""
     trained: str | None = None
-    """rule=delta: the finished run (a run folder or a checkpoint) whose update is taken."""
+    """rule=delta: the finished run (a run folder or a checkpoint) whose update is scored."""
     like: str | None = None
     """rule=random or magnitude_matched: the mask file whose counts per tensor (and binade) are copied."""
     scores: str | None = None
@@ -79,9 +79,9 @@ class RuleConfig:
     steps: int = bounded(20, least=1)
     """Rules that score a live run: optimizer steps to run."""
     exclude: list[str] = bounded([])
-    """Parameters left out, as patterns of their names: '*norm*', 'model.embed_tokens.weight'."""
+    """Parameters that are not trained, as name patterns: '*norm*', 'model.embed_tokens.weight'."""
     seed: int = bounded(0, least=0)
-    """Fixes random rules and the order of equal scores."""
+    """Fixes random rules and the tie-breaks of equal scores."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,7 +94,7 @@ class FileMaskConfig(MaskConfig):
     """The weights of a mask file are trained."""
 
     path: str | None = None
-    """A mask that was made for student.model, by `opd mask discover` for example."""
+    """A mask of student.model, made by `opd mask discover` for example."""
     enabled: bool = True
     """false trains every weight, for a comparison with the same recipe."""
     training: MaskTraining = MaskTraining.compact
@@ -103,7 +103,7 @@ class FileMaskConfig(MaskConfig):
 
 @dataclass(kw_only=True, slots=True)
 class DiscoverMaskConfig(RuleConfig, MaskConfig):
-    """A mask is discovered by a rule before training starts; what the rule needs to see is run first."""
+    """A mask is discovered by a rule before training starts; the run that a rule needs is done first."""
 
     enabled: bool = True
     """false trains every weight, for a comparison with the same recipe."""
@@ -120,11 +120,11 @@ class StudyMaskConfig(DiscoverMaskConfig):
     """The two-stage experiment: train everything, discover, retrain on the mask and on its controls."""
 
     arms: list[StudyArm] = bounded([*StudyArm])
-    """What is trained: full first, then the discovered mask and random ones of the same density."""
+    """What is trained: everything first, then the discovered mask and random masks of its density."""
     seeds: list[int] = bounded([0, 1, 2])
-    """Every arm is run once for each; they fix samples, prompt order and random masks."""
+    """Every arm runs once per seed, which fixes samples, prompt order and random masks."""
     lr_scale: float = bounded(1.0, above=0)
-    """Learning rate of the masked arms as a multiple of optim.lr; sparse masks like a larger one."""
+    """Learning rate of the masked arms as a multiple of optim.lr; sparse masks need a larger one."""
 
 
 CHOICES = {
@@ -136,17 +136,17 @@ CHOICES = {
 
 
 def active_mask(config: "Config") -> FileMaskConfig | DiscoverMaskConfig | None:
-    """The mask that this run is trained with, if there is one."""
+    """The mask that this run is trained with, or None."""
     if isinstance(config.mask, FileMaskConfig | DiscoverMaskConfig) and config.mask.enabled:
         return config.mask
     return None
 
 
 def a_mask_is_of_the_student_s_own_weights(config: "Config") -> str | None:
-    """A mask lists coordinates of the student's own weights; adapters have none of them."""
+    """A mask lists indices of the student's own weights; adapters are other weights."""
     if active_mask(config) is not None and isinstance(config.adapter, LoraConfig):
         return (
-            "mask=... trains coordinates of the student's own weights and adapter=lora freezes them: "
+            "mask=... trains some of the student's own weights and adapter=lora freezes them: "
             "use adapter=none with a mask, or mask=none with adapters"
         )
     return None
@@ -160,7 +160,7 @@ def a_mask_file_is_named(config: "Config") -> str | None:
 
 
 def a_scored_run_has_dense_states(config: "Config") -> str | None:
-    """Scores are read from the optimizer's state of every weight."""
+    """Scores need the optimizer's state of every weight."""
     scores = config.train.mask_scores
     if scores == MaskScores.none:
         return None
@@ -186,18 +186,18 @@ LIVE_RULES = (
     MaskRule.first_gradient,
 )
 """Rules whose scores come from a short run of training."""
-COMPETE = {"density", "budget", "structure", "exclude"}
+COMPETITION = {"density", "budget", "structure", "exclude"}
 READS: dict[MaskRule, set[str]] = {
-    MaskRule.delta: COMPETE | {"threshold", "trained"},
-    MaskRule.near_zero: COMPETE,
-    MaskRule.safe: COMPETE | {"rank_share"},
-    MaskRule.random: COMPETE | {"like"},
+    MaskRule.delta: COMPETITION | {"threshold", "trained"},
+    MaskRule.near_zero: COMPETITION,
+    MaskRule.safe: COMPETITION | {"rank_share"},
+    MaskRule.random: COMPETITION | {"like"},
     MaskRule.magnitude_matched: {"like"},
-    MaskRule.scores: COMPETE | {"threshold", "scores"},
-    MaskRule.function: COMPETE | {"threshold", "function"},
-    **{rule: COMPETE | {"threshold", "scores", "steps"} for rule in LIVE_RULES},
+    MaskRule.scores: COMPETITION | {"threshold", "scores"},
+    MaskRule.function: COMPETITION | {"threshold", "function"},
+    **{rule: COMPETITION | {"threshold", "scores", "steps"} for rule in LIVE_RULES},
 }
-"""Settings that each rule reads, beside rule and seed."""
+"""Settings that each rule reads, besides rule and seed."""
 NEEDS = {
     MaskRule.delta: "trained",
     MaskRule.magnitude_matched: "like",
@@ -209,30 +209,30 @@ NEEDS = {
 
 def require_valid_rule(rule: RuleConfig) -> None:
     """ValueError for settings that are missing, contradict each other or have no effect."""
-    plain = RuleConfig(rule=rule.rule)
+    defaults = RuleConfig(rule=rule.rule)
     for field in fields(RuleConfig):
         if field.name in {"rule", "seed", *READS[rule.rule]}:
             continue
-        if getattr(rule, field.name) != getattr(plain, field.name):
+        if getattr(rule, field.name) != getattr(defaults, field.name):
             raise ValueError(
-                f"{field.name}={_typed(getattr(rule, field.name))} has no effect with rule={rule.rule}, "
+                f"{field.name}={_text(getattr(rule, field.name))} has no effect with rule={rule.rule}, "
                 f"which reads {', '.join(sorted(READS[rule.rule]))} and seed: leave it out"
             )
     needed = NEEDS.get(rule.rule)
     if needed is not None and getattr(rule, needed) is None:
         raise ValueError(f"rule={rule.rule} needs {needed}=..., found none")
     if rule.like is not None:
-        for name in sorted(COMPETE):
-            if getattr(rule, name) != getattr(plain, name):
+        for name in sorted(COMPETITION):
+            if getattr(rule, name) != getattr(defaults, name):
                 raise ValueError(
-                    f"{name}={_typed(getattr(rule, name))} has no effect beside like={rule.like}, whose "
+                    f"{name}={_text(getattr(rule, name))} has no effect beside like={rule.like}, whose "
                     "counts are copied: leave one of them out"
                 )
         return
-    _require_a_size(rule, plain)
+    _require_size(rule, defaults)
 
 
-def _require_a_size(rule: RuleConfig, plain: RuleConfig) -> None:
+def _require_size(rule: RuleConfig, defaults: RuleConfig) -> None:
     if (rule.density is None) == (rule.threshold is None):
         found = "none" if rule.density is None else "both"
         needs = "density=... or threshold=..." if "threshold" in READS[rule.rule] else "density=..."
@@ -240,11 +240,11 @@ def _require_a_size(rule: RuleConfig, plain: RuleConfig) -> None:
         raise ValueError(f"rule={rule.rule} needs {needs}, found {found}")
     if rule.threshold is not None:
         for name in ("budget", "structure"):
-            if getattr(rule, name) != getattr(plain, name):
+            if getattr(rule, name) != getattr(defaults, name):
                 raise ValueError(
                     f"{name}={getattr(rule, name)} needs density=..., found threshold={rule.threshold}"
                 )
 
 
-def _typed(value: object) -> str:
+def _text(value: object) -> str:
     return str(getattr(value, "value", value))

@@ -1,1 +1,1 @@
-"""A trained subnetwork as a small file: sparse checkpoints, and adapters made of them."""
+"""Sparse checkpoints: a trained subnetwork as a small file, and adapters made from it."""

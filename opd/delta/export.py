@@ -1,4 +1,4 @@
-"""A sparse checkpoint from a base and the same model trained."""
+"""Exporting the difference between a base and the same model trained as a sparse checkpoint."""
 
 import json
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from opd.checkpoint.tensors import Checkpoint, Stored, digest, dtype_name, fingerprint_of
+from opd.checkpoint.tensors import Checkpoint, Stored, combine_digests, digest, dtype_name
 from opd.checkpoint.writer import write_tensors
-from opd.delta.format import COORDINATES, FORMAT, INTEGERS, XOR, Delta, Side, read_delta
+from opd.delta.format import FORMAT, INDICES, INTEGERS, XOR, Delta, Side, read_delta
 from opd.mask.file import index_dtype
 from opd.mask.mask import Mask
 
@@ -18,7 +18,7 @@ CHUNK = 1 << 24
 
 
 def cast(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
-    """The same weights with every floating-point tensor in ``dtype``, converted when read."""
+    """The same checkpoint with every floating-point tensor converted to ``dtype`` when read."""
 
     def converted(stored: Stored) -> Stored:
         if not stored.dtype.is_floating_point:
@@ -39,12 +39,12 @@ def export_delta(
     mask: Mask | None = None,
     command: str = "",
 ) -> Delta:
-    """Write the sparse checkpoint that leads from ``base`` to ``trained``, and open it.
+    """Write the sparse checkpoint that converts ``base`` to ``trained``, and open it.
 
-    Both are read once, a tensor at a time. Raises ValueError when they are not the same names,
-    shapes and number formats, when ``mask`` is for another base, or when a weight outside it changed.
+    Both are read once, a tensor at a time. Raises ValueError when their names, shapes or number
+    formats differ, when ``mask`` is for another base, or when a weight outside it changed.
     """
-    _require_alike(base, trained)
+    _require_same_model(base, trained)
     if mask is not None:
         mask.require_base(base.fingerprint(), base.model)
         mask.require_parameters(base.shapes)
@@ -54,29 +54,29 @@ def export_delta(
     def parts() -> Iterator[tuple[str, torch.Tensor]]:
         for name in base:
             before, after = base[name].read(), trained[name].read()
-            coordinates, xor = _differences(before, after)
-            was = now = digest(name, before)
-            if len(coordinates):
-                _require_inside(name, coordinates, mask, trained.model)
-                now = digest(name, after)
+            indices, xor = _differences(before, after)
+            base_digest = trained_digest = digest(name, before)
+            if len(indices):
+                _require_inside(name, indices, mask, trained.model)
+                trained_digest = digest(name, after)
                 tensors[name] = {
                     "shape": list(before.shape),
                     "dtype": dtype_name(before.dtype),
-                    "count": len(coordinates),
-                    Side.base: was.hex(),
-                    Side.trained: now.hex(),
+                    "count": len(indices),
+                    Side.base: base_digest.hex(),
+                    Side.trained: trained_digest.hex(),
                 }
-                yield name + COORDINATES, coordinates
+                yield name + INDICES, indices
                 yield name + XOR, xor
-            digests[Side.base].append(was)
-            digests[Side.trained].append(now)
+            digests[Side.base].append(base_digest)
+            digests[Side.trained].append(trained_digest)
 
     def metadata() -> dict[str, str]:
-        count = sum(told["count"] for told in tensors.values())
+        count = sum(entry["count"] for entry in tensors.values())
         return {
             "format": FORMAT,
-            "base": fingerprint_of(digests[Side.base]),
-            "trained": fingerprint_of(digests[Side.trained]),
+            "base": combine_digests(digests[Side.base]),
+            "trained": combine_digests(digests[Side.trained]),
             "base_model": base.model,
             "trained_model": trained.model,
             "dtype": ", ".join(sorted({dtype_name(stored.dtype) for stored in base.values()})),
@@ -91,48 +91,48 @@ def export_delta(
 
 
 def _differences(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted flat coordinates whose bits differ, and the XOR of the bits there."""
+    """Sorted flat indices of elements whose bits differ, and the XOR of their bits."""
     integers = INTEGERS[before.element_size()]
-    ours, theirs = (t.contiguous().reshape(-1).view(integers) for t in (before, after))
+    old, new = (t.contiguous().reshape(-1).view(integers) for t in (before, after))
     dtype = index_dtype({"": tuple(before.shape)})
-    coordinates, xors = [], []
-    for start in range(0, max(ours.numel(), 1), CHUNK):
-        xor = ours[start : start + CHUNK] ^ theirs[start : start + CHUNK]
+    indices, xors = [], []
+    for start in range(0, max(old.numel(), 1), CHUNK):
+        xor = old[start : start + CHUNK] ^ new[start : start + CHUNK]
         changed = xor.nonzero().squeeze(1)
         xors.append(xor[changed])
-        coordinates.append((changed + start).to(dtype))
-    return torch.cat(coordinates), torch.cat(xors)
+        indices.append((changed + start).to(dtype))
+    return torch.cat(indices), torch.cat(xors)
 
 
-def _require_alike(base: Checkpoint, trained: Checkpoint) -> None:
+def _require_same_model(base: Checkpoint, trained: Checkpoint) -> None:
     for name in sorted(set(base) | set(trained)):
         if name not in base or name not in trained:
-            there, lacking = (trained, base) if name in trained else (base, trained)
+            present, absent = (trained, base) if name in trained else (base, trained)
             raise ValueError(
-                f"{there.model} holds {name} and {lacking.model} does not: a sparse checkpoint is "
-                "between a base and the same model trained"
+                f"{present.model} holds {name} and {absent.model} does not: a sparse checkpoint needs "
+                "a base and the same model trained"
             )
         ours, theirs = base[name], trained[name]
         if ours.shape != theirs.shape:
             raise ValueError(
                 f"{name} is {list(ours.shape)} in {base.model} and {list(theirs.shape)} in "
-                f"{trained.model}: a sparse checkpoint is between a base and the same model trained"
+                f"{trained.model}: a sparse checkpoint needs a base and the same model trained"
             )
         if ours.dtype != theirs.dtype:
             raise ValueError(
                 f"{name} is {dtype_name(ours.dtype)} in {base.model} and {dtype_name(theirs.dtype)} in "
-                f"{trained.model}: only bits of one number format compare; add "
+                f"{trained.model}: only equal number formats can be compared; add "
                 f"dtype={dtype_name(ours.dtype)} to round the trained weights to the base's format first, "
-                f"or name a base in {dtype_name(theirs.dtype)}"
+                f"or use a base in {dtype_name(theirs.dtype)}"
             )
 
 
-def _require_inside(name: str, coordinates: torch.Tensor, mask: Mask | None, trained: str) -> None:
+def _require_inside(name: str, indices: torch.Tensor, mask: Mask | None, trained: str) -> None:
     if mask is None:
         return
-    outside = len(coordinates) - int(torch.isin(coordinates, mask.indices[name]).sum())
+    outside = len(indices) - int(torch.isin(indices, mask.indices[name]).sum())
     if outside:
         raise ValueError(
-            f"{outside} of {len(coordinates)} changed weights of {name} in {trained} lie outside the "
-            f"mask ({mask.origin.rule}): name the mask it was trained with, or leave out mask="
+            f"{outside} of {len(indices)} changed weights of {name} in {trained} lie outside the "
+            f"mask ({mask.origin.rule}): give the mask it was trained with, or leave out mask="
         )

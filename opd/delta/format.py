@@ -1,9 +1,9 @@
 """Sparse checkpoints: the weights in which a trained model differs from its base, and their bits.
 
-A file holds, for every changed parameter, the sorted flat coordinates whose bits differ and the XOR
-of the bit patterns there. XOR is its own inverse: one array leads from the base to the trained model
-and back, exactly, for every bit pattern (NaN, -0.0 and infinities included); new and old values would
-take two, and a difference of floats would round.
+For every changed parameter a file holds the sorted flat indices of the elements whose bits differ, and
+the XOR of their bit patterns. XOR is its own inverse: one array converts the base to the trained model
+and back, exactly, for every bit pattern (NaN, -0.0 and infinities included). New and old values would
+need two arrays, and a difference of floats would be rounded.
 """
 
 import json
@@ -17,32 +17,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from opd.checkpoint.tensors import digest, dtype_name
-from opd.mask.file import require_coordinates
+from opd.mask.file import require_indices
 
 FORMAT = "opd-delta-1"
-COORDINATES, XOR = ".coordinates", ".xor"
+INDICES, XOR = ".coordinates", ".xor"
+"""Suffixes of the two tensors of a parameter in the file."""
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers that hold the bits of an element of so many bytes."""
+"""Integer types by the bytes of an element."""
 
 
 class Side(StrEnum):
-    """The two models between which a delta leads."""
+    """The two models of a sparse checkpoint."""
 
     base = "base"
     trained = "trained"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """One of the two models: what it was called, and its fingerprint."""
+class ModelIdentity:
+    """One of the two models: its name when the file was made, and its fingerprint."""
 
-    model: str
+    name: str
     fingerprint: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Changed:
-    """A changed parameter: its shape, its number format, and the digest of its bits on either side."""
+class ChangedParameter:
+    """A changed parameter: shape, number format, changed weights, and the digests of both sides."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -51,82 +52,83 @@ class Changed:
 
 
 class Delta:
-    """A sparse checkpoint; ``changed`` lists the changed parameters, ``bits`` reads one of them."""
+    """A sparse checkpoint; ``changed`` lists the changed parameters, ``read`` reads one of them."""
 
     def __init__(self, path: Path, opened: Any) -> None:
         found = opened.metadata()
         self.path = path
-        self.ends = {
-            side: End(model=found[f"{side}_model"], fingerprint=found[side]) for side in Side
+        self.models = {
+            side: ModelIdentity(name=found[f"{side}_model"], fingerprint=found[side])
+            for side in Side
         }
         self.dtype: str = found["dtype"]
         self.density = float(found["density"])
         self.rule: str = found["rule"]
         self.command: str = found["command"]
         self.changed = {
-            name: Changed(
-                shape=tuple(told["shape"]),
-                dtype=told["dtype"],
-                count=told["count"],
-                digests={side: told[side] for side in Side},
+            name: ChangedParameter(
+                shape=tuple(entry["shape"]),
+                dtype=entry["dtype"],
+                count=entry["count"],
+                digests={side: entry[side] for side in Side},
             )
-            for name, told in json.loads(found["tensors"]).items()
+            for name, entry in json.loads(found["tensors"]).items()
         }
         self._opened = opened
 
     @property
     def count(self) -> int:
-        """Changed weights."""
+        """Number of changed weights."""
         return sum(changed.count for changed in self.changed.values())
 
-    def bits(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sorted flat coordinates, XOR of the bit patterns there) [count] of a changed parameter."""
-        coordinates: torch.Tensor = self._opened.get_tensor(name + COORDINATES)
+    def read(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sorted flat indices, XOR of the bit patterns) [count] of a changed parameter."""
+        indices: torch.Tensor = self._opened.get_tensor(name + INDICES)
         xor: torch.Tensor = self._opened.get_tensor(name + XOR)
         changed = self.changed[name]
         numel = torch.Size(changed.shape).numel()
-        require_coordinates(coordinates, numel, f"{name} in {self.path}")
-        if not len(coordinates) == len(xor) == changed.count:
+        require_indices(indices, numel, f"{name} in {self.path}")
+        if not len(indices) == len(xor) == changed.count:
             raise ValueError(
-                f"{name} in {self.path} holds {len(coordinates)} coordinates, {len(xor)} values and "
-                f"announces {changed.count}: export it again"
+                f"{name} in {self.path} holds {len(indices)} indices and {len(xor)} values, "
+                f"expected {changed.count} of each: export it again"
             )
-        return coordinates, xor
+        return indices, xor
 
-    def require(self, side: Side, fingerprint: str, model: str) -> None:
+    def require_model(self, side: Side, fingerprint: str, model: str) -> None:
         """ValueError unless the fingerprint is that of the base, or of the trained model."""
-        end = self.ends[side]
-        if fingerprint != end.fingerprint:
+        expected = self.models[side]
+        if fingerprint != expected.fingerprint:
             raise ValueError(
-                f"{self.path} needs its {side} model {end.model} (fingerprint "
-                f"{end.fingerprint[:12]}), found {model} (fingerprint {fingerprint[:12]}): name that "
+                f"{self.path} needs its {side} model {expected.name} (fingerprint "
+                f"{expected.fingerprint[:12]}), found {model} (fingerprint {fingerprint[:12]}): use that "
                 "model, or export a delta for this one"
             )
 
-    def turned(self, name: str, tensor: torch.Tensor, start: Side) -> torch.Tensor:
-        """A changed parameter's tensor of the other side, on the CPU, from that of side ``start``.
+    def convert(self, name: str, tensor: torch.Tensor, start: Side) -> torch.Tensor:
+        """A changed parameter's tensor in the other model, on the CPU, from that in model ``start``.
 
-        ValueError when the bits given are not those of that side, or the file's are damaged.
+        ValueError when ``tensor`` does not have the bits of that model, or the file is damaged.
         """
         changed = self.changed[name]
         if tuple(tensor.shape) != changed.shape or dtype_name(tensor.dtype) != changed.dtype:
             raise ValueError(
-                f"{name} is {dtype_name(tensor.dtype)} {list(tensor.shape)}, the delta {self.path} was "
+                f"{name} is {dtype_name(tensor.dtype)} {list(tensor.shape)}, and the delta {self.path} was "
                 f"made for {changed.dtype} {list(changed.shape)}: load the model as it is stored"
             )
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if digest(name, flat.reshape(changed.shape)).hex() != changed.digests[start]:
             raise ValueError(
-                f"{name} does not hold the bits of {self.ends[start].model}, from which "
-                f"{self.path} leads on: give the {start} model itself"
+                f"{name} does not hold the bits of {self.models[start].name}, which "
+                f"{self.path} converts: give the {start} model itself"
             )
-        turned = flat.clone()
-        coordinates, xor = self.bits(name)
-        turned.view(INTEGERS[tensor.element_size()])[coordinates.long()] ^= xor
-        turned = turned.reshape(changed.shape)
-        if digest(name, turned).hex() != changed.digests[_other(start)]:
+        result = flat.clone()
+        indices, xor = self.read(name)
+        result.view(INTEGERS[tensor.element_size()])[indices.long()] ^= xor
+        result = result.reshape(changed.shape)
+        if digest(name, result).hex() != changed.digests[_other(start)]:
             raise ValueError(f"{self.path} is damaged at {name}: fetch or export it again")
-        return turned
+        return result
 
 
 def _other(side: Side) -> Side:
@@ -134,9 +136,9 @@ def _other(side: Side) -> Side:
 
 
 def read_delta(path: Path) -> Delta:
-    """A sparse checkpoint; tensors are read when asked for.
+    """Open a sparse checkpoint; tensors are read on access.
 
-    Raises ValueError when the file is missing, cut short, or none of ours.
+    Raises ValueError when the file is missing, truncated or not a sparse checkpoint.
     """
     if not path.is_file():
         raise ValueError(f"there is no sparse checkpoint {path}: make one with `opd mask export`")

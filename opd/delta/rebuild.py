@@ -1,4 +1,4 @@
-"""Whole Hugging Face checkpoints from a sparse one: the trained model's from the base's, and back."""
+"""Rebuilding a Hugging Face checkpoint from a sparse one: the trained model from the base, and back."""
 
 import json
 import shutil
@@ -16,22 +16,22 @@ SHARD_BYTES = 5 * 10**9
 
 
 def write_trained(base: Checkpoint, delta: Delta, out: Path) -> None:
-    """The trained model's folder: its weights bit for bit, everything else copied from the base's.
+    """Write the trained model's folder: its weights bit for bit, all other files from the base's.
 
-    The folder appears whole or not at all. Raises ValueError for another base than the delta's, and
-    when ``out`` is not free.
+    The folder appears complete or not at all. Raises ValueError for another base than the delta's, and
+    when ``out`` exists and is not empty.
     """
     _rebuild(base, delta, out, Side.base, Side.trained)
 
 
 def write_base(trained: Checkpoint, delta: Delta, out: Path) -> None:
-    """The base model's folder from the trained one's; as ``write_trained``."""
+    """Write the base model's folder from the trained one's; see ``write_trained``."""
     _rebuild(trained, delta, out, Side.trained, Side.base)
 
 
 def _rebuild(source: Checkpoint, delta: Delta, out: Path, start: Side, end: Side) -> None:
     require_free(out)
-    delta.require(start, source.fingerprint(), source.model)
+    delta.require_model(start, source.fingerprint(), source.model)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -39,10 +39,10 @@ def _rebuild(source: Checkpoint, delta: Delta, out: Path, start: Side, end: Side
         _write_shards(source, delta, partial, start)
         copy_companions(model_folder(source.model), partial)
         found = open_checkpoint(str(partial)).fingerprint()
-        if found != delta.ends[end].fingerprint:
+        if found != delta.models[end].fingerprint:
             raise ValueError(
-                f"{delta.path} does not lead to {delta.ends[end].model}: the result has fingerprint "
-                f"{found[:12]}, expected {delta.ends[end].fingerprint[:12]}; fetch or export it again"
+                f"{delta.path} does not rebuild {delta.models[end].name}: the result has fingerprint "
+                f"{found[:12]}, expected {delta.models[end].fingerprint[:12]}; fetch or export it again"
             )
         if out.exists():
             out.rmdir()
@@ -53,21 +53,21 @@ def _rebuild(source: Checkpoint, delta: Delta, out: Path, start: Side, end: Side
 
 def _write_shards(source: Checkpoint, delta: Delta, folder: Path, start: Side) -> None:
     shards = list(_shards(source))
-    where: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = (
             "model.safetensors"
             if len(shards) == 1
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
-        where |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(names, file)
         write_tensors(
             folder / file, _tensors(source, delta, names, start), lambda: {"format": "pt"}
         )
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(_bytes(source, name) for name in where)},
-            "weight_map": where,
+            "metadata": {"total_size": sum(_bytes(source, name) for name in weight_map)},
+            "weight_map": weight_map,
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -77,19 +77,19 @@ def _tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name in names:
         tensor = source[name].read()
-        yield name, delta.turned(name, tensor, start) if name in delta.changed else tensor
+        yield name, delta.convert(name, tensor, start) if name in delta.changed else tensor
 
 
 def _shards(source: Checkpoint) -> Iterator[list[str]]:
     names: list[str] = []
-    held = 0
+    total = 0
     for name in source:
         size = _bytes(source, name)
-        if names and held + size > SHARD_BYTES:
+        if names and total + size > SHARD_BYTES:
             yield names
-            names, held = [], 0
+            names, total = [], 0
         names.append(name)
-        held += size
+        total += size
     if names:
         yield names
 

@@ -1,1 +1,1 @@
-"""Which weights are trained: masks, how they are discovered and how two of them compare."""
+"""Masks of the weights that are trained: discovery, files, set operations and comparison."""

@@ -1,4 +1,4 @@
-"""How two masks of one base overlap, beside what two masks placed at random would."""
+"""The overlap of two masks of one base, beside the overlap that chance expects."""
 
 import math
 from collections.abc import Iterator
@@ -18,26 +18,26 @@ from opd.checkpoint.chunks import (
 )
 from opd.checkpoint.names import place
 from opd.checkpoint.tensors import Checkpoint
-from opd.mask.mask import Mask, held_by
+from opd.mask.mask import Mask, isin_sorted
 
 LEVELS = ("global", "tensor", "binade")
-"""What chance keeps: both densities; both counts in each tensor; both in each binade of each tensor."""
+"""What is fixed under chance: both densities; both counts per tensor; both per binade of each tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """The overlap of two masks placed at random and independently: mean and variance of its count.
+    """The overlap of two independent random masks: mean and variance of its count.
 
-    Within each of some cells with n coordinates, of which a and b are kept, the count is
-    hypergeometric: mean a b / n, variance mean (1 - b / n) (n - a) / (n - 1). Cells add up.
+    Within a cell of n coordinates, of which a and b are kept, the count is hypergeometric: mean
+    a b / n, variance mean (1 - b / n) (n - a) / (n - 1). Means and variances of cells add up.
     """
 
     mean: float
     variance: float
 
     @classmethod
-    def of(cls, sizes: np.ndarray, a: np.ndarray, b: np.ndarray) -> "Expected":
-        """From cells' sizes and the counts of both masks in them."""
+    def from_counts(cls, sizes: np.ndarray, a: np.ndarray, b: np.ndarray) -> "Expected":
+        """From the cells' sizes and the counts of both masks in each."""
         n = np.maximum(np.asarray(sizes, float), 1)
         mean = a * (b / n)
         variance = mean * (1 - b / n) * (n - a) / np.maximum(n - 1, 1)
@@ -46,7 +46,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """Kept coordinates of two masks in some parameters, and what chance expects at each level."""
+    """Kept coordinates of two masks in a group of parameters, and what chance expects at each level."""
 
     name: str
     numel: int
@@ -80,7 +80,7 @@ class Overlap:
         return ratio(self.both, self.expected[level].mean)
 
     def z(self, level: str) -> float:
-        """Standard deviations above chance; NaN where chance leaves no choice."""
+        """Standard deviations above chance; NaN where chance has no variance."""
         expected = self.expected[level]
         return ratio(self.both - expected.mean, math.sqrt(max(expected.variance, 0.0)))
 
@@ -93,37 +93,37 @@ class MaskComparison:
     modules: tuple[Overlap, ...]
 
 
-def ratio(part: float, of: float) -> float:
-    """A quotient, NaN where there is nothing to divide by."""
-    return part / of if of else math.nan
+def ratio(part: float, whole: float) -> float:
+    """part / whole, NaN where ``whole`` is 0."""
+    return part / whole if whole else math.nan
 
 
 def compare(
     a: Mask, b: Mask, base: Checkpoint | None = None, progress: Progress = quiet
 ) -> MaskComparison:
-    """Coverage both ways, Jaccard and their expectations, a tensor at a time.
+    """Coverage both ways, Jaccard index and their expectations, computed a tensor at a time.
 
-    The level ``binade`` needs the base's weights. ValueError when the masks, or the base, do not
-    belong together.
+    The level ``binade`` needs the base's weights. ValueError when the masks, or a mask and the base,
+    do not belong together.
     """
     b.require_base(a.origin.base, a.origin.model)
     b.require_parameters(a.shapes)
     if base is not None:
         a.require_base(base.fingerprint(), base.model)
         a.require_parameters(base.shapes)
-    cells = list(_cells(a, b, base, progress))
-    modules: dict[str, list[_Cell]] = {}
-    for cell in cells:
-        modules.setdefault(place(cell.name).module, []).append(cell)
+    tensors = list(_tensors(a, b, base, progress))
+    modules: dict[str, list[_TensorOverlap]] = {}
+    for tensor in tensors:
+        modules.setdefault(place(tensor.name).module, []).append(tensor)
     return MaskComparison(
-        whole=_overlap("all", cells),
-        modules=tuple(_overlap(module, mine) for module, mine in modules.items()),
+        whole=_overlap("all", tensors),
+        modules=tuple(_overlap(module, members) for module, members in modules.items()),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Cell:
-    """One tensor."""
+class _TensorOverlap:
+    """Counts of one tensor."""
 
     name: str
     numel: int
@@ -133,16 +133,18 @@ class _Cell:
     binade: Expected | None
 
 
-def _cells(a: Mask, b: Mask, base: Checkpoint | None, progress: Progress) -> Iterator[_Cell]:
+def _tensors(
+    a: Mask, b: Mask, base: Checkpoint | None, progress: Progress
+) -> Iterator[_TensorOverlap]:
     done, total = 0, sum(a.numel(name) for name in a.shapes)
     for name in sorted(a.shapes):
         in_a, in_b = a.indices[name], b.indices[name]
-        yield _Cell(
+        yield _TensorOverlap(
             name=name,
             numel=a.numel(name),
             a=len(in_a),
             b=len(in_b),
-            both=int(held_by(in_a, in_b).count_nonzero()),
+            both=int(isin_sorted(in_a, in_b).count_nonzero()),
             binade=None if base is None else _by_binade(base, name, in_a, in_b),
         )
         done += a.numel(name)
@@ -154,16 +156,16 @@ def _by_binade(base: Checkpoint, name: str, a: torch.Tensor, b: torch.Tensor) ->
     sizes = np.zeros(BINS, np.int64)
     for chunk in chunks({name: stored.numel}, [name]):
         sizes += np.bincount(binades(chunk_values(stored, chunk)), minlength=BINS)
-    return Expected.of(sizes, counts_by_binade(stored, a), counts_by_binade(stored, b))
+    return Expected.from_counts(sizes, counts_by_binade(stored, a), counts_by_binade(stored, b))
 
 
-def _overlap(name: str, cells: list[_Cell]) -> Overlap:
-    sizes, a, b = np.array([(c.numel, c.a, c.b) for c in cells], float).T
+def _overlap(name: str, tensors: list[_TensorOverlap]) -> Overlap:
+    sizes, a, b = np.array([(t.numel, t.a, t.b) for t in tensors], float).T
     expected = {
-        "global": Expected.of(*(np.array([values.sum()]) for values in (sizes, a, b))),
-        "tensor": Expected.of(sizes, a, b),
+        "global": Expected.from_counts(*(np.array([values.sum()]) for values in (sizes, a, b))),
+        "tensor": Expected.from_counts(sizes, a, b),
     }
-    binade = [cell.binade for cell in cells if cell.binade is not None]
+    binade = [tensor.binade for tensor in tensors if tensor.binade is not None]
     if binade:
         expected["binade"] = Expected(
             mean=sum(e.mean for e in binade), variance=sum(e.variance for e in binade)
@@ -173,6 +175,6 @@ def _overlap(name: str, cells: list[_Cell]) -> Overlap:
         numel=int(sizes.sum()),
         a=int(a.sum()),
         b=int(b.sum()),
-        both=sum(cell.both for cell in cells),
+        both=sum(tensor.both for tensor in tensors),
         expected=expected,
     )

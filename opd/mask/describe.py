@@ -1,4 +1,4 @@
-"""Where a mask is dense: by block, module type, layer and tensor."""
+"""The density of a mask by block, module type, layer and tensor."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from opd.mask.mask import Mask
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """Kept weights among some weights."""
+    """Kept weights of a group of weights."""
 
     name: str
     kept: int
@@ -23,9 +23,9 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """Shares of a mask: whole, by block, by module type, by layer, by tensor, and of each cell.
+    """Shares of a mask: whole, by block, by module type, by layer and by tensor.
 
-    ``cells`` are the module types of each layer, which the heat map shows.
+    ``cells`` has a share for each module type of each layer, for the heat map.
     """
 
     whole: Share
@@ -37,25 +37,25 @@ class Description:
 
 
 def describe(mask: Mask) -> Description:
-    """Count a mask, a tensor at a time."""
+    """Count the kept weights of a mask, a tensor at a time."""
     tensors = [
         Share(name=name, kept=kept, numel=mask.numel(name)) for name, kept in mask.counts().items()
     ]
-    blocks = {s.name: s for s in _pooled(tensors, lambda name: place(name).block)}
+    blocks = {s.name: s for s in _pool_by(tensors, lambda name: place(name).block)}
     cells: dict[tuple[int, str], list[Share]] = {}
     for tensor in tensors:
-        where = place(tensor.name)
-        if where.layer is not None:
-            cells.setdefault((where.layer, where.module), []).append(tensor)
+        location = place(tensor.name)
+        if location.layer is not None:
+            cells.setdefault((location.layer, location.module), []).append(tensor)
     return Description(
         whole=_pool("all", tensors),
         blocks=tuple(blocks[block] for block in BLOCKS if block in blocks),
-        modules=_pooled(tensors, lambda name: place(name).module),
-        layers=tuple(sorted(_pooled(tensors, _layer), key=lambda share: _order(share.name))),
+        modules=_pool_by(tensors, lambda name: place(name).module),
+        layers=tuple(sorted(_pool_by(tensors, _layer), key=lambda share: _layer_order(share.name))),
         tensors=tuple(tensors),
         cells={
-            (layer, module): _pool(f"{layer} {module}", mine)
-            for (layer, module), mine in sorted(cells.items())
+            (layer, module): _pool(f"{layer} {module}", members)
+            for (layer, module), members in sorted(cells.items())
         },
     )
 
@@ -65,15 +65,15 @@ def _layer(name: str) -> str:
     return "outside layers" if layer is None else str(layer)
 
 
-def _order(layer: str) -> tuple[bool, int]:
+def _layer_order(layer: str) -> tuple[bool, int]:
     return (True, int(layer)) if layer.isdigit() else (False, 0)
 
 
-def _pooled(tensors: Iterable[Share], key: Callable[[str], str]) -> tuple[Share, ...]:
+def _pool_by(tensors: Iterable[Share], key: Callable[[str], str]) -> tuple[Share, ...]:
     pools: dict[str, list[Share]] = {}
     for tensor in tensors:
         pools.setdefault(key(tensor.name), []).append(tensor)
-    return tuple(_pool(name, mine) for name, mine in pools.items())
+    return tuple(_pool(name, members) for name, members in pools.items())
 
 
 def _pool(name: str, shares: Iterable[Share]) -> Share:

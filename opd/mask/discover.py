@@ -1,4 +1,4 @@
-"""A rule and a base model in, a mask file out."""
+"""Discovering the mask of a rule on a base model, and writing it to a file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What was discovered: kept weights of each parameter, and what a reader of the mask should know.
+    """The result of a discovery: kept weights of each parameter, ties and warnings.
 
-    ``tied`` weights had the score of a boundary, of which ``tied_kept`` were kept, drawn by the seed.
+    ``tied`` weights had a score equal to a threshold; ``tied_kept`` of them were kept, at random.
     """
 
     path: Path
@@ -54,10 +54,10 @@ def discover_mask(
 ) -> Summary:
     """Find the mask of a rule and write it to ``out``; equal settings write equal bytes.
 
-    Holds a few MiB and one parameter's kept coordinates at a time. A rule that watches a run reads
-    the file that the run left as ``rule.scores``;
-    ``like`` is the mask of ``rule.like``. Raises ValueError for settings that contradict
-    each other, files that do not belong to the base and densities that cannot be met.
+    Memory: a few MiB and the indices of one parameter. A rule that scores a live run reads the file
+    that the run left, ``rule.scores``; ``like`` is the mask that ``rule.like`` names. Raises
+    ValueError for settings that contradict each other, files that do not belong to the base and
+    densities that cannot be met.
     """
     require_valid_rule(rule)
     assert (like is None) == (rule.like is None), "like is the mask that rule.like names"
@@ -68,7 +68,7 @@ def discover_mask(
         counts: dict[str, int] = {}
 
         def counted() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, index in search.kept():
+            for name, index in search.find():
                 counts[name] = len(index)
                 yield name, index
 

@@ -1,4 +1,4 @@
-"""The mask file: safetensors with one index tensor a parameter, and where the mask comes from."""
+"""The mask file: safetensors with one index tensor a parameter and the origin of the mask."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,15 +12,15 @@ from safetensors import SafetensorError, safe_open
 from opd.checkpoint.writer import write_tensors
 
 FORMAT = "opd-mask-1"
-INT32_MOST = 2**31 - 1
+INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
     """Where a mask comes from.
 
-    ``base`` is the fingerprint of the model it belongs to, ``model`` what that was called, ``command``
-    how the mask was made.
+    ``base`` is the fingerprint of its base model, ``model`` that model's name, ``command`` the command
+    that made the mask.
     """
 
     rule: str
@@ -31,7 +31,7 @@ class Origin:
 
 
 class LazyIndices(Mapping[str, torch.Tensor]):
-    """Index tensors that are read or computed when asked for, one at a time, and not kept."""
+    """Index tensors that are read or computed on access and not cached."""
 
     def __init__(self, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
         self._names = dict.fromkeys(names)
@@ -52,7 +52,7 @@ class LazyIndices(Mapping[str, torch.Tensor]):
 def index_dtype(shapes: Mapping[str, tuple[int, ...]]) -> torch.dtype:
     """int32, or int64 when a tensor has more than 2^31 - 1 elements."""
     largest = max((torch.Size(shape).numel() for shape in shapes.values()), default=0)
-    return torch.int64 if largest > INT32_MOST else torch.int32
+    return torch.int64 if largest > INT32_MAX else torch.int32
 
 
 def write_mask(
@@ -61,7 +61,7 @@ def write_mask(
     indices: Iterable[tuple[str, torch.Tensor]],
     origin: Origin,
 ) -> None:
-    """A mask file from (name, sorted flat coordinates) in any order, holding one tensor at a time.
+    """Write a mask file from (name, sorted flat indices) in any order, one tensor at a time.
 
     The file is safetensors: one index tensor a parameter and, as metadata, the origin, every
     parameter's shape and the density.
@@ -90,7 +90,7 @@ def write_mask(
 def read_mask_file(
     path: Path,
 ) -> tuple[LazyIndices, dict[str, tuple[int, ...]], Origin]:
-    """Indices, shapes and origin of a mask file; index tensors are read when asked for.
+    """Indices, shapes and origin of a mask file; index tensors are read on access.
 
     Raises ValueError when the file is missing, is not a mask, or holds impossible coordinates.
     """
@@ -110,7 +110,7 @@ def read_mask_file(
 
     def read(name: str) -> torch.Tensor:
         index: torch.Tensor = opened.get_tensor(name)
-        require_coordinates(index, torch.Size(shapes[name]).numel(), f"{name} in {path}")
+        require_indices(index, torch.Size(shapes[name]).numel(), f"{name} in {path}")
         return index
 
     origin = Origin(
@@ -123,13 +123,13 @@ def read_mask_file(
     return LazyIndices(opened.keys(), read), shapes, origin
 
 
-def require_coordinates(index: torch.Tensor, numel: int, what: str) -> None:
-    """ValueError unless these are sorted, distinct flat coordinates of ``numel`` elements."""
+def require_indices(index: torch.Tensor, numel: int, source: str) -> None:
+    """ValueError unless these are sorted, distinct flat indices of ``numel`` elements."""
     if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"{what} is {list(index.shape)} {index.dtype}: expected flat int32 or int64"
+            f"{source} is {list(index.shape)} {index.dtype}: expected flat int32 or int64"
         )
     if len(index) == 0:
         return
     if index[0] < 0 or index[-1] >= numel or not bool((index[1:] > index[:-1]).all()):
-        raise ValueError(f"{what} is not a sorted list of coordinates below {numel}: make it again")
+        raise ValueError(f"{source} is not a sorted list of indices below {numel}: make it again")

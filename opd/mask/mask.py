@@ -1,4 +1,4 @@
-"""The Mask: for every parameter of one base model the coordinates that are kept for training."""
+"""The Mask: for every parameter of one base model, the indices of the weights that are trained."""
 
 import hashlib
 import warnings
@@ -15,17 +15,17 @@ from opd.checkpoint.tensors import open_checkpoint
 from opd.config.arguments import parse_arguments
 from opd.config.mask import MaskRule, RuleConfig, require_valid_rule
 from opd.mask.discover import discover_mask
-from opd.mask.file import INT32_MOST, LazyIndices, Origin, read_mask_file, write_mask
+from opd.mask.file import INT32_MAX, LazyIndices, Origin, read_mask_file, write_mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mask:
-    """The kept coordinates of every parameter of a base model.
+    """The kept weights of every parameter of a base model.
 
-    ``indices`` gives for each parameter's Hugging Face name the sorted flat coordinates [kept],
-    int32 (int64 when a tensor has more than 2^31 - 1 elements); ``shapes`` lists the same names. An
-    empty tensor freezes a parameter, one with every coordinate trains it whole. A tied head is
-    listed once, as the embedding. Masks read from a file or combined hold one tensor at a time.
+    ``indices`` maps each parameter's Hugging Face name to its sorted flat indices [kept], int32 (int64
+    when a tensor has more than 2^31 - 1 elements); ``shapes`` lists the same names. An empty tensor
+    freezes a parameter, a full one trains all of it. A tied head is listed once, as the embedding.
+    Masks that are read from a file or combined read their index tensors on access.
     """
 
     indices: Mapping[str, torch.Tensor]
@@ -34,9 +34,9 @@ class Mask:
 
     @classmethod
     def read(cls, path: str | Path) -> "Mask":
-        """A mask file; index tensors are read when asked for.
+        """Open a mask file; index tensors are read on access.
 
-        Raises ValueError when the file is missing, is not a mask, or holds impossible coordinates.
+        Raises ValueError when the file is missing, is not a mask, or holds impossible indices.
         """
         indices, shapes, origin = read_mask_file(Path(path))
         return cls(indices=indices, shapes=shapes, origin=origin)
@@ -80,20 +80,20 @@ class Mask:
             raise ValueError(f"a mask lists the same names in indices and shapes, found {odd} once")
 
     def numel(self, name: str) -> int:
-        """Coordinates of a parameter, kept or not."""
+        """Number of weights of a parameter."""
         return torch.Size(self.shapes[name]).numel()
 
     def counts(self) -> dict[str, int]:
-        """Kept coordinates of each parameter."""
+        """Number of kept weights of each parameter."""
         return {name: len(self.indices[name]) for name in self.shapes}
 
     @property
     def density(self) -> float:
-        """Kept coordinates / all coordinates."""
+        """Kept weights / all weights."""
         return sum(self.counts().values()) / sum(self.numel(name) for name in self.shapes)
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of names and coordinates: equal for masks that keep the same weights."""
+        """Hexadecimal digest of names and indices: equal for masks that keep the same weights."""
         digest = hashlib.sha256()
         for name in sorted(self.shapes):
             index = self.indices[name].to(torch.int64)
@@ -101,7 +101,7 @@ class Mask:
         return digest.hexdigest()[:32]
 
     def require_base(self, fingerprint: str, model: str) -> None:
-        """ValueError unless the mask was made for the model of this fingerprint."""
+        """ValueError unless the mask was made for the model with this fingerprint."""
         if fingerprint != self.origin.base:
             raise ValueError(
                 f"the mask was made for {self.origin.model} (fingerprint {self.origin.base[:12]}), "
@@ -121,18 +121,18 @@ class Mask:
                 )
 
     def union(self, other: "Mask") -> "Mask":
-        """Kept by either."""
-        return self._combined(other, "union", _union)
+        """The weights that either mask keeps."""
+        return self._combine(other, "union", _union)
 
     def intersection(self, other: "Mask") -> "Mask":
-        """Kept by both."""
-        return self._combined(other, "intersection", _intersection)
+        """The weights that both masks keep."""
+        return self._combine(other, "intersection", _intersection)
 
     def difference(self, other: "Mask") -> "Mask":
-        """Kept by this one and not by ``other``."""
-        return self._combined(other, "difference", _difference)
+        """The weights that this mask keeps and ``other`` does not."""
+        return self._combine(other, "difference", _difference)
 
-    def _combined(self, other: "Mask", word: str, combine: "Combine") -> "Mask":
+    def _combine(self, other: "Mask", operation: str, combine: "Combine") -> "Mask":
         other.require_base(self.origin.base, self.origin.model)
         other.require_parameters(self.shapes)
         return replace(
@@ -141,32 +141,34 @@ class Mask:
                 self.shapes, lambda name: combine(self.indices[name], other.indices[name])
             ),
             origin=replace(
-                self.origin, rule=f"{word}({self.origin.rule}, {other.origin.rule})", command=""
+                self.origin,
+                rule=f"{operation}({self.origin.rule}, {other.origin.rule})",
+                command="",
             ),
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the file, a tensor at a time; it appears whole or not at all."""
+        """Write the mask file, a tensor at a time; it appears complete or not at all."""
         write_mask(Path(path), self.shapes, self.indices.items(), self.origin)
 
 
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def held_by(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Which of some sorted coordinates are among other sorted ones, bool."""
+def isin_sorted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Which elements of ``a`` are in ``b``, both sorted; bool [len(a)]."""
     if len(b) == 0:
         return torch.zeros(len(a), dtype=torch.bool)
-    at = torch.searchsorted(b, a, out_int32=len(b) <= INT32_MOST).clamp_(max=len(b) - 1)
-    return b[at] == a
+    positions = torch.searchsorted(b, a, out_int32=len(b) <= INT32_MAX).clamp_(max=len(b) - 1)
+    return b[positions] == a
 
 
 def _intersection(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a[held_by(a, b)]
+    return a[isin_sorted(a, b)]
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a[~held_by(a, b)]
+    return a[~isin_sorted(a, b)]
 
 
 def _union(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

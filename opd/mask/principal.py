@@ -1,4 +1,4 @@
-"""The safe rule: weights that are small, or that the matrix's principal directions do not need."""
+"""The safe rule: weights that are small, or that a matrix's principal directions do not need."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,24 +7,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opd.checkpoint.chunks import CHUNK, Chunk, Progress, float32
+from opd.checkpoint.chunks import CHUNK, ChunkReader, Progress, float32
 from opd.checkpoint.tensors import Checkpoint, Stored
-from opd.mask.spool import spooled
+from opd.mask.spool import spool_scores
 
 
-def safe(
-    base: Checkpoint, rank_share: float, spool: Path, progress: Progress
-) -> Callable[[Chunk], np.ndarray]:
+def safe(base: Checkpoint, rank_share: float, spool: Path, progress: Progress) -> ChunkReader:
     """-min(rank of |W0|, rank of |P|) within each matrix, both as shares from 0 to 1.
 
     P is the reconstruction of W0 from its ceil(rank_share * min dim) largest singular directions.
-    The highest scores are the union of the t smallest weights and the t least principal ones, with
-    t as large as the density asks: with t = 1/2 "near-zero or not principal" at the usual halves.
-    Vectors have no directions; their ranks are those of |w| alone. Ranks are resolved to bfloat16.
-    Scores cost a decomposition, so they are kept in the file ``spool``, 4 bytes a weight; the
-    caller removes it.
+    The highest scores are the union of the share t of the smallest weights and the share t of the
+    least principal ones, with t as large as the density allows. Vectors have no directions; their
+    ranks are those of |w| alone. Ranks are resolved to bfloat16. Scores need a decomposition, so they
+    are kept in the file ``spool``, 4 bytes a weight; the caller removes it.
     """
-    return spooled(
+    return spool_scores(
         base,
         lambda _, stored: _scores(stored, rank_share),
         spool,
@@ -38,26 +35,26 @@ def _scores(stored: Stored, rank_share: float) -> Iterator[np.ndarray]:
     is_matrix = len(stored.shape) > 1
     rows = next(iter(stored.shape)) if is_matrix else 1
     matrix = stored.read().reshape(rows, stored.numel // rows)
-    small = _ranks(np.abs(float32(part)) for part in _blocks(matrix))
+    rank_of_size = _ranks(np.abs(float32(part)) for part in _blocks(matrix))
     if not is_matrix:
-        yield -small(np.abs(float32(matrix))).reshape(-1)
+        yield -rank_of_size(np.abs(float32(matrix))).reshape(-1)
         return
-    leading = _leading(matrix, max(1, math.ceil(rank_share * min(matrix.shape))))
-    spare = _ranks(leading(part) for part in _blocks(matrix))
+    reconstruct = _reconstruction(matrix, max(1, math.ceil(rank_share * min(matrix.shape))))
+    rank_of_principal = _ranks(reconstruct(part) for part in _blocks(matrix))
     for part in _blocks(matrix):
-        least = np.minimum(small(np.abs(float32(part))), spare(leading(part)))
-        yield -least.reshape(-1)
+        ranks = rank_of_size(np.abs(float32(part))), rank_of_principal(reconstruct(part))
+        yield -np.minimum(*ranks).reshape(-1)
 
 
 def _blocks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from matrix.split(max(1, CHUNK // max(1, matrix.shape[1])))
 
 
-def _leading(matrix: torch.Tensor, rank: int) -> Callable[[torch.Tensor], np.ndarray]:
-    """|rank-r reconstruction| of rows of a matrix: their projection on its right singular space.
+def _reconstruction(matrix: torch.Tensor, rank: int) -> Callable[[torch.Tensor], np.ndarray]:
+    """A function from rows of a matrix to |their rank-r reconstruction|.
 
-    The space comes from the Gram matrix of the smaller side in float64; that loses small singular
-    values, not the directions of the large ones.
+    Rows are projected on the leading right singular vectors. These come from the Gram matrix of the
+    smaller side in float64, which loses small singular values, not the directions of large ones.
     """
     rows, width = matrix.shape
     gram = torch.zeros(min(rows, width), min(rows, width), dtype=torch.float64)
@@ -72,7 +69,7 @@ def _leading(matrix: torch.Tensor, rank: int) -> Callable[[torch.Tensor], np.nda
 
 
 def _ranks(values: Iterator[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    """Share of the values seen that are at most as large, for values of at least 0."""
+    """A function from values to the share of ``values`` that is at most as large; all are >= 0."""
     counts = np.zeros(1 << 16, np.int64)
     for part in values:
         counts += np.bincount(_bfloat16(part), minlength=1 << 16)

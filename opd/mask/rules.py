@@ -1,76 +1,74 @@
-"""What makes a weight worth training: each rule as scores of the coordinates of a chunk."""
+"""The rules that rank weights: each is a function that reads the scores of a chunk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from opd.checkpoint.chunks import Chunk, Progress, chunk_values, float32
+from opd.checkpoint.chunks import Chunk, ChunkReader, Progress, chunk_values, float32
 from opd.checkpoint.tensors import Checkpoint, Stored, open_checkpoint, open_tensors
 from opd.config.functions import load_function
-from opd.mask.spool import spooled
-
-Read = Callable[[Chunk], np.ndarray]
+from opd.mask.spool import spool_scores
 
 
-def delta(base: Checkpoint, other: Checkpoint, trained: str) -> Read:
-    """|D|: how far a finished run moved each weight, both sides cast to bf16 before the difference.
+def delta(base: Checkpoint, other: Checkpoint, trained: str) -> ChunkReader:
+    """|D|: how much a finished run changed each weight, both sides cast to bf16 before the difference.
 
     Raises ValueError when the trained model has other parameters than the base.
     """
-    require_same(base, other, f"trained={trained}")
+    require_same_shapes(base, other, f"trained={trained}")
 
     def read(chunk: Chunk) -> np.ndarray:
         before, after = (chunk_values(side[chunk.name], chunk).bfloat16() for side in (base, other))
-        return _without_nan(
+        return _refuse_nan(
             np.abs(float32(after) - float32(before)), chunk.name, f"|D| of {trained}"
         )
 
     return read
 
 
-def near_zero(base: Checkpoint) -> Read:
+def near_zero(base: Checkpoint) -> ChunkReader:
     """-|W0|: the smallest weights first."""
 
     def read(chunk: Chunk) -> np.ndarray:
-        return _without_nan(
+        return _refuse_nan(
             -np.abs(float32(chunk_values(base[chunk.name], chunk))), chunk.name, base.model
         )
 
     return read
 
 
-def scores(base: Checkpoint, file: str) -> Read:
+def scores(base: Checkpoint, file: str) -> ChunkReader:
     """The scores of a safetensors file that holds one per weight under the weights' names."""
-    given = open_tensors(Path(file))
-    require_same(base, given, f"scores={file}")
+    checkpoint = open_tensors(Path(file))
+    require_same_shapes(base, checkpoint, f"scores={file}")
 
     def read(chunk: Chunk) -> np.ndarray:
-        return _without_nan(float32(chunk_values(given[chunk.name], chunk)), chunk.name, file)
+        return _refuse_nan(float32(chunk_values(checkpoint[chunk.name], chunk)), chunk.name, file)
 
     return read
 
 
-def function(base: Checkpoint, name: str, spool: Path, progress: Progress) -> Read:
-    """The scores of a function of the user's: (parameter's name, weight) -> scores of its shape."""
-    rank = load_function("function", name)
+def function(base: Checkpoint, name: str, spool: Path, progress: Progress) -> ChunkReader:
+    """The scores of a user-defined function: (parameter name, weight) -> scores of the weight's shape."""
+    score = load_function("function", name)
 
-    def scored(parameter: str, stored: Stored) -> Iterator[np.ndarray]:
+    def compute(parameter: str, stored: Stored) -> Iterator[np.ndarray]:
         weight = stored.read()
-        found = rank(parameter, weight)
+        found = score(parameter, weight)
         if tuple(found.shape) != stored.shape:
             raise ValueError(
                 f"function={name} returned scores of shape {list(found.shape)} for {parameter}, "
                 f"expected {list(stored.shape)}"
             )
         values = np.ascontiguousarray(float32(found).reshape(-1))
-        yield _without_nan(values, parameter, f"function={name}")
+        yield _refuse_nan(values, parameter, f"function={name}")
 
-    return spooled(base, scored, spool, progress, "scoring weights")
+    return spool_scores(base, compute, spool, progress, "scoring weights")
 
 
 def trained_weights(trained: str) -> Checkpoint:
-    """The weights of a run folder (its ``final/``), a model folder or a hub id."""
+    """The weights of a run folder (its ``final/``), a model folder or a Hub id."""
     folder = Path(trained)
     if (folder / "final").is_dir():
         return open_checkpoint(str(folder / "final"))
@@ -81,14 +79,14 @@ def trained_weights(trained: str) -> Checkpoint:
     return open_checkpoint(trained)
 
 
-def require_same(base: Checkpoint, other: Checkpoint, what: str) -> None:
-    """ValueError unless both list the same parameters in the same shapes."""
+def require_same_shapes(base: Checkpoint, other: Checkpoint, source: str) -> None:
+    """ValueError unless both checkpoints list the same parameters with the same shapes."""
     for name in sorted({*base, *other}):
-        here, there = _shape(base.get(name)), _shape(other.get(name))
-        if here != there:
+        ours, theirs = _shape(base.get(name)), _shape(other.get(name))
+        if ours != theirs:
             raise ValueError(
-                f"{what} does not belong to base={base.model}: {name} is {there} there and {here} in "
-                "the base; both must list the same parameters in the same shapes"
+                f"{source} does not belong to base={base.model}: {name} is {theirs} there and {ours} in "
+                "the base; both must list the same parameters with the same shapes"
             )
 
 
@@ -96,7 +94,9 @@ def _shape(stored: Stored | None) -> str:
     return "absent" if stored is None else str(list(stored.shape))
 
 
-def _without_nan(values: np.ndarray, name: str, source: str) -> np.ndarray:
+def _refuse_nan(values: np.ndarray, name: str, source: str) -> np.ndarray:
     if np.isnan(values).any():
-        raise ValueError(f"{name} of {source} holds NaN, which has no rank: mend the file first")
+        raise ValueError(
+            f"{name} of {source} contains NaN, which cannot be ranked: repair it first"
+        )
     return values

@@ -107,7 +107,7 @@ def test_shards_of_two_runs_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_cut_along_two_meshes_is_refused(written: Path) -> None:
-    with pytest.raises(ValueError, match="w is cut as Replicate x Shard"):
+    with pytest.raises(ValueError, match="w is sharded as Replicate x Shard"):
         open_checkpoint(str(written / "twice"))
 
 

@@ -1,4 +1,4 @@
-"""``opd mask`` does what it is told, and says in a sentence why it cannot."""
+"""``opd mask`` does its work, and says in a sentence why it cannot."""
 
 import json
 from dataclasses import fields
@@ -45,15 +45,15 @@ def test_show_compare_and_combine_answer_in_tables_and_json(
 ) -> None:
     assert discover("rule=near_zero", "density=0.1", "out=a") == 0
     assert discover("rule=random", "density=0.2", "out=b") == 0
-    assert run(["mask", "show", "a", "out=pictures"]) == 0
+    assert run(["mask", "show", "a", "out=figures"]) == 0
     assert "q_proj" in capsys.readouterr().out
     assert run(["mask", "show", "a", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kept"] == round(0.1 * NUMEL)
-    assert run(["mask", "compare", "a", "b", "base=base", "out=pictures"]) == 0
+    assert run(["mask", "compare", "a", "b", "base=base", "out=figures"]) == 0
     assert "chance: and per binade" in capsys.readouterr().out
     assert run(["mask", "compare", "a", "b", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["whole"]["chance"]) == {"global", "tensor"}
-    assert {p.name for p in Path("pictures").iterdir()} == {"density.png", "overlap.png"}
+    assert {p.name for p in Path("figures").iterdir()} == {"density.png", "overlap.png"}
     assert run(["mask", "combine", "difference", "a", "b", "out=c"]) == 0
     combined = Mask.read("c")
     assert combined.origin.command == "opd mask combine difference a b out=c"
@@ -96,7 +96,7 @@ def test_help_explains_every_key_to_the_end(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["discover", "out=m"], ["base=... is missing"]),
         (["discover", "base=base"], ["out=... is missing"]),
@@ -117,7 +117,10 @@ def test_help_explains_every_key_to_the_end(capsys: pytest.CaptureFixture[str]) 
         ),
         (["discover", "base=base", "out=m", "density=0.1"], ["rule=delta needs trained"]),
         (["discover", "base=base", "out=base", "density=0.1"], ["out=base is a folder"]),
-        (["discover", "base=base", "out=taken", "density=0.1"], ["out=taken exists", "overwrite"]),
+        (
+            ["discover", "base=base", "out=taken", "density=0.1"],
+            ["out=taken already exists", "overwrite"],
+        ),
         (["discover", "base=nowhere/at/all", "out=m", "rule=random", "density=1"], ["nowhere"]),
         (["discover", "base=base", "out=m", "rule=fisher", "density=1"], ["recipe=RECIPE"]),
         (
@@ -137,16 +140,16 @@ def test_help_explains_every_key_to_the_end(capsys: pytest.CaptureFixture[str]) 
     ids=lambda value: " ".join(value)[:60],
 )
 def test_a_mistake_is_one_sentence_with_status_2(
-    capsys: pytest.CaptureFixture[str], words: list[str], told: list[str]
+    capsys: pytest.CaptureFixture[str], words: list[str], expected: list[str]
 ) -> None:
     Path("taken").write_text("precious")
     assert discover("rule=random", "density=0.1", "out=a") == 0
     capsys.readouterr()
     assert run(["mask", *words]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("opd: ")
-    assert said.count("\n") == 1
-    for part in told:
-        assert part in said
+    error = capsys.readouterr().err
+    assert error.startswith("opd: ")
+    assert error.count("\n") == 1
+    for part in expected:
+        assert part in error
     assert not Path("m").exists()
     assert Path("taken").read_text() == "precious"

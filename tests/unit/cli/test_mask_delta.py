@@ -83,7 +83,7 @@ def test_the_commands_lead_from_a_run_to_a_model_and_back(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["export"], ["base=... is missing"]),
         (["export", "bse=a"], ["bse", "did you mean base?"]),
@@ -101,7 +101,7 @@ def test_the_commands_lead_from_a_run_to_a_model_and_back(
         ),
         (["export", "base=B", "trained=B", "out=d.safetensors", "others=drop"], ["shira"]),
         (["export", "base=B", "trained=B", "out=d.safetensors", "mask=no"], ["no mask file no"]),
-        (["export", "base=B", "trained=B", "out=B/model.safetensors"], ["is there already"]),
+        (["export", "base=B", "trained=B", "out=B/model.safetensors"], ["already exists"]),
         (["export", "base=B", "trained=run", "out=d.safetensors"], ["no final/ yet"]),
         (["apply", "base=B", "delta=d.safetensors", "out=o"], ["d.safetensors", "opd mask export"]),
         (["undo", "trained=B", "delta=B/config.json", "out=o"], ["config.json", "cannot be read"]),
@@ -114,7 +114,7 @@ def test_a_mistake_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     words: list[str],
-    told: list[str],
+    expected: list[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "B").symlink_to(quickstart / "student")
@@ -124,5 +124,5 @@ def test_a_mistake_is_one_sentence(
     error = capsys.readouterr().err
     assert error.startswith("opd: ")
     assert error.count("\n") == 1
-    for word in told:
+    for word in expected:
         assert word in error, error

@@ -47,7 +47,7 @@ def test_trained_masters_are_rounded_to_the_base_when_asked(folder: Folder, tmp_
     write_trained(base, delta, tmp_path / "made")
     made = load_file(tmp_path / "made" / "model.safetensors")
     assert same_bits(made, {n: t.to(before[n].dtype) for n, t in masters.items()})
-    assert delta.ends["trained"].model.endswith("trained cast to bfloat16")
+    assert delta.models["trained"].name.endswith("trained cast to bfloat16")
 
 
 def test_coordinates_count_through_chunks(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_the_variance_of_chance_is_that_of_a_simulation() -> None:
         rng.hypergeometric(k, n - k, m, 40_000) if m else np.zeros(40_000)
         for n, k, m in zip(sizes, a, b, strict=True)
     )
-    expected = Expected.of(sizes, a, b)
+    expected = Expected.from_counts(sizes, a, b)
     assert expected.mean == pytest.approx(float(np.mean(draws)), rel=0.02)
     assert expected.variance == pytest.approx(float(np.var(draws)), rel=0.03)
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from opd.checkpoint.chunks import binades
 from opd.checkpoint.names import place
 from opd.config.mask import MaskBudget, MaskRule, MaskStructure, RuleConfig
-from opd.mask.search import shared_out
+from opd.mask.search import apportion
 from tests.unit.mask.models import (
     NUMEL,
     SHAPES,
@@ -88,7 +88,7 @@ def test_a_budget_gives_each_group_the_same_density(
 def test_shares_add_up_and_are_within_one_of_the_proportion() -> None:
     sizes = {"a": 7, "b": 11, "c": 1, "d": 100}
     for total in range(sum(sizes.values()) + 1):
-        quotas = shared_out(total, sizes)
+        quotas = apportion(total, sizes)
         assert sum(quotas.values()) == total
         assert all(abs(quotas[k] - total * sizes[k] / 119) < 1 for k in sizes)
         assert all(quotas[k] <= sizes[k] for k in sizes)

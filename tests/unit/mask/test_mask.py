@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from opd.config.mask import MaskBudget, MaskRule, RuleConfig
 from opd.mask import file as mask_file
 from opd.mask.file import FORMAT, Origin
-from opd.mask.mask import Mask, held_by
+from opd.mask.mask import Mask, isin_sorted
 from tests.unit.mask.models import NUMEL, discovered, stored, weights
 
 SHAPES = {"a": (4, 10), "b": (7,), "empty": (3, 3), "whole": (5,)}
@@ -47,7 +47,7 @@ def test_a_saved_mask_comes_back(tmp_path: Path) -> None:
 
 
 def test_int64_coordinates_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mask_file, "INT32_MOST", 30)
+    monkeypatch.setattr(mask_file, "INT32_MAX", 30)
     some(0).save(tmp_path / "m")
     back = Mask.read(tmp_path / "m")
     assert back.indices["a"].dtype == torch.int64
@@ -69,11 +69,11 @@ def test_masks_combine_as_sets_do(tmp_path: Path, seed: int) -> None:
         assert back.origin.rule == f"{name}(random, random)"
 
 
-def test_held_by_is_membership() -> None:
+def test_isin_sorted_is_membership() -> None:
     a, b = torch.tensor([1, 3, 5, 900]), torch.tensor([0, 3, 4, 5])
-    assert held_by(a, b).tolist() == [False, True, True, False]
-    assert held_by(a, b[:0]).tolist() == [False] * 4
-    assert held_by(a[:0], b).tolist() == []
+    assert isin_sorted(a, b).tolist() == [False, True, True, False]
+    assert isin_sorted(a, b[:0]).tolist() == [False] * 4
+    assert isin_sorted(a[:0], b).tolist() == []
 
 
 def test_another_base_is_refused() -> None:
@@ -116,7 +116,7 @@ def test_impossible_coordinates_are_refused(tmp_path: Path, index: list[int]) ->
     header = {"rule": "x", "base": "y", "model": "z", "seed": "0", "command": ""}
     shapes = json.dumps({name: list(shape) for name, shape in SHAPES.items()})
     save_file(tensors, tmp_path / "m", {"format": FORMAT, "shapes": shapes, **header})
-    with pytest.raises(ValueError, match="not a sorted list of coordinates below 40"):
+    with pytest.raises(ValueError, match="not a sorted list of indices below 40"):
         _ = Mask.read(tmp_path / "m").indices["a"]
 
 

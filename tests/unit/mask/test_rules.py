@@ -11,7 +11,7 @@ from opd.checkpoint.chunks import Chunk, quiet
 from opd.checkpoint.tensors import open_checkpoint
 from opd.config.mask import MaskRule, RuleConfig
 from opd.mask.mask import Mask
-from opd.mask.spool import spooled
+from opd.mask.spool import spool_scores
 from tests.unit.mask.models import SHAPES, discovered, flat, joined, stored, weights
 
 FUNCTIONS = """
@@ -79,7 +79,7 @@ def test_a_function_may_go_by_the_name_and_take_a_threshold(base: Path, function
     ("name", "words"),
     [
         ("sums", r"sums returned scores of shape \[90\] for model\.embed_tokens\.weight, expected"),
-        ("undefined", r"layernorm\.weight of function=.*undefined holds NaN"),
+        ("undefined", r"layernorm\.weight of function=.*undefined contains NaN"),
         ("absent", r"cannot be imported: .*absent"),
     ],
 )
@@ -101,7 +101,7 @@ def test_spooled_scores_are_computed_once_and_read_by_chunk(base: Path, tmp_path
         values = np.arange(torch.Size(SHAPES[name]).numel(), dtype=np.float32)
         return np.array_split(values + len(computed), 3)
 
-    read = spooled(checkpoint, scores, tmp_path / "scores", quiet, "scoring")
+    read = spool_scores(checkpoint, scores, tmp_path / "scores", quiet, "scoring")
     for number, name in enumerate(checkpoint, start=1):
         for start, stop in ((0, 5), (7, 24)):
             expected = np.arange(start, stop, dtype=np.float32) + number

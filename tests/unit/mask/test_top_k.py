@@ -30,7 +30,7 @@ def kept(values: dict[str, np.ndarray], quota: int, salt: str = "0") -> dict[str
     query = TopKQuery(names=tuple(values), quotas=(quota,), scores=read)
     selection = Selection({name: SHAPES[name] for name in values}, salt)
     chosen = {name: np.zeros(len(v), bool) for name, v in values.items()}
-    for name, index in selection.kept(query, selection.cut(query)):
+    for name, index in selection.select(query, selection.find_threshold(query)):
         assert (index[1:] > index[:-1]).all()
         chosen[name][index.numpy()] = True
     return chosen
@@ -107,12 +107,12 @@ def test_the_result_does_not_depend_on_the_size_of_chunks(monkeypatch: pytest.Mo
 def test_large_tensors_get_int64_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
     values = scored("few values")
     narrow = kept(values, 500)
-    monkeypatch.setattr(mask_file, "INT32_MOST", 1000)
+    monkeypatch.setattr(mask_file, "INT32_MAX", 1000)
     query = TopKQuery(
         names=tuple(SIZES), quotas=(500,), scores=lambda p: values[p.name][p.start : p.stop]
     )
     selection = Selection(SHAPES, "0")
-    for name, index in selection.kept(query, selection.cut(query)):
+    for name, index in selection.select(query, selection.find_threshold(query)):
         assert index.dtype == torch.int64
         assert (np.flatnonzero(narrow[name]) == index.numpy()).all()
 
