@@ -116,7 +116,7 @@ class RolloutServerConfig(VllmEngineConfig, ServingConfig):
     dtype: DType = DType.bfloat16
     """Number format of the weights; it must be the run's rollout.dtype."""
     seed: int = bounded(0, least=0)
-    """The engine's own seed; every request brings one besides."""
+    """The engine's own seed; every request has its own."""
     gpu_memory_utilization: float = bounded(0.8, above=0, most=1)
     """Share of the GPU's memory that the engine may use; a server has the GPU to itself."""
     batch_size: int = bounded(64, least=1)
@@ -124,7 +124,7 @@ class RolloutServerConfig(VllmEngineConfig, ServingConfig):
     trust_remote_code: bool = False
     """Run code that comes with the model; off unless you ask for it."""
     max_request_bytes: int = bounded(1 << 40, least=1)
-    """Largest request body; weights come whole at times."""
+    """Largest request body; snapshots hold all weights."""
 
 
 def training_sampling(config: "Config") -> Sampling:
