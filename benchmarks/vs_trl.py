@@ -40,7 +40,7 @@ from opd.config.optim import AdamWConfig
 from opd.config.schema import Config
 from opd.run.recipe import composed, find_recipe
 from opd.run.worker import divergence_measure
-from opd.teacher.vocabulary import vocabulary_of
+from opd.teacher.vocabulary import read_vocabulary
 from opd.tracking.console import SilentProgress
 from opd.train.checkpoints import checkpoints
 from opd.train.optimizers import lr_at
@@ -86,7 +86,7 @@ class Bench:
         self.world = join_world()
         self.text = build.build_text(self.config.student.model, trust_remote_code=False)
         self.prompts = build.build_prompts(self.config, self.text)
-        vocabulary = vocabulary_of(self.text.tokenizer, self.text.vocab_size)
+        vocabulary = read_vocabulary(self.text.tokenizer, self.text.vocab_size)
         wanted = [ScoreRequest(full=True, temperature=self.config.rollout.temperature)]
         progress = SilentProgress()
         (self.teacher,) = build.build_teacher(

@@ -74,3 +74,15 @@ def join_world() -> World:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def join_alone(device: torch.device) -> None:
+    """Make a process group of this process alone, unless it is in one; for a vLLM engine in it.
+
+    vLLM would make the same group around a file in the temporary folder, which a process that ends by
+    a signal or by ``os._exit`` leaves behind. This one is kept in memory.
+    """
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)

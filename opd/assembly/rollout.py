@@ -1,4 +1,4 @@
-"""The engine that writes, and how new weights reach it."""
+"""The rollout engine, and how new weights reach it."""
 
 import os
 import secrets
@@ -31,14 +31,14 @@ from opd.sync.colocated import ModuleWeights, VllmWeights
 from opd.sync.ema import EMASync, EMAWeights
 from opd.sync.periodic import NoSync, PeriodicSync
 from opd.sync.remote import ServerWeights
-from opd.sync.sparse import WeightSender
+from opd.sync.sender import WeightSender
 from opd.train.weights import load_student
 from opd.world import World
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInputs:
-    """What every engine is built from: ``model`` is what it holds, ``max_length`` in tokens."""
+    """The inputs of every engine: ``model`` is a folder or Hub id, ``max_length`` is in tokens."""
 
     config: Config
     model: str
@@ -51,7 +51,7 @@ class EngineInputs:
 def build_engine(
     inputs: EngineInputs, mask: Mask | None = None
 ) -> tuple[RolloutEngine, WeightSync]:
-    """The engine that writes and the way new weights reach it; of a ``mask`` only kept values are sent."""
+    """The engine and its weight sync; with a ``mask`` only kept coordinates are sent to a server."""
     match inputs.config.rollout:
         case DatasetRolloutConfig():
             return DatasetRollouts(), NoSync()
@@ -89,8 +89,8 @@ def _server(
     urls = rollout.urls or [u for u in os.environ.get(ROLLOUT_URLS, "").split(",") if u]
     if not urls:
         raise ValueError(
-            "rollout=server has no rollout.urls, and another launcher than opd train starts no "
-            "servers: start them with `opd rollout` and name them"
+            "rollout=server has no rollout.urls, and only opd train starts servers: start them with "
+            "`opd rollout` and give their addresses"
         )
     dtype = engine_dtype(config)
     servers = [server_connection(rollout, url) for url in urls]
@@ -98,8 +98,8 @@ def _server(
     require_server_fits(
         own, dtype, inputs.tokenizer.stop_ids, inputs.max_length, retries=rollout.retries
     )
-    drawn = world.sum({"run": float(secrets.randbits(48)) if world.is_main else 0.0})
-    run = f"{int(drawn['run']):012x}"
+    summed = world.sum({"run": float(secrets.randbits(48)) if world.is_main else 0.0})
+    run = f"{int(summed['run']):012x}"
     engine = ServerRollouts(own, run=run, progress=inputs.progress)
     sender = WeightSender(
         dtype=torch_dtype(dtype.value),
@@ -128,16 +128,16 @@ def _transformers(
 
 
 def in_process(rollout: RolloutConfig) -> RolloutConfig:
-    """The same engine in this process, for work to which nobody sends weights."""
+    """The same engine in this process, for commands that push no weights."""
     if isinstance(rollout, ServerRolloutConfig):
-        own = {f.name for f in fields(ServerRolloutConfig)}
-        shared = [f.name for f in fields(VllmRolloutConfig) if f.name in own]
+        server_fields = {f.name for f in fields(ServerRolloutConfig)}
+        shared = [f.name for f in fields(VllmRolloutConfig) if f.name in server_fields]
         return VllmRolloutConfig(**{name: getattr(rollout, name) for name in shared})
     return rollout
 
 
 def build_writer(config: Config, engine: RolloutEngine) -> RolloutEngine:
-    """Who answers the prompts of a step: the engine, the data set, or each a share."""
+    """What completes the prompts of a step: the engine, the data set, or each a share."""
     share = config.rollout.on_policy
     if share == 0:
         return DatasetRollouts()
@@ -145,7 +145,7 @@ def build_writer(config: Config, engine: RolloutEngine) -> RolloutEngine:
 
 
 def build_sync(config: Config, sync: WeightSync, average: EMAWeights | None) -> WeightSync:
-    """How weights are pushed: only when they are read, and through the average if there is one."""
+    """The weight sync of a run: pushes only what is read, and averages where there is an average."""
     evaluated = config.data.eval is not None or config.eval.kl_data is not None
     every = [config.sync.verify_every, config.eval.every if evaluated else 0]
 

@@ -1,4 +1,4 @@
-"""What a rollout server holds: an engine, and the two endpoints through which weights reach it."""
+"""The engine of a rollout server, and how weights reach it."""
 
 import torch
 
@@ -7,17 +7,17 @@ from opd.config.rollout import RolloutBackend, RolloutServerConfig
 from opd.config.student import StudentConfig
 from opd.data.tokenizer import StudentTokenizer, read_tokenizer
 from opd.interfaces import RolloutEngine
-from opd.rollout.app import Hosted, ServedModel
+from opd.rollout.app import EngineHost, ServedModel
 from opd.rollout.transformers import TransformersRollouts
 from opd.rollout.vllm import VllmRollouts, start_llm
 from opd.sync.colocated import ModuleWeights, VllmWeights
-from opd.sync.in_place import loaded_whole, patched_in_place
-from opd.sync.sparse import Load, WeightReceiver
+from opd.sync.in_place import load_all, load_in_place
+from opd.sync.receiver import Load, WeightReceiver
 from opd.tracking.console import SilentProgress
 from opd.train.weights import load_student
 
 
-def build_hosted(config: RolloutServerConfig) -> Hosted:
+def build_engine_host(config: RolloutServerConfig) -> EngineHost:
     """Start the engine."""
     tokenizer = read_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     max_length = config.max_model_len or tokenizer.max_length
@@ -33,7 +33,7 @@ def build_hosted(config: RolloutServerConfig) -> Hosted:
         max_length=max_length,
         stop_ids=tokenizer.stop_ids,
     )
-    return Hosted(engine=engine, model=served, take=receiver.take, state=receiver.state)
+    return EngineHost(engine=engine, model=served, take=receiver.take, state=receiver.state)
 
 
 def _vllm(
@@ -51,10 +51,10 @@ def _vllm(
         trust_remote_code=config.trust_remote_code,
     )
     engine = VllmRollouts(llm, stop_ids=tokenizer.stop_ids, progress=SilentProgress(), sleeps=False)
-    whole = VllmWeights(llm, wake=engine.wake, mark=engine.mark)
+    dense = VllmWeights(llm, wake=engine.wake, mark=engine.mark)
     if on_gpu:
-        return engine, patched_in_place(llm, whole, mark=engine.mark)
-    return engine, loaded_whole(whole)
+        return engine, load_in_place(llm, dense, mark=engine.mark)
+    return engine, load_all(dense)
 
 
 def _transformers(
@@ -70,4 +70,4 @@ def _transformers(
         batch_size=config.batch_size,
         progress=SilentProgress(),
     )
-    return engine, loaded_whole(ModuleWeights(module, mark=engine.mark))
+    return engine, load_all(ModuleWeights(module, mark=engine.mark))

@@ -1,4 +1,4 @@
-"""Who scores: a teacher, several, the student itself, nobody; and a verifier beside them."""
+"""What scores rollouts: one teacher or several, the student itself, or none; and the reward."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from opd.teacher.backend import Backend
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.connect import TEACHER_URL, TEACHER_URLS, member_urls, server_client
 from opd.teacher.local import LocalTeacher
-from opd.teacher.model_info import longest, read_info, read_spec
+from opd.teacher.model_info import max_positions, read_info, read_spec
 from opd.teacher.no_teacher import NoTeacher
 from opd.teacher.pool import BalancedTeacher, RoutedTeacher
 from opd.teacher.rewarded import RewardedTeacher
@@ -46,9 +46,9 @@ from opd.world import World
 class Teachers:
     """One teacher behind three clients.
 
-    ``training`` is asked for what the loss needs, with rewards; ``whole`` for the full distribution
-    and ``sampled`` for the tokens written, both None without a teacher. ``heads`` turn its hidden
-    states into logits. ``average`` follows the student.
+    ``training`` scores what the loss needs, with rewards; ``whole`` the full distribution and
+    ``sampled`` the sampled tokens, both None without a teacher. ``heads`` turn its hidden states into
+    logits. ``average`` is the moving average of the student, where that is the teacher.
     """
 
     training: Teacher
@@ -59,9 +59,9 @@ class Teachers:
 
 
 def no_teachers(tokenizer: StudentTokenizer, world: World) -> Teachers:
-    """Nobody scores."""
-    nobody = _nobody(tokenizer)
-    return Teachers(training=nobody, heads=TeacherHeads(nobody, 1, world.device))
+    """``Teachers`` without a teacher."""
+    none = _no_teacher(tokenizer)
+    return Teachers(training=none, heads=TeacherHeads(none, 1, world.device))
 
 
 def build_teachers(
@@ -72,14 +72,14 @@ def build_teachers(
     world: World,
     progress: Progress,
 ) -> Teachers:
-    """Everybody who scores what was written; ValueError if a teacher does not fit.
+    """The teachers of a run; ValueError if one does not fit.
 
     ``model`` is the learner's transformers (or peft) model, which a self-teacher reads.
     """
-    nobody = _nobody(tokenizer)
+    none = _no_teacher(tokenizer)
     if not has_teacher(config):
-        rewarded = _with_reward(config, nobody, tokenizer)
-        return Teachers(training=rewarded, heads=TeacherHeads(nobody, 1, world.device))
+        rewarded = _with_reward(config, none, tokenizer)
+        return Teachers(training=rewarded, heads=TeacherHeads(none, 1, world.device))
     request = config.loss.request(config.rollout.temperature)
     requests = [
         request,
@@ -88,23 +88,18 @@ def build_teachers(
     ]
     copy = None
     if isinstance(config.teacher, SelfTeacherConfig):
-        copy = _copy_of_student(config, config.teacher, world)
+        copy = _copy_student(config, config.teacher, world)
         backend = _self_backend(config, config.teacher, model, copy)
-        teachers = _local_clients(
-            backend,
-            config.teacher.max_num_batched_tokens,
-            DType.float32,
-            requests,
-            student,
-            progress,
-        )  # float32: nothing is sent
+        limit = config.teacher.max_num_batched_tokens
+        # float32: nothing is sent
+        teachers = _local_clients(backend, limit, DType.float32, requests, student, progress)
     else:
         teachers = _clients(config.teacher, student, requests, world, progress)
     training, whole, sampled = teachers
     members = config.teacher.members if isinstance(config.teacher, PoolTeacherConfig) else ()
     heads = TeacherHeads(whole, max(1, len(members)), world.device)
     return Teachers(
-        training=_with_reward(config, training if request.sampled else nobody, tokenizer),
+        training=_with_reward(config, training if request.sampled else none, tokenizer),
         whole=whole,
         sampled=sampled,
         heads=heads,
@@ -112,7 +107,7 @@ def build_teachers(
     )
 
 
-def _nobody(tokenizer: StudentTokenizer) -> NoTeacher:
+def _no_teacher(tokenizer: StudentTokenizer) -> NoTeacher:
     return NoTeacher(vocab_size=tokenizer.vocab_size, max_length=tokenizer.max_length)
 
 
@@ -167,8 +162,8 @@ def _pools(
 ) -> list[Teacher]:
     """One pool behind as many clients as there are requests.
 
-    All members speak of the smallest vocabulary among them. ``ValueError`` when one does not fit, or
-    when it is a model and nobody has started its server.
+    All members score over the smallest vocabulary among them. ``ValueError`` when one does not fit, or
+    when it is a model whose server has not been started.
     """
     started = json.loads(os.environ.get(TEACHER_URLS, "{}"))
     servers = {name: _servers(name, member, started) for name, member in config.members.items()}
@@ -188,8 +183,8 @@ def _servers(name: str, member: str, started: Mapping[str, list[str]]) -> tuple[
     urls = member_urls(member) or tuple(started.get(member, ()))
     if not urls:
         raise ValueError(
-            f"teacher.members.{name}={member} is a model, and another launcher than opd train starts "
-            "no servers: start one with `opd teacher` and give its address"
+            f"teacher.members.{name}={member} is a model, and only opd train starts servers: start one "
+            "with `opd teacher` and give its address"
         )
     return urls
 
@@ -214,23 +209,22 @@ def _self_backend(
     model: torch.nn.Module,
     copy: torch.nn.Module | None,
 ) -> Backend:
-    """The student's model as a back end: a copy of it, or the live one with its adapters off."""
+    """The student as a back end: a copy of it, or the live model with its adapters off."""
     name = config.student.model
-    info = read_info(name, max_length=teacher.max_model_len or longest(name))
+    info = read_info(name, max_length=teacher.max_model_len or max_positions(name))
     spec, limit = read_spec(name), teacher.max_num_batched_tokens
     if copy is None:
-        adapted = causal_lm(model)
         return ModuleBackend(
-            adapted,
+            causal_lm(model),
             info=info,
             spec=spec,
             max_tokens=limit,
-            around=model.disable_adapter,  # pyright: ignore[reportArgumentType]  (peft's)
+            forward_context=model.disable_adapter,  # pyright: ignore[reportArgumentType]  (peft's)
         )
     return ModuleBackend(copy, info=info, spec=spec, max_tokens=limit)
 
 
-def _copy_of_student(
+def _copy_student(
     config: Config, teacher: SelfTeacherConfig, world: World
 ) -> torch.nn.Module | None:
     """A second copy of the student's initial weights; None where adapters can be switched off."""
@@ -244,7 +238,7 @@ def _copy_of_student(
 def _average(
     teacher: TeacherConfig, copy: torch.nn.Module | None, heads: TeacherHeads
 ) -> EMAWeights | None:
-    """What lets the copy follow the student; its head is read again whenever it has moved."""
+    """The moving average that updates the copy; its head is read again after each update."""
     if not isinstance(teacher, SelfTeacherConfig) or copy is None:
         return None
     match teacher.weights:

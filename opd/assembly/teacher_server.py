@@ -1,4 +1,4 @@
-"""What computes hidden states in a teacher server."""
+"""The back end of a teacher server."""
 
 import torch
 

@@ -21,7 +21,7 @@ from opd.data.stream import ShuffledPrompts
 from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
 from opd.interfaces import Evaluator, RolloutEngine, Tracker, WeightSync
 from opd.loop import Loop
-from opd.teacher.vocabulary import vocabulary_of
+from opd.teacher.vocabulary import read_vocabulary
 from opd.train.checkpoints import newest_checkpoint, write_checkpoint
 from opd.train.learner import StudentLearner
 from opd.world import World, join_world
@@ -97,7 +97,7 @@ def build_training(
     )
     engine, sync = build_engine(inputs, mask)
     model, parameter_mask = build_model(config, mask, world)
-    vocabulary = vocabulary_of(tokenizer.tokenizer, tokenizer.vocab_size)
+    vocabulary = read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
     teachers = build_teachers(config, model, tokenizer, vocabulary, world, progress)
     write = build_weight_record(config, folder, world, resumed)
     learner = build_learner(

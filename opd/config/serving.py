@@ -1,4 +1,4 @@
-"""What every HTTP service of ours can be told: where it listens, and how much it takes."""
+"""Settings of every HTTP service: where it listens, and when it ends."""
 
 from dataclasses import dataclass
 
@@ -14,6 +14,6 @@ class ServingConfig:
     port: int = bounded(0, least=0, most=65535)
     """Port to bind; 0 takes a free one."""
     port_file: str | None = None
-    """File that gets the port once requests are answered."""
+    """File to write the port to once the service is ready."""
     exit_with_parent: bool = False
-    """End when the process that started this one is gone."""
+    """End when the process that started this one has ended."""

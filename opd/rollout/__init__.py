@@ -1,0 +1,1 @@
+"""Rollout engines: vLLM in this process or behind HTTP, transformers, a data set."""

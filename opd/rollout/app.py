@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from opd.interfaces import RolloutEngine
-from opd.rollout.wire import TOKEN_VARIABLE, GenerateRequest, answer_bytes, read_request
+from opd.rollout.wire import TOKEN_VARIABLE, GenerateRequest, read_request, response_bytes
 from opd.serving.app import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
 from opd.serving.client import CONFLICT
 from opd.types import ReceiverState
@@ -20,7 +20,7 @@ log = logging.getLogger("opd.rollout")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """What a server tells of itself; a run refuses one that does not fit."""
+    """The model that a server holds; a run refuses one that does not fit."""
 
     model: str
     dtype: str
@@ -29,8 +29,8 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hosted:
-    """An engine, and the two endpoints through which weights reach it."""
+class EngineHost:
+    """An engine, and how weights reach it: ``take`` a message, report the ``state``."""
 
     engine: RolloutEngine
     model: ServedModel
@@ -39,67 +39,67 @@ class Hosted:
 
 
 def rollout_app(
-    make: Callable[[], Hosted], *, token: str | None, max_request_bytes: int
+    build: Callable[[], EngineHost], *, token: str | None, max_request_bytes: int
 ) -> FastAPI:
-    """The application. One thread makes the engine and alone uses it, a request at a time.
+    """The application. One thread builds the engine and alone uses it, one request at a time.
 
-    So prompts are batched as the caller grouped them and what is drawn does not depend on who else
-    asks. ``token`` None lets in everybody who reaches the port.
+    So prompts are batched as the caller grouped them, and samples do not depend on other callers.
+    ``token`` None admits every caller who reaches the port.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-    hosted = thread.submit(make).result()
+    host = thread.submit(build).result()
     app = bare_app("opd rollout")
 
     @app.get("/info")
     async def info(request: Request) -> Response:
         require_token(request, token, TOKEN_VARIABLE)
-        return JSONResponse(asdict(hosted.model) | {"held": asdict(hosted.state())})
+        return JSONResponse(asdict(host.model) | {"receiver": asdict(host.state())})
 
     @app.post("/weights")
     async def weights(request: Request) -> Response:
         require_token(request, token, TOKEN_VARIABLE)
         body = await read_body(request, max_request_bytes)
         try:
-            held = await asyncio.wrap_future(thread.submit(hosted.take, body))
+            state = await asyncio.wrap_future(thread.submit(host.take, body))
         except Exception as error:
             log.exception("weights could not be loaded")
             return PlainTextResponse(f"loading weights failed: {error}", status_code=500)
-        return JSONResponse(asdict(held))
+        return JSONResponse(asdict(state))
 
     @app.post("/generate")
     async def generate(request: Request) -> Response:
         require_token(request, token, TOKEN_VARIABLE)
         body = await read_body(request, max_request_bytes)
         try:
-            asked = await asyncio.to_thread(read_request, body)
+            generate_request = await asyncio.to_thread(read_request, body)
         except ValueError as error:
             raise Refusal(400, str(error)) from error
-        _require_room(asked, hosted.model)
+        _require_room(generate_request, host.model)
         try:
-            return await asyncio.wrap_future(thread.submit(_generated, hosted, asked))
+            return await asyncio.wrap_future(thread.submit(_generate, host, generate_request))
         except Refusal:
             raise
         except Exception as error:
-            log.exception("generating from %d prompts failed", len(asked.prompts))
+            log.exception("generating from %d prompts failed", len(generate_request.prompts))
             return PlainTextResponse(f"generating failed: {error}", status_code=500)
 
     return app
 
 
-def _generated(hosted: Hosted, asked: GenerateRequest) -> Response:
-    held = hosted.state()
-    if (held.run, held.version) != (asked.run, asked.version):
+def _generate(host: EngineHost, request: GenerateRequest) -> Response:
+    state = host.state()
+    if (state.run, state.version) != (request.run, request.version):
         raise Refusal(
             CONFLICT,
-            f"asked for version {asked.version} of run {asked.run}, here is version {held.version} "
-            f"of run {held.run}",
+            f"requested is version {request.version} of run {request.run}, here is version "
+            f"{state.version} of run {state.run}",
         )
-    rollouts = hosted.engine.generate(asked.prompts, asked.sampling)
-    return Response(answer_bytes(rollouts), media_type=MEDIA_TYPE)
+    rollouts = host.engine.generate(request.prompts, request.sampling)
+    return Response(response_bytes(rollouts), media_type=MEDIA_TYPE)
 
 
-def _require_room(asked: GenerateRequest, model: ServedModel) -> None:
-    longest = max(len(p.token_ids) for p in asked.prompts) + asked.sampling.max_tokens
+def _require_room(request: GenerateRequest, model: ServedModel) -> None:
+    longest = max(len(p.token_ids) for p in request.prompts) + request.sampling.max_tokens
     if longest > model.max_length:
         raise Refusal(
             400,

@@ -7,23 +7,23 @@ from opd.config.rollout import ServerRolloutConfig, engine_dtype
 from opd.config.schema import Config
 from opd.config.student import DType
 from opd.interfaces import Progress
-from opd.rollout.wire import TOKEN_VARIABLE, GenerateRequest, read_answer, request_bytes
+from opd.rollout.wire import TOKEN_VARIABLE, GenerateRequest, read_response, request_bytes
 from opd.serving.app import MEDIA_TYPE
 from opd.serving.client import ServiceClient
 from opd.types import Prompt, Rollout, Sampling
 
 ROLLOUT_URLS = "OPD_ROLLOUT_URLS"
-"""Environment variable: the rollout servers that the launcher started, comma separated."""
+"""Environment variable: addresses of the rollout servers that the launcher started, comma separated."""
 REMEDY = "is it running? (start one with `opd rollout model=MODEL port=PORT`)"
-WHAT = "the rollout server"
+NAME = "the rollout server"
 
 
 class ServerRollouts:
     """Implements ``RolloutEngine``. The weight sync marks the version.
 
-    A server that holds other weights than those of the version marked is asked again, as one that
-    does not answer: a server that was started anew gets its weights meanwhile.
-    ``ConnectionError`` when it stays away or behind.
+    A request to a server that holds other weights than those of the marked version is retried, like
+    one without a response: a restarted server gets its weights in the meantime.
+    ``ConnectionError`` when it still cannot be reached, or is still behind, at the last retry.
     """
 
     def __init__(self, service: ServiceClient, *, run: str, progress: Progress) -> None:
@@ -39,23 +39,23 @@ class ServerRollouts:
             prompts=list(prompts), sampling=sampling, run=self._run, version=self._version
         )
         with self._progress.track("rollout", len(prompts)) as advance:
-            answer = self._service.send(
+            response = self._service.send(
                 "POST", "/generate", request_bytes(request), {"Content-Type": MEDIA_TYPE}
             )
-            rollouts = read_answer(answer.content, prompts, sampling)
+            rollouts = read_response(response.content, prompts, sampling)
             advance(len(prompts))
         return rollouts
 
     def mark(self, version: int) -> None:
-        """The weights are now those after ``version`` optimizer steps; servers must have them."""
+        """Demand the weights after ``version`` optimizer steps of every server."""
         self._version = version
 
 
 def server_connection(config: ServerRolloutConfig, url: str) -> ServiceClient:
-    """A connection to one rollout server, with the run's token and patience."""
+    """A connection to one rollout server, with the run's token, time-out and retries."""
     return ServiceClient(
         url,
-        what=WHAT,
+        name=NAME,
         remedy=REMEDY,
         token=os.environ.get(TOKEN_VARIABLE),
         timeout=config.timeout,
@@ -64,7 +64,7 @@ def server_connection(config: ServerRolloutConfig, url: str) -> ServiceClient:
 
 
 def require_servers_fit(config: Config, stop_ids: list[int], max_length: int) -> None:
-    """Ask every server that the run is told to use; ValueError when one is away or does not fit."""
+    """Check every server in ``rollout.urls``; ValueError when one is away or does not fit."""
     if isinstance(config.rollout, ServerRolloutConfig):
         for url in config.rollout.urls:
             server = server_connection(config.rollout, url)
@@ -74,7 +74,7 @@ def require_servers_fit(config: Config, stop_ids: list[int], max_length: int) ->
 def require_server_fits(
     server: ServiceClient, dtype: DType, stop_ids: list[int], max_length: int, *, retries: int
 ) -> None:
-    """ValueError when a server is away, or has another dtype, end tokens or a shorter context."""
+    """ValueError when a server cannot be reached, or has another dtype, stop ids or a shorter context."""
     try:
         info = server.send("GET", "/info", retries=retries).json()
     except ConnectionError as error:

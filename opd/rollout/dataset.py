@@ -1,4 +1,4 @@
-"""Completions that a data set holds, alone or mixed with what the student writes."""
+"""Completions from a data set, alone or mixed with the student's own."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,8 +10,10 @@ from opd.types import FinishReason, Prompt, Rollout, Sampling
 
 
 def read_rollout(prompt: Prompt) -> Rollout:
-    """What the data set answers; no engine wrote it, so its log-probs are NaN."""
-    assert prompt.completion_ids is not None, "data.completion_field names what is read here"
+    """The data set's completion of a prompt; no engine wrote it, so its log-probs are NaN."""
+    assert prompt.completion_ids is not None, (
+        "data.completion_field names the column of completions"
+    )
     return Rollout(
         prompt=prompt,
         token_ids=prompt.completion_ids,
@@ -22,19 +24,19 @@ def read_rollout(prompt: Prompt) -> Rollout:
 
 
 class DatasetRollouts:
-    """A ``RolloutEngine`` without an engine: one completion a prompt, the data set's."""
+    """A ``RolloutEngine`` without a model: one completion per prompt, the data set's."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """See ``RolloutEngine``; of ``sampling`` nothing is used."""
+        """See ``RolloutEngine``; ``sampling`` is not used."""
         return [read_rollout(prompt) for prompt in prompts]
 
 
 class MixedRollouts:
-    """``engine`` answers a share of the prompts, the data set the others, with one completion each.
+    """``engine`` completes a share of the prompts, the data set the others, one completion each.
 
-    Which they are is drawn anew for every prompt of every step, with probability ``on_policy`` for
-    the engine, and depends on ``Sampling.seed`` and the prompt's uid alone (lambda of GKD, arXiv
-    2306.13649, drawn per prompt where GKD draws per batch).
+    The engine takes a prompt with probability ``on_policy``, drawn for every prompt of every step from
+    ``Sampling.seed`` and the prompt's uid alone (lambda of GKD, arXiv 2306.13649, drawn per prompt
+    where GKD draws per batch).
     """
 
     def __init__(self, engine: RolloutEngine, *, on_policy: float) -> None:
@@ -44,9 +46,7 @@ class MixedRollouts:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """See ``RolloutEngine``."""
         own = [p for p in prompts if _draw(p, sampling) < self._on_policy]
-        written = self._engine.generate(
-            own, sampling
-        )  # asked even for none, so that it goes to sleep
+        written = self._engine.generate(own, sampling)  # called even for none: it then sleeps
         by_prompt: dict[str, list[Rollout]] = {}
         for rollout in written:
             by_prompt.setdefault(rollout.prompt.uid, []).append(rollout)
@@ -55,6 +55,6 @@ class MixedRollouts:
 
 def _draw(prompt: Prompt, sampling: Sampling) -> float:
     """Uniform in [0, 1)."""
-    said = f"{sampling.seed}:{prompt.uid}:who writes"
-    digest = hashlib.blake2b(said.encode(), digest_size=8).digest()
+    key = f"{sampling.seed}:{prompt.uid}:who writes"
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2.0**64

@@ -1,4 +1,4 @@
-"""One seed per prompt, so that what is drawn does not depend on the order of requests."""
+"""One seed per prompt, so that samples do not depend on the order of requests."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""model.generate() of transformers as a rollout engine: slow and simple, for machines without vLLM."""
+"""transformers' ``generate`` as a rollout engine: slow and simple, for machines without vLLM."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from opd.types import FinishReason, Prompt, Rollout, Sampling
 class TransformersRollouts:
     """Implements ``RolloutEngine`` with a model of its own, or the learner's (then nothing is copied).
 
-    Draws depend on the seed and on how prompts fall into batches of ``batch_size``.
+    Samples depend on the seed and on how prompts are grouped into batches of ``batch_size``.
     """
 
     def __init__(
@@ -41,15 +41,15 @@ class TransformersRollouts:
         with self._progress.track("rollout", len(rows)) as advance, torch.no_grad():
             for start in range(0, len(rows), self._batch_size):
                 part = rows[start : start + self._batch_size]
-                rollouts += self._written(part, sampling)
+                rollouts += self._generate_batch(part, sampling)
                 advance(len(part))
         return rollouts
 
     def mark(self, version: int) -> None:
-        """The weights are now those after ``version`` optimizer steps; rollouts will say so."""
+        """The weights are now those after ``version`` optimizer steps; rollouts carry it."""
         self._version = version
 
-    def _written(self, rows: list[tuple[Prompt, int]], sampling: Sampling) -> list[Rollout]:
+    def _generate_batch(self, rows: list[tuple[Prompt, int]], sampling: Sampling) -> list[Rollout]:
         device = self.model.device
         width = max(len(p.token_ids) for p, _ in rows)
         ids_BT = np.full((len(rows), width), self._pad_id, np.int64)
@@ -61,12 +61,12 @@ class TransformersRollouts:
         out = self.model.generate(
             input_ids=torch.from_numpy(ids_BT).to(device),
             attention_mask=torch.from_numpy(mask_BT).to(device),
-            generation_config=self._generation(sampling),
+            generation_config=self._generation_config(sampling),
         )
-        chosen = out.logits if sampling.temperature == 0 else out.scores
-        logps_BTV = torch.stack([torch.log_softmax(c.float(), -1) for c in chosen], 1)
-        written_BT = out.sequences[:, width:]
-        logps_BT = logps_BTV.gather(-1, written_BT[..., None])[..., 0].cpu().numpy()
+        logits = out.logits if sampling.temperature == 0 else out.scores
+        logps_BTV = torch.stack([torch.log_softmax(step.float(), -1) for step in logits], 1)
+        completion_BT = out.sequences[:, width:]
+        logps_BT = logps_BTV.gather(-1, completion_BT[..., None])[..., 0].cpu().numpy()
         support_BTK = (
             logps_BTV.topk(sampling.support_k, dim=-1).indices.int().cpu().numpy()
             if sampling.support_k
@@ -76,14 +76,14 @@ class TransformersRollouts:
             self._rollout(
                 prompt,
                 sample,
-                written_BT[row].int().cpu().numpy(),
+                completion_BT[row].int().cpu().numpy(),
                 logps_BT[row],
                 None if support_BTK is None else support_BTK[row],
             )
             for row, (prompt, sample) in enumerate(rows)
         ]
 
-    def _generation(self, sampling: Sampling) -> Any:
+    def _generation_config(self, sampling: Sampling) -> Any:
         greedy = sampling.temperature == 0
         return GenerationConfig(
             do_sample=not greedy,

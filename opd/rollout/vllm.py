@@ -12,6 +12,7 @@ from opd.config.student import DType
 from opd.interfaces import Progress
 from opd.rollout.seeds import request_seed
 from opd.types import FinishReason, IntArray, Prompt, Rollout, Sampling
+from opd.world import join_alone
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -34,28 +35,29 @@ def start_llm(
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> "LLM":
-    """Start vLLM inside this process, beside a trainer; about 3 s for a small model on CPU.
+    """Start vLLM in this process, beside a trainer; about 3 s for a small model on CPU.
 
-    ``max_model_len`` counts prompt and completion. The engine's core stays in this process (no
-    multiprocessing), so that weights can be handed over without copies.
+    ``max_model_len`` counts prompt and completion. The engine core stays in this process (no
+    multiprocessing), so that weights are handed over without copies.
     """
     on_gpu = device.type == "cuda"
     eager = not on_gpu if config.enforce_eager is None else config.enforce_eager
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault(
-        "VLLM_LOGGING_LEVEL", "ERROR"
-    )  # each reload warns of modules without weights
+    # each reload warns about modules without weights
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if eager:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from vllm import LLM
 
     launched = on_gpu and "RANK" in os.environ
+    if not launched:
+        join_alone(device)
     cache_bytes = config.kv_cache_memory_bytes or (None if on_gpu else CPU_CACHE_BYTES)
     memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
     if cache_bytes is not None:
         memory["kv_cache_memory_bytes"] = cache_bytes
     if not on_gpu:
-        # a prompt cut in two rewinds its request's random generator, which a CPU generator cannot
+        # a prompt prefilled in chunks rewinds its random generator, which a CPU generator cannot do
         memory["enable_chunked_prefill"] = False
         memory["max_num_batched_tokens"] = max(CPU_STEP_TOKENS, max_model_len)
     return LLM(
@@ -80,7 +82,7 @@ class VllmRollouts:
     """Implements ``RolloutEngine``. The weight sync marks the version.
 
     Log-probs are of the distribution sampled from, temperature and truncation included.
-    A sleeping engine (CUDA) wakes inside ``generate`` and inside a push, nowhere else.
+    A sleeping engine (CUDA) wakes in ``generate`` and in a push, nowhere else.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class VllmRollouts:
         requests = [{"prompt_token_ids": p.token_ids.tolist()} for p in prompts]
         params = [self._params(p, sampling) for p in prompts]
         with self._progress.track("rollout", len(prompts)) as advance:
-            outputs = self._finished(requests, params, advance)
+            outputs = self._run_requests(requests, params, advance)
         if self._sleeps:
             self.llm.sleep(level=1)
             self._asleep = True
@@ -109,7 +111,7 @@ class VllmRollouts:
         ]
 
     def mark(self, version: int) -> None:
-        """The weights are now those after ``version`` optimizer steps; rollouts will say so."""
+        """The weights are now those after ``version`` optimizer steps; rollouts carry it."""
         self._version = version
 
     def wake(self) -> None:
@@ -118,10 +120,10 @@ class VllmRollouts:
             self.llm.wake_up()
             self._asleep = False
 
-    def _finished(
+    def _run_requests(
         self, requests: list[Any], params: list[Any], advance: Callable[[int], None]
     ) -> "list[RequestOutput]":
-        """Outputs in the order of requests; vLLM numbers requests as they come."""
+        """Outputs in the order of ``requests``, which vLLM numbers as they arrive."""
         if not requests:
             return []
         self.llm.enqueue(requests, params, use_tqdm=False)

@@ -1,11 +1,11 @@
-"""What crosses the wire between a run and its rollout servers: safetensors, words as JSON metadata.
+"""Requests to rollout servers and their responses, as bytes: safetensors with JSON metadata.
 
-A request about S prompts laid end to end:
+A request about S prompts, concatenated:
     tensors    token_ids [sum of lengths], lengths [S]: int32
-    metadata   format; asked: {uids, sampling, run, version}
-An answer about R = S x n rollouts in the order of ``RolloutEngine.generate``, N tokens in all:
+    metadata   format; request: {uids, sampling, run, version}
+A response of R = S x n rollouts in the order of ``RolloutEngine.generate``, N tokens in all:
     tensors    token_ids [N] int32, lengths [R] int32, logps [N] float32, stopped [R] uint8,
-               samples [R] int32, versions [R] int64, support_ids [N, K] int32 where asked
+               samples [R] int32, versions [R] int64, support_ids [N, K] int32 where requested
 """
 
 import json
@@ -27,7 +27,7 @@ HEADER_BYTES = 16 << 20  # of a request: uids
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """Prompts and how to go on from them, by the weights of ``version`` of ``run`` and no others."""
+    """Prompts and how to complete them, with the weights of ``version`` of ``run`` and no others."""
 
     prompts: list[Prompt]
     sampling: Sampling
@@ -36,35 +36,35 @@ class GenerateRequest:
 
 
 def request_bytes(request: GenerateRequest) -> bytes:
-    """A request as safetensors; answers and texts of prompts stay here."""
+    """A request as safetensors; answers and texts of prompts are not sent."""
     arrays = {
         "token_ids": np.concatenate([p.token_ids for p in request.prompts]),
         "lengths": np.array([len(p.token_ids) for p in request.prompts], np.int32),
     }
-    asked = {
+    fields = {
         "uids": [p.uid for p in request.prompts],
         "sampling": asdict(request.sampling),
         "run": request.run,
         "version": request.version,
     }
-    return save(arrays, {"format": FORMAT, "asked": json.dumps(asked)})
+    return save(arrays, {"format": FORMAT, "request": json.dumps(fields)})
 
 
 def read_request(body: bytes) -> GenerateRequest:
-    """The undo of ``request_bytes``; ``ValueError`` with one clear sentence for anything else."""
+    """The inverse of ``request_bytes``; ``ValueError`` for anything else."""
     size = int.from_bytes(body[:8], "little")
     if size > HEADER_BYTES:
         raise ValueError(f"the header would be {size} bytes long, at most {HEADER_BYTES} are read")
     try:
         arrays = load(body)
         metadata = json.loads(body[8 : 8 + size]).get("__metadata__", {})
-        asked = json.loads(metadata.get("asked", "{}"))
+        fields = json.loads(metadata.get("request", "{}"))
         found = metadata.get("format")
         token_ids, lengths = arrays["token_ids"], arrays["lengths"]
-        uids, run, version = asked["uids"], asked["run"], asked["version"]
-        sampling = _sampling(asked["sampling"])
+        uids, run, version = fields["uids"], fields["run"], fields["version"]
+        sampling = _read_sampling(fields["sampling"])
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"the body is no request of ours: {error!r}") from error
+        raise ValueError(f"the body is not an opd rollout request: {error!r}") from error
     if found != FORMAT:
         raise ValueError(f"format is {found!r}, this server reads {FORMAT!r}")
     if token_ids.dtype != np.int32 or lengths.dtype != np.int32 or token_ids.ndim != 1:
@@ -80,7 +80,7 @@ def read_request(body: bytes) -> GenerateRequest:
     return GenerateRequest(prompts=prompts, sampling=sampling, run=str(run), version=int(version))
 
 
-def answer_bytes(rollouts: Sequence[Rollout]) -> bytes:
+def response_bytes(rollouts: Sequence[Rollout]) -> bytes:
     """Rollouts as safetensors, without their prompts."""
     arrays = {
         "token_ids": np.concatenate([r.token_ids for r in rollouts]),
@@ -96,8 +96,8 @@ def answer_bytes(rollouts: Sequence[Rollout]) -> bytes:
     return save(arrays)
 
 
-def read_answer(body: bytes, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-    """The undo of ``answer_bytes``, with the prompts that were asked about."""
+def read_response(body: bytes, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    """The inverse of ``response_bytes``; ``prompts`` and ``sampling`` are those of the request."""
     arrays = load(body)
     rollouts, start = [], 0
     support = arrays.get("support_ids")
@@ -118,7 +118,7 @@ def read_answer(body: bytes, prompts: Sequence[Prompt], sampling: Sampling) -> l
     return rollouts
 
 
-def _sampling(told: dict[str, Any]) -> Sampling:
-    """Numbers only, each of the type that its default has."""
-    kinds = asdict(Sampling())
-    return Sampling(**{name: type(kinds[name])(value) for name, value in told.items()})
+def _read_sampling(fields: dict[str, Any]) -> Sampling:
+    """Each field converted to the type of its default."""
+    defaults = asdict(Sampling())
+    return Sampling(**{name: type(defaults[name])(value) for name, value in fields.items()})

@@ -33,7 +33,7 @@ from opd.run.folder import open_folder
 from opd.run.mask import require_mask_fits
 from opd.run.recipe import Recipe
 from opd.teacher.connect import describe_transport, pool_models, teacher_infos
-from opd.teacher.vocabulary import vocabulary_of
+from opd.teacher.vocabulary import read_vocabulary
 from opd.types import Prompt
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -180,7 +180,7 @@ def _require_launch_file(config: Config) -> None:
 
 def _fitting_transport(config: Config, tokenizer: StudentTokenizer, prompts: PromptSets) -> str:
     """How the responses will be sent; ValueError when a teacher does not fit student or prompts."""
-    student = vocabulary_of(tokenizer.tokenizer, tokenizer.vocab_size)
+    student = read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
     if isinstance(config.teacher, PoolTeacherConfig):
         read = [*prompts.train, *prompts.eval, *prompts.divergence]
         _members_are_named(config.teacher, read)

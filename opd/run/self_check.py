@@ -23,9 +23,9 @@ from opd.data.tokenizer import StudentTokenizer
 from opd.head import head_logps
 from opd.teacher.backend import Backend
 from opd.teacher.local import LocalTeacher
-from opd.teacher.model_info import longest, read_info, read_spec
+from opd.teacher.model_info import max_positions, read_info, read_spec
 from opd.teacher.self_teacher import ModuleBackend
-from opd.teacher.vocabulary import vocabulary_of
+from opd.teacher.vocabulary import read_vocabulary
 from opd.tracking.console import SilentProgress
 from opd.train.learner import StudentLearner
 from opd.train.student import causal_lm
@@ -91,14 +91,14 @@ def _self_loss(
     request = config.loss.request(config.rollout.temperature)
     backend = ModuleBackend(
         causal_lm(model),
-        info=read_info(student, max_length=longest(student)),
+        info=read_info(student, max_length=max_positions(student)),
         spec=read_spec(student),
         max_tokens=1 << 14,
     )
     teacher = LocalTeacher(
         backend,
         request=request,
-        student=vocabulary_of(tokenizer.tokenizer, tokenizer.vocab_size),
+        student=read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size),
         hidden_dtype=DType.float32,
         progress=SilentProgress(),
     )

@@ -8,7 +8,7 @@ from functools import partial
 
 from fastapi import FastAPI
 
-from opd.assembly.rollout_server import build_hosted
+from opd.assembly.rollout_server import build_engine_host
 from opd.assembly.teacher_server import build_backend
 from opd.config.arguments import parse_arguments
 from opd.config.rollout import RolloutServerConfig
@@ -45,14 +45,14 @@ def serve_rollouts(config: RolloutServerConfig) -> None:
     token = os.environ.get(ROLLOUT_TOKEN)
 
     def application() -> FastAPI:
-        start = partial(build_hosted, config)
-        return rollout_app(start, token=token, max_request_bytes=config.max_request_bytes)
+        build = partial(build_engine_host, config)
+        return rollout_app(build, token=token, max_request_bytes=config.max_request_bytes)
 
     serve(application, config, token=token, variable=ROLLOUT_TOKEN)
 
 
 def main(kind: str, words: Sequence[str]) -> None:
-    """Serve what ``kind`` (teacher or rollout) and key=value words describe."""
+    """Serve a ``kind`` (teacher or rollout) with the settings in key=value ``words``."""
     match kind:
         case "teacher":
             serve_teacher(parse_arguments(TeacherServerConfig, words))

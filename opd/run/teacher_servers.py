@@ -26,7 +26,7 @@ from opd.teacher.wire import TOKEN_VARIABLE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartedTeachers:
-    """``environment`` tells the run's processes where they are; ``settings`` tell it to another run."""
+    """Their addresses: ``environment`` for the run's processes, ``settings`` for another run."""
 
     environment: dict[str, str]
     settings: list[str]
@@ -36,7 +36,7 @@ NO_SERVERS = StartedTeachers(environment={}, settings=[])
 
 
 def server_config(config: ServedTeacherConfig, model: str) -> TeacherServerConfig:
-    """How a server of ``model`` is started with a run."""
+    """The settings of a server of ``model`` that is started with a run."""
     shared = {f.name: getattr(config, f.name) for f in fields(TeacherEngineConfig)}
     return TeacherServerConfig(model=model, **shared)
 
@@ -53,7 +53,8 @@ def running_teacher(
     """A server on a free port with ``token`` (a random one unless given), ended with the context.
 
     ``devices`` becomes its CUDA_VISIBLE_DEVICES. It writes to ``log_path`` and ends by itself if
-    this process dies. ``RuntimeError`` with the end of that log when it is not up in ``wait_s``.
+    this process dies. ``RuntimeError`` with the end of that log when it is not ready after ``wait_s``
+    seconds.
     """
     visible = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
     with running_service(
@@ -70,7 +71,7 @@ def running_teacher(
 
 @contextmanager
 def started_teachers(config: Config, logs: Path) -> Iterator[StartedTeachers]:
-    """The servers of the teachers for which no address is given, ended when the context ends."""
+    """The servers of teachers without an address, ended when the context ends."""
     match config.teacher:
         case ServerTeacherConfig(url=None, model=str(model)):
             with _servers(config.teacher, [(model, logs / "teacher.log")]) as (urls, token):
@@ -102,20 +103,20 @@ def _started(environment: dict[str, str], token: str, settings: list[str]) -> St
 def _servers(
     config: ServedTeacherConfig, needed: list[tuple[str, Path]]
 ) -> Iterator[tuple[dict[str, list[str]], str]]:
-    """Start them all at once; the addresses of each model, and their common token.
+    """Start the servers concurrently; the addresses of each model, and the token of all.
 
-    ``needed`` names the model and the log of each. A pool's servers share teacher.devices out, as
-    many as each needs.
+    ``needed`` has the model and the log path of each. A pool's servers divide teacher.devices among
+    themselves, ``tensor_parallel_size`` to each.
     """
     token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
     starting = [
         running_teacher(
             server_config(config, model),
             log_path=log,
-            devices=_devices(config, place),
+            devices=_devices(config, number),
             token=token,
         )
-        for place, (model, log) in enumerate(needed)
+        for number, (model, log) in enumerate(needed)
     ]
     with ExitStack() as stack:
         with ThreadPoolExecutor(len(starting)) as pool:
@@ -126,9 +127,9 @@ def _servers(
         yield urls, token
 
 
-def _devices(config: ServedTeacherConfig, place: int) -> str | None:
+def _devices(config: ServedTeacherConfig, number: int) -> str | None:
     if config.devices is None or isinstance(config, ServerTeacherConfig):
         return config.devices
     devices, width = config.devices.split(","), config.tensor_parallel_size
-    first = place * width % len(devices)
+    first = number * width % len(devices)
     return ",".join((devices + devices)[first : first + width])

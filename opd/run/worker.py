@@ -18,7 +18,7 @@ from opd.run.launch import TEACHER_ACCURACY
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder
 from opd.run.status import DONE, FAILED, USAGE_ERROR, USAGE_ERROR_MARK
 from opd.teacher.connect import describe_transport
-from opd.teacher.vocabulary import vocabulary_of
+from opd.teacher.vocabulary import read_vocabulary
 from opd.tracking.report import write_report
 from opd.train.weights import export
 
@@ -59,7 +59,7 @@ def _describe_teacher(config: Config, training: Training) -> None:
     teacher, sampling = training.teachers.whole, training.loop.sampling
     if not training.world.is_main or teacher is None:
         return
-    vocabulary = vocabulary_of(training.tokenizer.tokenizer, training.tokenizer.vocab_size)
+    vocabulary = read_vocabulary(training.tokenizer.tokenizer, training.tokenizer.vocab_size)
     request = config.loss.request(sampling.temperature)
     infos = [teacher.info()]
     sent = describe_transport(config.teacher, infos, vocabulary, request, sampling.support_k)

@@ -1,1 +1,1 @@
-"""What every HTTP service of ours shares: application, server, child process, client."""
+"""What all HTTP services of opd share: application, server process, child process, client."""

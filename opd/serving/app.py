@@ -1,4 +1,4 @@
-"""What the applications of both services share: refusals, tokens, bodies."""
+"""What the applications of all services share: refusals, bearer tokens, request bodies."""
 
 import hmac
 
@@ -9,15 +9,15 @@ MEDIA_TYPE = "application/octet-stream"
 
 
 class Refusal(Exception):
-    """A status below 500 and one clear sentence for the client."""
+    """A response with a status below 500 and a one-line reason."""
 
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
         self.status = status
 
 
 def bare_app(title: str) -> FastAPI:
-    """An application that answers refusals in plain text and has GET /health."""
+    """An application that sends refusals as plain text and has GET /health."""
     app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(Refusal)
@@ -32,14 +32,14 @@ def bare_app(title: str) -> FastAPI:
 
 
 def require_token(request: Request, token: str | None, variable: str) -> None:
-    """Refuse a request without the token; compared in constant time, so that nothing leaks."""
+    """Refuse a request without the token; the comparison takes constant time, so that nothing leaks."""
     given = request.headers.get("authorization", "")
     if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
         raise Refusal(401, f"the bearer token is missing or wrong; set {variable}")
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body, given up as soon as it is too large; the type keeps web pages from posting here."""
+    """The body, refused as soon as it is too large; the content type keeps web pages from posting here."""
     if request.headers.get("content-type") != MEDIA_TYPE:
         raise Refusal(415, f"the content type must be {MEDIA_TYPE}")
     parts, size = [], 0

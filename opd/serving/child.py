@@ -18,7 +18,7 @@ TAIL_CHARACTERS = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningService:
-    """Where a started service is and its token."""
+    """The address, bearer token and process id of a started service."""
 
     url: str
     token: str
@@ -27,7 +27,7 @@ class RunningService:
 
 @contextmanager
 def running_service(
-    what: str,
+    name: str,
     arguments: Sequence[str],
     *,
     variable: str,
@@ -38,9 +38,9 @@ def running_service(
 ) -> Iterator[RunningService]:
     """``python <arguments>`` on a free loopback port, ended when the context ends.
 
-    It gets ``port_file`` and ``exit_with_parent`` besides, and a token (a random one unless given)
-    in ``variable``; it writes to ``log_path`` and ends by itself if this process dies.
-    ``RuntimeError`` with the end of that log when it is not up in ``wait_s``.
+    ``port_file`` and ``exit_with_parent`` are added to its arguments, and ``variable`` holds its token
+    (a random one unless given). It writes to ``log_path`` and ends by itself if this process dies.
+    ``RuntimeError`` with the end of that log when it is not ready after ``wait_s`` seconds.
     """
     token = token or secrets.token_urlsafe(32)
     with tempfile.TemporaryDirectory() as folder, log_path.open("wb") as output:
@@ -53,14 +53,14 @@ def running_service(
             stdin=subprocess.DEVNULL,
         )
         try:
-            port = _wait_for(what, port_file, process, log_path, wait_s)
+            port = _wait_for_port(name, port_file, process, log_path, wait_s)
             yield RunningService(url=f"http://127.0.0.1:{port}", token=token, pid=process.pid)
         finally:
             _end(process)
 
 
-def _wait_for(
-    what: str, port_file: Path, process: subprocess.Popen[bytes], log_path: Path, wait_s: float
+def _wait_for_port(
+    name: str, port_file: Path, process: subprocess.Popen[bytes], log_path: Path, wait_s: float
 ) -> int:
     started = time.monotonic()
     while not port_file.exists():
@@ -68,7 +68,7 @@ def _wait_for(
         if late or process.poll() is not None:
             why = f"was not ready after {wait_s:.0f} s" if late else "ended while starting"
             tail = log_path.read_text(errors="replace")[-TAIL_CHARACTERS:]
-            raise RuntimeError(f"the {what} {why}; the end of {log_path}:\n{tail}")
+            raise RuntimeError(f"the {name} {why}; the end of {log_path}:\n{tail}")
         time.sleep(POLL_S)
     return int(port_file.read_text())
 

@@ -1,4 +1,4 @@
-"""One HTTP service in a process of its own: where it listens, who may connect, when it ends."""
+"""Serve an application in a process of its own: address, token, end of the process."""
 
 import ipaddress
 import logging
@@ -16,8 +16,8 @@ from fastapi import FastAPI
 from opd.config.serving import ServingConfig
 
 PARENT_POLL_S = 0.5
-MAX_CONNECTIONS = 256  # further ones get 503, and clients try again
-GRACE_S = 5  # for responses under way when asked to end
+MAX_CONNECTIONS = 256  # further ones get 503, and clients retry
+GRACE_S = 5  # for open responses when the process is asked to end
 
 log = logging.getLogger("opd.serving")
 
@@ -27,13 +27,13 @@ def serve(
 ) -> None:
     """Bind, make the application, serve until SIGTERM or SIGINT; the port file is written once ready.
 
-    ``variable`` is the environment variable of the token. ``ValueError`` when the address is taken,
-    or not loopback and there is no token.
+    ``variable`` is the environment variable of the token. ``ValueError`` when the address is in use,
+    or when it is not loopback and there is no token.
     """
     if config.exit_with_parent:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     _require_token_beyond_loopback(config.host, token, variable)
-    with _bound(config.host, config.port) as listener:
+    with _bind(config.host, config.port) as listener:
         server = uvicorn.Config(
             make_app(),
             log_config=None,
@@ -42,10 +42,10 @@ def serve(
             limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=GRACE_S,
         )
-        listener.listen(MAX_CONNECTIONS)  # from here on a connection waits instead of failing
+        listener.listen(MAX_CONNECTIONS)  # from here on a connection waits and does not fail
         port = listener.getsockname()[1]
         if config.port_file is not None:
-            _write_whole(Path(config.port_file), str(port))
+            _write_atomically(Path(config.port_file), str(port))
         log.info("ready on http://%s:%d", config.host, port)
         uvicorn.Server(server).run(sockets=[listener])
 
@@ -66,7 +66,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -78,15 +78,15 @@ def _bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Readers see nothing or all of it."""
+def _write_atomically(path: Path, text: str) -> None:
+    """Readers see no file or a whole one."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_text(text)
     partial.replace(path)
 
 
-def _end_with(parent: int) -> None:
-    """End this process once ``parent`` is gone: an orphan would hold its GPUs for ever."""
+def _end_with_parent(parent: int) -> None:
+    """End this process once ``parent`` has ended: an orphan would keep its GPUs."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_S)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,1 @@
+"""The learner's weights into the rollout engine: dense in this process, sparse over HTTP."""

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class VllmWeights:
-    """Implements ``WeightSync`` for a vLLM engine in this process: live tensors, no copy on the way.
+    """Implements ``WeightSync`` for a vLLM engine in this process: live tensors, without a copy.
 
     Goes through the worker's own reload, which repacks what the platform packs after loading (linear
-    layers on CPU). Args: ``wake`` brings a sleeping engine back; ``mark`` tells it the version.
+    layers on CPU). ``wake`` wakes a sleeping engine; ``mark`` sets the version of its rollouts.
     """
 
     def __init__(
@@ -27,19 +27,19 @@ class VllmWeights:
 
     def push(self, weights: Weights, version: int) -> dict[str, float]:
         self._wake()
-        counted = _Counted(weights)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(counted)})
+        stream = _CountedWeights(weights)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(stream)})
         self._llm.collective_rpc(_repack_tied_head)
-        assert counted.exhausted, "the engine stopped reading before the last weight"
+        assert stream.exhausted, "the engine stopped reading before the last weight"
         self._llm.reset_prefix_cache()
         self._mark(version)
-        return {"sync/bytes": float(counted.bytes)}
+        return {"sync/bytes": float(stream.bytes)}
 
 
 def _repack_tied_head(worker: Any) -> None:
-    """A head tied to the embedding keeps its old packed copy through a reload; pack it anew.
+    """Pack the output head anew: one tied to the embedding keeps its old packed copy through a reload.
 
-    Without this the engine samples from a mixture of two versions, with no error anywhere.
+    Without this the engine samples from a mixture of two versions, without any error.
     """
     model = worker.get_model()
     config = worker.model_runner.model_config.hf_text_config
@@ -56,18 +56,18 @@ class ModuleWeights:
         self._mark = mark
 
     def push(self, weights: Weights, version: int) -> dict[str, float]:
-        counted = _Counted(weights)
+        stream = _CountedWeights(weights)
         missing = set(self._parameters)
         with torch.no_grad():
-            for name, tensor in counted:
+            for name, tensor in stream:
                 self._parameters[name].copy_(tensor)
                 missing.discard(name)
         assert not missing, f"the learner handed over no {sorted(missing)[0]}"
         self._mark(version)
-        return {"sync/bytes": float(counted.bytes)}
+        return {"sync/bytes": float(stream.bytes)}
 
 
-class _Counted:
+class _CountedWeights:
     """An iterable of weights that counts bytes and knows whether it was read to the end."""
 
     def __init__(self, weights: Weights) -> None:

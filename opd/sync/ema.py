@@ -1,4 +1,4 @@
-"""A copy of the student that follows it slowly, fed by the weights on their way to the engine."""
+"""An exponential moving average of the student, fed by the weights on their way to the engine."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,11 +12,11 @@ FILE = "averaged_teacher.safetensors"
 
 
 class EMAWeights:
-    """``module``'s weights become decay * themselves + (1 - decay) * what is pushed, once a version.
+    """Sets ``module``'s weights to decay * themselves + (1 - decay) * those pushed, once per version.
 
-    ``version`` is the last one taken in; ``moved`` is called when the weights have changed. decay 0 follows at once. The first push is of weights that
-    the module already has, and the same version twice counts once, so a resumed run goes on as if
-    nothing had happened.
+    ``moved`` is called when the weights have changed; ``version`` is the last one averaged in. With
+    decay 0 the module equals the student. The first push holds weights that the module already has,
+    and a version pushed twice counts once, so that a resumed run continues as an uninterrupted one.
     """
 
     def __init__(self, module: torch.nn.Module, *, decay: float, moved: Callable[[], None]) -> None:
@@ -25,26 +25,26 @@ class EMAWeights:
         self._moved = moved
         self.version = 0
 
-    def passing(self, weights: Weights, version: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same weights; each is taken in on its way."""
-        fresh = version != self.version
+    def averaging(self, weights: Weights, version: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same weights; each is averaged in as it is read."""
+        is_new = version != self.version
         for name, tensor in weights:
-            if fresh:
+            if is_new:
                 with torch.no_grad():
                     own = self._parameters[name]
                     own.lerp_(tensor.to(own), 1.0 - self._decay)
             yield name, tensor
         self.version = version
-        if fresh:
+        if is_new:
             self._moved()
 
     def save(self, folder: str) -> None:
-        """The average, for ``load`` of a resumed run."""
+        """Write the average, for ``load`` of a resumed run."""
         tensors = {name: p.detach().contiguous() for name, p in self._parameters.items()}
         save_file(tensors, Path(folder) / FILE, {"version": str(self.version)})
 
     def load(self, folder: str, version: int) -> None:
-        """Undo of ``save``."""
+        """Inverse of ``save``."""
         with torch.no_grad():
             for name, tensor in load_file(Path(folder) / FILE).items():
                 self._parameters[name].copy_(tensor)
@@ -53,7 +53,7 @@ class EMAWeights:
 
 
 class EMASync:
-    """A ``WeightSync`` on whose way the weights pass an average."""
+    """A ``WeightSync`` that averages the weights before it pushes them to ``inner``."""
 
     def __init__(self, inner: WeightSync, average: EMAWeights) -> None:
         self._inner = inner
@@ -61,8 +61,8 @@ class EMASync:
 
     def push(self, weights: Weights, version: int) -> Mapping[str, float]:
         """See ``WeightSync``."""
-        passing = self._average.passing(weights, version)
-        metrics = self._inner.push(passing, version)
-        for _ in passing:  # the rest, where the engine wants none
+        stream = self._average.averaging(weights, version)
+        metrics = self._inner.push(stream, version)
+        for _ in stream:  # the rest, where the engine reads none
             pass
         return metrics

@@ -1,4 +1,4 @@
-"""What a receiver of weights does to its engine: read everything anew, or overwrite in place."""
+"""How a receiver loads weights into its engine: all tensors anew, or changed coordinates in place."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opd.interfaces import WeightSync
+from opd.sync.receiver import Load
 from opd.sync.replica import Change
-from opd.sync.sparse import Load
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 
-def loaded_whole(engine: WeightSync) -> Load:
-    """Every tensor, whatever changed: fused modules come whole and packed ones are packed anew."""
+def load_all(engine: WeightSync) -> Load:
+    """Load every tensor, whatever changed: fused modules stay whole and packed ones are packed anew."""
 
     def load(tensors: Mapping[str, torch.Tensor], changes: Sequence[Change], version: int) -> None:
         engine.push(tensors.items(), version)
@@ -22,25 +22,25 @@ def loaded_whole(engine: WeightSync) -> Load:
     return load
 
 
-def patched_in_place(llm: "LLM", whole: WeightSync, *, mark: Callable[[int], None]) -> Load:
-    """Only the coordinates that changed, into the tensors of a vLLM model on a GPU.
+def load_in_place(llm: "LLM", dense: WeightSync, *, mark: Callable[[int], None]) -> Load:
+    """Write only the coordinates that changed, into the tensors of a vLLM model on a GPU.
 
-    vLLM's own loader maps names, shards and fused modules. It marks unchanged places with NaN, so a
-    patch that holds NaN, like a snapshot, goes through ``whole``. Not for engines that repack weights
-    after loading: vLLM on a CPU, quantised models.
+    vLLM's own loader maps names, shards and fused modules. It marks unchanged coordinates with NaN, so
+    a patch that holds NaN, like a snapshot, is pushed through ``dense``. Not for engines that repack
+    weights after loading: vLLM on a CPU, quantised models.
     """
 
     def load(tensors: Mapping[str, torch.Tensor], changes: Sequence[Change], version: int) -> None:
-        told = [(change, tensors[change.name]) for change in changes]
-        values = [change.values(tensor.dtype) for change, tensor in told]
-        if any(change.places_n is None for change in changes) or any(
+        pairs = [(change, tensors[change.name]) for change in changes]
+        values = [change.values(tensor.dtype) for change, tensor in pairs]
+        if any(change.indices_n is None for change in changes) or any(
             bool(v.isnan().any()) for v in values
         ):
-            whole.push(tensors.items(), version)
+            dense.push(tensors.items(), version)
             return
         patches = [
-            (change.name, tuple(tensor.shape), torch.from_numpy(change.places_n), new)
-            for (change, tensor), new in zip(told, values, strict=True)
+            (change.name, tuple(tensor.shape), torch.from_numpy(change.indices_n), new)
+            for (change, tensor), new in zip(pairs, values, strict=True)
         ]
         llm.collective_rpc(patch_worker, args=(patches,))
         llm.reset_prefix_cache()
@@ -52,7 +52,7 @@ def patched_in_place(llm: "LLM", whole: WeightSync, *, mark: Callable[[int], Non
 def patch_worker(
     worker: Any, patches: Sequence[tuple[str, tuple[int, ...], torch.Tensor, torch.Tensor]]
 ) -> None:
-    """Overwrite (name, full shape, flat places [n], values [n]) in a worker's model."""
+    """Overwrite (name, full shape, flat indices [n], values [n]) in a worker's model."""
     from vllm.model_executor.model_loader.checkpoint_weight_patch import (
         CheckpointWeightPatch,
         load_checkpoint_weight_patches,
@@ -68,9 +68,9 @@ def patch_worker(
                 shape=shape,
                 dtype=values.dtype,
                 values=values.to(device),
-                indices=places.to(device),
+                indices=indices.to(device),
             )
-            for name, shape, places, values in patches
+            for name, shape, indices, values in patches
         ],
         validate_unique_indices=False,
     )

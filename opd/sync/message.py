@@ -1,15 +1,14 @@
-"""Bytes on the way from learner to engine: a header, a table of records, and their payloads.
+"""The bytes that carry weights from learner to engine: a header, a table of records, their payloads.
 
     sha256 [32]  of everything behind it
     length [8]   of the JSON header at the end, little endian
     payloads     of all records, end to end
-    records      one a tensor that says something, ``RECORD`` each
+    records      one per tensor that changes, ``RECORD`` each
     header       JSON: format, kind, run, version, base_version, mask, records, and with a snapshot
                  dtype and the table of tensors: [name, shape] each
 
-A snapshot holds every tensor whole. A patch holds what differs from ``base_version``; its places are
-positions among the coordinates that ``mask`` keeps, or among all. A mask message holds those
-coordinates. No pickle.
+A snapshot holds every tensor whole. A patch holds what differs from ``base_version``; its indices
+count the coordinates that ``mask`` keeps, or all. A mask message holds those coordinates. No pickle.
 """
 
 import hashlib
@@ -28,10 +27,10 @@ PREFIX_BYTES = DIGEST_BYTES + LENGTH_BYTES
 RECORD = np.dtype(
     [
         ("tensor", "<u4"),
-        ("place_form", "u1"),
-        ("value_form", "u1"),
+        ("index_encoding", "u1"),
+        ("value_encoding", "u1"),
         ("count", "<u8"),
-        ("place_bytes", "<u8"),
+        ("index_bytes", "<u8"),
         ("value_bytes", "<u8"),
     ]
 )
@@ -55,9 +54,9 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """``run`` names the sender; ``mask`` is the fingerprint of the coordinates that places refer to.
+    """``run`` names the sender; ``mask`` is the fingerprint of the coordinates that indices count.
 
-    ``dtype`` is the number format of every tensor in torch's words, without the ``torch.``.
+    ``dtype`` is the number format of every tensor: torch's name without ``torch.``.
     """
 
     kind: Kind
@@ -71,13 +70,13 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is said about one tensor: ``count`` places and as many values, still encoded."""
+    """What changes in one tensor: ``count`` indices and as many values, still encoded."""
 
     tensor: int
-    place_form: int
-    value_form: int
+    index_encoding: int
+    value_encoding: int
     count: int
-    places: bytes | memoryview
+    indices: bytes | memoryview
     values: bytes | memoryview
 
 
@@ -94,14 +93,14 @@ def write_message(header: Header, records: Iterable[Record], table: list[TensorE
     out, rows = io.BytesIO(), []
     out.write(bytes(PREFIX_BYTES))
     for r in records:
-        out.write(r.places)
+        out.write(r.indices)
         out.write(r.values)
-        sizes = (len(r.places), len(r.values))
-        rows.append((r.tensor, r.place_form, r.value_form, r.count, *sizes))
+        sizes = (len(r.indices), len(r.values))
+        rows.append((r.tensor, r.index_encoding, r.value_encoding, r.count, *sizes))
     out.write(np.array(rows, RECORD).tobytes())
-    told: dict[str, Any] = asdict(header) | {"format": FORMAT, "records": len(rows)}
-    told["table"] = [[e.name, list(e.shape)] for e in table]
-    end = json.dumps({k: v for k, v in told.items() if v not in (None, [])}).encode()
+    fields: dict[str, Any] = asdict(header) | {"format": FORMAT, "records": len(rows)}
+    fields["table"] = [[e.name, list(e.shape)] for e in table]
+    end = json.dumps({k: v for k, v in fields.items() if v not in (None, [])}).encode()
     out.write(end)
     with out.getbuffer() as whole:
         whole[DIGEST_BYTES:PREFIX_BYTES] = len(end).to_bytes(LENGTH_BYTES, "little")
@@ -110,41 +109,43 @@ def write_message(header: Header, records: Iterable[Record], table: list[TensorE
 
 
 def read_message(data: bytes) -> Message:
-    """The undo of ``write_message``; ``ValueError`` when a byte is not as it was sent."""
+    """The inverse of ``write_message``; ``ValueError`` when a byte is not as it was sent."""
     whole = memoryview(data)
     if hashlib.sha256(whole[DIGEST_BYTES:]).digest() != whole[:DIGEST_BYTES]:
         raise ValueError(f"the checksum of the message's {len(data)} bytes does not agree")
     size = int.from_bytes(whole[DIGEST_BYTES:PREFIX_BYTES], "little")
     try:
-        told = json.loads(bytes(whole[len(whole) - size :]))
-        if told["format"] != FORMAT:
-            raise ValueError(f"format is {told['format']!r}, read is {FORMAT!r}")
+        fields = json.loads(bytes(whole[len(whole) - size :]))
+        if fields["format"] != FORMAT:
+            raise ValueError(f"format is {fields['format']!r}, read is {FORMAT!r}")
         header = Header(
-            kind=Kind(told["kind"]),
-            run=str(told["run"]),
-            version=int(told["version"]),
-            base_version=told.get("base_version"),
-            mask=told.get("mask"),
-            dtype=told.get("dtype"),
+            kind=Kind(fields["kind"]),
+            run=str(fields["run"]),
+            version=int(fields["version"]),
+            base_version=fields.get("base_version"),
+            mask=fields.get("mask"),
+            dtype=fields.get("dtype"),
             table=tuple(
-                TensorEntry(name=name, shape=tuple(shape)) for name, shape in told.get("table", ())
+                TensorEntry(name=name, shape=tuple(shape))
+                for name, shape in fields.get("table", ())
             ),
         )
         records_end = len(whole) - size
-        start = records_end - int(told["records"]) * RECORD.itemsize
+        start = records_end - int(fields["records"]) * RECORD.itemsize
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"the message's header cannot be read: {error!r}") from None
     if not PREFIX_BYTES <= start <= records_end:
         raise ValueError("the message announces more records than it holds")
     rows = np.frombuffer(whole[start:records_end], RECORD)
-    return Message(header, list(_records(rows, whole[PREFIX_BYTES:start])))
+    return Message(header, list(_read_records(rows, whole[PREFIX_BYTES:start])))
 
 
-def _records(rows: np.ndarray, payload: memoryview) -> Iterator[Record]:
-    at = 0
-    for tensor, place_form, value_form, count, place_bytes, value_bytes in rows.tolist():
-        middle, end = at + place_bytes, at + place_bytes + value_bytes
-        yield Record(tensor, place_form, value_form, count, payload[at:middle], payload[middle:end])
-        at = end
-    if at != len(payload):
-        raise ValueError(f"the message's records cover {at} of {len(payload)} bytes")
+def _read_records(rows: np.ndarray, payload: memoryview) -> Iterator[Record]:
+    offset = 0
+    for tensor, index_encoding, value_encoding, count, index_bytes, value_bytes in rows.tolist():
+        middle, end = offset + index_bytes, offset + index_bytes + value_bytes
+        indices, values = payload[offset:middle], payload[middle:end]
+        yield Record(tensor, index_encoding, value_encoding, count, indices, values)
+        offset = end
+    if offset != len(payload):
+        raise ValueError(f"the message's records cover {offset} of {len(payload)} bytes")

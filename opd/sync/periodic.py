@@ -1,4 +1,4 @@
-"""Weights only when somebody reads them: for runs that nobody writes for while they train."""
+"""Push weights only when evaluation or verification needs them: for runs without on-policy rollouts."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,12 +9,12 @@ class NoSync:
     """A ``WeightSync`` without an engine."""
 
     def push(self, weights: Weights, version: int) -> Mapping[str, float]:
-        """See ``WeightSync``; the weights are not even gathered."""
+        """See ``WeightSync``; the weights are not gathered."""
         return {}
 
 
 class PeriodicSync:
-    """A ``WeightSync`` that hands over the first time and whenever ``due(version)``."""
+    """A ``WeightSync`` that pushes the first time and whenever ``due(version)``."""
 
     def __init__(self, inner: WeightSync, due: Callable[[int], bool]) -> None:
         self._inner = inner
@@ -22,7 +22,7 @@ class PeriodicSync:
         self._first = True
 
     def push(self, weights: Weights, version: int) -> Mapping[str, float]:
-        """See ``WeightSync``; where nothing is due the weights are not even gathered."""
+        """See ``WeightSync``; a version that is not due is not gathered."""
         if not (self._first or self._due(version)):
             return {}
         self._first = False

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from opd.interfaces import Weights
 from opd.serving.app import MEDIA_TYPE
 from opd.serving.client import ServiceClient
-from opd.sync.sparse import WeightSender
+from opd.sync.sender import WeightSender
 from opd.types import ReceiverState
 from opd.world import World
 
-MOST_MESSAGES = 6
+MAX_MESSAGES = 6
 """To one receiver in one push; mask and patch are two, a snapshot after a refusal is one."""
-WATCH_S = 1.0
+POLL_S = 1.0
 
 log = logging.getLogger("opd.sync")
 
@@ -22,10 +22,10 @@ log = logging.getLogger("opd.sync")
 class ServerWeights:
     """Implements ``WeightSync`` for rollout servers: every rank reads the weights, rank 0 sends them.
 
-    Nobody returns before every server has acknowledged. Between pushes rank 0 looks after servers
-    that were started anew and sends them the version that the others have.
-    ``ConnectionError`` when a server stays away, ``ValueError`` when it refuses snapshots.
-    ``mark`` tells this rank's engine the version.
+    No rank returns before every server has acknowledged. Between pushes rank 0 polls the servers and
+    sends restarted ones the version that the others have. ``mark`` sets the version that this rank's
+    engine expects. ``ConnectionError`` when a server cannot be reached, ``ValueError`` when it refuses
+    snapshots.
     """
 
     def __init__(
@@ -39,75 +39,75 @@ class ServerWeights:
         self._sender, self._mark, self._world = sender, mark, world
         self._servers = {server: ReceiverState() for server in servers}
         self._lock = threading.Lock()
-        self._watching = False
+        self._is_polling = False
 
     def push(self, weights: Weights, version: int) -> Mapping[str, float]:
-        told = {"sync/bytes": 0.0, "sync/changed": 0.0, "sync/snapshots": 0.0}
+        metrics = {"sync/bytes": 0.0, "sync/changed": 0.0, "sync/snapshots": 0.0}
         if self._world.is_main:
             with self._lock:
-                told = self._pushed(weights, version)
-            self._watch()
+                metrics = self._push_to_servers(weights, version)
+            self._start_polling()
         else:
             for _ in weights:
                 pass
-        told = self._world.sum(told)  # no rank is through before rank 0 has every answer
+        metrics = self._world.sum(metrics)  # no rank goes on before rank 0 has every response
         self._mark(version)
-        return told
+        return metrics
 
-    def _pushed(self, weights: Weights, version: int) -> dict[str, float]:
+    def _push_to_servers(self, weights: Weights, version: int) -> dict[str, float]:
         self._sender.prepare(weights, version)
         with ThreadPoolExecutor(len(self._servers)) as pool:
-            travelled = sum(pool.map(self._bring, list(self._servers)))
+            sent = sum(pool.map(self._update, list(self._servers)))
         self._sender.commit()
         return {
-            "sync/bytes": float(travelled),
+            "sync/bytes": float(sent),
             "sync/changed": self._sender.changed,
             "sync/snapshots": float(self._sender.snapshots),
         }
 
-    def _bring(self, server: ServiceClient) -> int:
-        """Bytes that it took to bring one server to the sender's version."""
-        travelled, held = 0, self._servers[server]
-        for _ in range(MOST_MESSAGES):
-            message = self._sender.next_for(held)
+    def _update(self, server: ServiceClient) -> int:
+        """Bring one server to the sender's version; returns the bytes sent."""
+        sent, state = 0, self._servers[server]
+        for _ in range(MAX_MESSAGES):
+            message = self._sender.next_for(state)
             if message is None:
-                self._servers[server] = held
-                return travelled
-            answer = server.send("POST", "/weights", message, {"Content-Type": MEDIA_TYPE})
-            held = ReceiverState(**answer.json())
-            travelled += len(message)
+                self._servers[server] = state
+                return sent
+            response = server.send("POST", "/weights", message, {"Content-Type": MEDIA_TYPE})
+            state = ReceiverState(**response.json())
+            sent += len(message)
         raise ValueError(
             f"the rollout server at {server.url} did not take version {self._sender.version} in "
-            f"{MOST_MESSAGES} messages, last because {held.refused}: is another run sending to it?"
+            f"{MAX_MESSAGES} messages, last because {state.refused}: is another run sending to it?"
         )
 
-    def _watch(self) -> None:
-        if not self._watching:
-            self._watching = True
-            threading.Thread(target=self._look_after, daemon=True, name="weights").start()
+    def _start_polling(self) -> None:
+        if not self._is_polling:
+            self._is_polling = True
+            threading.Thread(target=self._poll, daemon=True, name="weights").start()
 
-    def _look_after(self) -> None:
+    def _poll(self) -> None:
         pause = threading.Event()
-        while not pause.wait(WATCH_S):
+        while not pause.wait(POLL_S):
             for server in self._servers:
                 try:
-                    if self._is_behind(_held_by(server)):
+                    if self._is_behind(_read_state(server)):
                         self._catch_up(server)
                 except (ConnectionError, ValueError) as error:
-                    log.info("cannot look after %s: %s", server.url, error)
+                    log.info("cannot poll %s: %s", server.url, error)
 
     def _catch_up(self, server: ServiceClient) -> None:
-        """Ask again, now that no push is under way, and send what is missing."""
+        """Read the state again, now that no push is running, and send what is missing."""
         with self._lock:
-            held = _held_by(server)
-            if self._is_behind(held):
-                self._servers[server] = held
-                self._bring(server)
-                log.warning("%s was behind and has the weights again", server.url)
+            state = _read_state(server)
+            if self._is_behind(state):
+                self._servers[server] = state
+                self._update(server)
+                log.warning("%s was behind and has been updated", server.url)
 
-    def _is_behind(self, held: ReceiverState) -> bool:
-        return (held.run, held.version) != (self._sender.run, self._sender.version)
+    def _is_behind(self, state: ReceiverState) -> bool:
+        return (state.run, state.version) != (self._sender.run, self._sender.version)
 
 
-def _held_by(server: ServiceClient) -> ReceiverState:
-    return ReceiverState(**server.send("GET", "/info", retries=0).json()["held"])
+def _read_state(server: ServiceClient) -> ReceiverState:
+    return ReceiverState(**server.send("GET", "/info", retries=0).json()["receiver"])

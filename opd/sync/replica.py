@@ -1,4 +1,4 @@
-"""The weights that both ends of the wire hold alike, and what a message says about them."""
+"""The weights as sender and receiver both hold them, and what a message changes in them."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from opd.sync.encoding import (
     IndexEncoding,
     Indices64,
     ValueEncoding,
-    decode_places,
+    decode_indices,
     decode_values,
 )
 from opd.sync.message import Kind, Message, Record, TensorEntry
@@ -22,7 +22,7 @@ INTEGERS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
 }
-"""The integer that shows a number's bits."""
+"""The integer type that shows the bits of each number format."""
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in INTEGERS}
 SMALL_INDEX = 2**31
 
@@ -32,10 +32,10 @@ Kept = dict[str, torch.Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """New bits at ``places_n`` of a flat tensor, or, where that is None, of all of it."""
+    """New bits at ``indices_n`` of a flat tensor, or, where that is None, of all of it."""
 
     name: str
-    places_n: Indices64 | None
+    indices_n: Indices64 | None
     bits_n: Bits
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
@@ -65,27 +65,27 @@ class Replica:
     def changes(self, message: Message) -> list[Change]:
         """What a snapshot or a patch changes, decoded and checked against this replica, in table order.
 
-        Touches nothing. ``ValueError`` when the message does not fit.
+        The replica stays as it is. ``ValueError`` when the message does not fit.
         """
         header = message.header
         if header.kind == Kind.snapshot:
             if header.dtype not in DTYPES:
                 raise ValueError(f"numbers are {header.dtype}, known are {', '.join(DTYPES)}")
             if len(message.records) != len(header.table):
-                raise ValueError("a snapshot must say something about each of its tensors")
+                raise ValueError("a snapshot must have one record for each of its tensors")
             return [
-                _whole(entry, record, DTYPES[header.dtype])
+                _decode_whole(entry, record, DTYPES[header.dtype])
                 for entry, record in _paired(header.table, message.records)
             ]
         return [
-            self._change(entry, record, masked=header.mask is not None)
+            self._decode_change(entry, record, masked=header.mask is not None)
             for entry, record in _paired(self.table, message.records)
         ]
 
-    def mask_of(self, message: Message) -> Kept:
+    def decode_mask(self, message: Message) -> Kept:
         """The coordinates of a mask message, checked against this replica's table."""
         return {
-            entry.name: _kept(entry, record)
+            entry.name: _decode_kept(entry, record)
             for entry, record in _paired(self.table, message.records)
         }
 
@@ -102,25 +102,25 @@ class Replica:
         self.fingerprint, self.kept = None, {}
 
     def apply(self, changes: Sequence[Change]) -> None:
-        """Overwrite; doing it twice does no harm."""
+        """Overwrite; idempotent."""
         for change in changes:
             own = self.bits(change.name)
-            own[slice(None) if change.places_n is None else change.places_n] = change.bits_n
+            own[slice(None) if change.indices_n is None else change.indices_n] = change.bits_n
 
-    def _change(self, entry: TensorEntry, record: Record, *, masked: bool) -> Change:
+    def _decode_change(self, entry: TensorEntry, record: Record, *, masked: bool) -> Change:
         own = self.bits(entry.name)
-        kept = self.kept.get(entry.name, _NOTHING) if masked else None
+        kept = self.kept.get(entry.name, _NO_INDICES) if masked else None
         size = len(own) if kept is None else len(kept)
-        form = IndexEncoding(record.place_form)
-        places_n = decode_places(form, memoryview(record.places), record.count, size)
+        encoding = IndexEncoding(record.index_encoding)
+        indices_n = decode_indices(encoding, memoryview(record.indices), record.count, size)
         if kept is not None:
-            places_n = kept.numpy()[places_n]
+            indices_n = kept.numpy()[indices_n]
         values = memoryview(record.values)
-        bits_n = decode_values(ValueEncoding(record.value_form), values, own[places_n])
-        return Change(entry.name, places_n, bits_n)
+        bits_n = decode_values(ValueEncoding(record.value_encoding), values, own[indices_n])
+        return Change(entry.name, indices_n, bits_n)
 
 
-_NOTHING = torch.zeros(0, dtype=torch.int32)
+_NO_INDICES = torch.zeros(0, dtype=torch.int32)
 
 
 def flat_bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,12 +128,14 @@ def flat_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(INTEGERS[tensor.dtype])
 
 
-def checked_kept(kept: Mapping[str, torch.Tensor], replica: Replica) -> Kept:
+def require_kept(kept: Mapping[str, torch.Tensor], replica: Replica) -> Kept:
     """A mask as a replica holds it; ``ValueError`` for a name, type, order or range that is wrong."""
     checked: Kept = {}
     unknown = kept.keys() - replica.tensors.keys()
     if unknown:
-        raise ValueError(f"the mask keeps coordinates of {min(unknown)}, which the student has not")
+        raise ValueError(
+            f"the mask keeps coordinates of {min(unknown)}, which is no weight of the student"
+        )
     for name, index in kept.items():
         size = replica.tensors[name].numel()
         if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
@@ -145,7 +147,7 @@ def checked_kept(kept: Mapping[str, torch.Tensor], replica: Replica) -> Kept:
             raise ValueError(
                 f"the mask's coordinates of {name} must rise and lie within its {size} weights"
             )
-        checked[name] = None if len(index) == size else _small(index.cpu(), size)
+        checked[name] = None if len(index) == size else _narrowed(index.cpu(), size)
     return checked
 
 
@@ -160,21 +162,22 @@ def _paired(
         yield table[record.tensor], record
 
 
-def _whole(entry: TensorEntry, record: Record, dtype: torch.dtype) -> Change:
-    kind = np.dtype(str(INTEGERS[dtype]).removeprefix("torch."))
+def _decode_whole(entry: TensorEntry, record: Record, dtype: torch.dtype) -> Change:
+    integer = np.dtype(str(INTEGERS[dtype]).removeprefix("torch."))
     values = memoryview(record.values)
-    if len(values) != math.prod(entry.shape) * kind.itemsize:
+    if len(values) != math.prod(entry.shape) * integer.itemsize:
         raise ValueError(f"{entry.name} of shape {list(entry.shape)} comes in {len(values)} bytes")
-    return Change(entry.name, None, np.frombuffer(values, kind))
+    return Change(entry.name, None, np.frombuffer(values, integer))
 
 
-def _kept(entry: TensorEntry, record: Record) -> torch.Tensor | None:
-    size, form = math.prod(entry.shape), IndexEncoding(record.place_form)
-    if form == IndexEncoding.whole:
+def _decode_kept(entry: TensorEntry, record: Record) -> torch.Tensor | None:
+    size, encoding = math.prod(entry.shape), IndexEncoding(record.index_encoding)
+    if encoding == IndexEncoding.whole:
         return None
-    places_n = decode_places(form, memoryview(record.places), record.count, size)
-    return _small(torch.from_numpy(places_n), size)
+    indices_n = decode_indices(encoding, memoryview(record.indices), record.count, size)
+    return _narrowed(torch.from_numpy(indices_n), size)
 
 
-def _small(index: torch.Tensor, size: int) -> torch.Tensor:
+def _narrowed(index: torch.Tensor, size: int) -> torch.Tensor:
+    """int32 where every index of ``size`` fits in it."""
     return index.to(torch.int32 if size < SMALL_INDEX else torch.int64)

@@ -1,4 +1,4 @@
-"""Does the engine hold the learner's weights? Ask both for the log-probs of the same tokens."""
+"""Check that the engine holds the learner's weights: both score the same tokens."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,9 +42,9 @@ class SyncCheck:
         Raises SyncMismatch on every rank when the mean gap exceeds the bound.
         """
         rollouts = self._engine.generate(self._prompts, self._sampling)
-        learned = self._learner.logps(rollouts)
+        learner_logps = self._learner.logps(rollouts)
         gap = np.concatenate(
-            [np.abs(own - r.logps) for own, r in zip(learned, rollouts, strict=True)]
+            [np.abs(own - r.logps) for own, r in zip(learner_logps, rollouts, strict=True)]
         )
         sums = self._world.sum({"gap": float(gap.sum(dtype=np.float64)), "tokens": float(len(gap))})
         largest = self._world.max({"gap": float(gap.max())})["gap"]

@@ -1,1 +1,1 @@
-"""Scores every token that a student wrote: from a server (`ServerTeacher`) or in this process."""
+"""Scores every token of a rollout: on a server (`ServerTeacher`) or in this process (`LocalTeacher`)."""

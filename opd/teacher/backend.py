@@ -1,4 +1,4 @@
-"""What computes hidden states: vLLM in a server, or a Hugging Face model in this process."""
+"""The seam behind every teacher: what computes hidden states, vLLM or a Hugging Face model."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,7 +10,7 @@ from opd.types import IntArray, TeacherInfo
 
 
 class Backend(Protocol):
-    """A causal model up to, and without, its output head."""
+    """A causal model without its output head, which is applied apart."""
 
     info: TeacherInfo
     spec: HeadSpec

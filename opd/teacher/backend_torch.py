@@ -8,14 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from opd.config.teacher import TeacherModelConfig
 from opd.head import HeadSpec
-from opd.teacher.model_info import longest, read_info, read_spec
+from opd.teacher.model_info import max_positions, read_info, read_spec
 from opd.types import IntArray, TeacherInfo
 
 
 class TorchBackend:
     """A frozen ``AutoModelForCausalLM`` on ``device``, run in batches of ``max_num_batched_tokens``.
 
-    No quantised models and no code from the checkpoint.
+    No quantised models and no remote code.
     """
 
     def __init__(
@@ -28,12 +28,12 @@ class TorchBackend:
         network = AutoModelForCausalLM.from_pretrained(model, dtype=config.dtype.value)
         head = network.get_output_embeddings()
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:
-            raise ValueError(f"{model}: its output head is not a plain matrix: {head}")
+            raise ValueError(f"{model}: the output head is not a plain matrix: {head}")
         self.network = network.base_model.to(device).eval().requires_grad_(False)
         self.head_VD: torch.Tensor = head.weight.detach().to(device).float()
         self.spec: HeadSpec = read_spec(model)
         self.info: TeacherInfo = read_info(
-            model, max_length=config.max_model_len or longest(model), dtype=network.dtype
+            model, max_length=config.max_model_len or max_positions(model), dtype=network.dtype
         )
         self.max_tokens = config.max_num_batched_tokens
 
@@ -46,10 +46,10 @@ class TorchBackend:
 def hidden_states(
     network: torch.nn.Module, sequences: Sequence[IntArray], max_tokens: int
 ) -> list[torch.Tensor]:
-    """The final-norm hidden states [L, D] float32 of each sequence, ``max_tokens`` padded at a time."""
+    """The final-norm hidden states [L, D] float32 of each sequence, ``max_tokens`` padded per batch."""
     device = next(network.parameters()).device
-    found: dict[int, torch.Tensor] = {}
-    for group in _groups([len(s) for s in sequences], max_tokens):
+    hidden: dict[int, torch.Tensor] = {}
+    for group in _group_by_length([len(s) for s in sequences], max_tokens):
         width = len(sequences[group[0]])
         ids_BT = np.zeros((len(group), width), np.int64)
         mask_BT = np.zeros((len(group), width), np.int64)
@@ -62,12 +62,12 @@ def hidden_states(
             use_cache=False,
         ).last_hidden_state.float()
         for row, index in enumerate(group):
-            found[index] = hidden_BTD[row, : len(sequences[index])]
-    return [found[index] for index in range(len(sequences))]
+            hidden[index] = hidden_BTD[row, : len(sequences[index])]
+    return [hidden[index] for index in range(len(sequences))]
 
 
-def _groups(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices by falling length, in groups of at most ``tokens`` padded tokens, or of one."""
+def _group_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices by descending length, in groups of at most ``tokens`` padded tokens, or of one."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:

@@ -1,11 +1,13 @@
 """Hidden states from vLLM's pooling runner: batched, tensor parallel, no log-prob dictionaries.
 
 The engine returns the final-norm hidden state of every token; the head is applied outside of it
-(see ``scoring.py``): a few [chunk, V] blocks in float32 are all that a large vocabulary costs.
+(see ``scoring.py``), so a large vocabulary costs a few [chunk, V] blocks in float32.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -13,12 +15,13 @@ from opd.config.teacher import TeacherEngineConfig
 from opd.head import HeadSpec
 from opd.teacher.model_info import read_head, read_info, read_spec
 from opd.types import IntArray, TeacherInfo
+from opd.world import join_alone
 
-QUIET = {"VLLM_LOGGING_LEVEL": "WARNING"}
+SOCKET_VARIABLE = "VLLM_RPC_BASE_PATH"
+ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING"}
 CPU_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # without it "uni" silently becomes "mp"
     "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # its CPU build warns of what nobody can change
+    "VLLM_LOGGING_LEVEL": "ERROR",  # the CPU build warns about what no setting changes
 }
 
 
@@ -29,34 +32,35 @@ class VllmBackend:
     ``max_num_batched_tokens`` are prefilled in chunks.
     """
 
-    def __init__(
-        self,
-        model: str,
-        config: TeacherEngineConfig,
-    ) -> None:
+    def __init__(self, model: str, config: TeacherEngineConfig) -> None:
         cuda = torch.cuda.is_available()
-        for name, value in (QUIET if cuda else CPU_ENVIRONMENT).items():
+        for name, value in (ENVIRONMENT if cuda else CPU_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
+        # an engine core in a process of its own outlives a server that a signal ends
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
         from vllm.config import PoolerConfig
 
-        one_process = not cuda and config.tensor_parallel_size == 1
-        self.engine = LLM(
-            model,
-            runner="pooling",
-            convert="embed",
-            pooler_config=PoolerConfig(task="token_embed"),
-            dtype=config.dtype.value,
-            max_model_len=config.max_model_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            tensor_parallel_size=config.tensor_parallel_size,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if cuda else config.kv_cache_memory_bytes,
-            enforce_eager=not cuda,
-            distributed_executor_backend="uni" if one_process else None,
-            enable_prefix_caching=False,  # a cached prefix has no hidden states to return
-            trust_remote_code=False,
-        )
+        has_workers = config.tensor_parallel_size > 1
+        if not has_workers:
+            join_alone(torch.device("cuda" if cuda else "cpu"))
+        with _socket_folder() if has_workers else nullcontext():
+            self.engine = LLM(
+                model,
+                runner="pooling",
+                convert="embed",
+                pooler_config=PoolerConfig(task="token_embed"),
+                dtype=config.dtype.value,
+                max_model_len=config.max_model_len,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                tensor_parallel_size=config.tensor_parallel_size,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                kv_cache_memory_bytes=None if cuda else config.kv_cache_memory_bytes,
+                enforce_eager=not cuda,
+                distributed_executor_backend=None if has_workers else "uni",
+                enable_prefix_caching=False,  # a cached prefix has no hidden states to return
+                trust_remote_code=False,
+            )
         self.info: TeacherInfo = read_info(
             model,
             max_length=self.engine.model_config.max_model_len,
@@ -80,3 +84,16 @@ class VllmBackend:
         lengths = [len(sequence) for sequence in sequences]
         assert [len(h) for h in hidden] == lengths, "the engine left out hidden states"
         return hidden
+
+
+@contextmanager
+def _socket_folder() -> Iterator[None]:
+    """A folder for the sockets of vLLM's workers, which are connected when the engine has started."""
+    before = os.environ.get(SOCKET_VARIABLE)
+    with TemporaryDirectory() as folder:
+        os.environ[SOCKET_VARIABLE] = folder
+        yield
+    if before is None:
+        del os.environ[SOCKET_VARIABLE]
+    else:
+        os.environ[SOCKET_VARIABLE] = before

@@ -1,4 +1,4 @@
-"""Threshold a list of rollouts into requests, send a few at once, and show how many are answered."""
+"""Split rollouts into requests, score a few at a time, and show the progress."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,56 +8,56 @@ from opd.interfaces import Progress
 from opd.types import Rollout, ScoredRollout
 
 
-def by_tokens(
+def group_by_tokens(
     rollouts: Sequence[Rollout], tokens: int, *, targets: int | None = None
 ) -> list[list[Rollout]]:
     """Neighbours in groups of at most ``tokens`` tokens and ``targets`` completion tokens.
 
-    Tokens are those that the teacher reads, its own prompt included. A rollout that is longer than
-    that gets a group of its own. Order is kept.
+    Tokens are those that the teacher reads, its own prompt included. A longer rollout gets a group of
+    its own. The order is kept.
     """
     groups: list[list[Rollout]] = []
     room = room_targets = 0
     limit = tokens if targets is None else targets
     for rollout in rollouts:
-        length, asked = len(rollout.teacher_sequence), len(rollout.token_ids)
-        if groups and length <= room and asked <= room_targets:
+        length, completion = len(rollout.teacher_sequence), len(rollout.token_ids)
+        if groups and length <= room and completion <= room_targets:
             groups[-1].append(rollout)
         else:
             groups.append([rollout])
             room, room_targets = tokens, limit
-        room, room_targets = room - length, room_targets - asked
+        room, room_targets = room - length, room_targets - completion
     return groups
 
 
-def bar(
+def progress_bar(
     progress: Progress | None, rollouts: Sequence[Rollout]
 ) -> AbstractContextManager[Callable[[int], None]]:
-    """The bar of one ``score`` call; silent without ``progress``."""
+    """The bar of one ``score`` call; none without ``progress``."""
     if progress is None:
         return nullcontext(lambda _: None)
     return progress.track("teacher", len(rollouts))
 
 
-def at_once(
+def score_concurrently(
     score: Callable[[Sequence[Rollout]], list[ScoredRollout]],
     groups: Sequence[Sequence[Rollout]],
     *,
-    most: int,
+    max_concurrent: int,
     advance: Callable[[int], None],
 ) -> list[ScoredRollout]:
-    """``score`` of every group, ``most`` under way at a time, in the order given.
+    """``score`` of every group, ``max_concurrent`` at a time, in the order given.
 
-    The first group that fails ends the rest; ``advance`` is told of rollouts as groups come back.
+    The first failure cancels the groups not yet started; ``advance`` counts rollouts as groups finish.
     """
     scored: list[ScoredRollout] = []
-    with ThreadPoolExecutor(most) as pool:
-        waiting = [pool.submit(score, group) for group in groups]
+    with ThreadPoolExecutor(max_concurrent) as pool:
+        futures = [pool.submit(score, group) for group in groups]
         try:
-            for future in waiting:
-                part = future.result()
-                scored += part
-                advance(len(part))
+            for future in futures:
+                group_scored = future.result()
+                scored += group_scored
+                advance(len(group_scored))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return scored

@@ -1,4 +1,4 @@
-"""Which servers a teacher setting means, their clients, and what each teacher says of itself."""
+"""The servers that a teacher setting names, their clients, and the info of each teacher."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from opd.config.teacher import (
 )
 from opd.interfaces import Progress
 from opd.teacher.client import ServerTeacher
-from opd.teacher.model_info import longest, read_info
-from opd.teacher.transport import arithmetic
+from opd.teacher.model_info import max_positions, read_info
+from opd.teacher.transport import describe_costs
 from opd.teacher.vocabulary import Vocabulary, common_vocab_size, require_fit
 from opd.teacher.wire import TOKEN_VARIABLE
 from opd.types import ScoreRequest, TeacherInfo
@@ -27,7 +27,7 @@ TEACHER_URLS = "OPD_TEACHER_URLS"
 
 
 def member_urls(member: str) -> tuple[str, ...]:
-    """The addresses that a member of a pool lists; none when it is a model."""
+    """The addresses that a pool member lists; none when it is a model."""
     listed = tuple(part.strip() for part in member.split(",") if part.strip())
     return listed if listed and all(u.startswith(("http://", "https://")) for u in listed) else ()
 
@@ -44,7 +44,7 @@ def server_client(
     request: ScoreRequest,
     progress: Progress | None = None,
 ) -> ServerTeacher:
-    """A client of one server, with the run's token and patience."""
+    """A client of one server, with the run's token, time-out and retries."""
     return ServerTeacher(
         url,
         config,
@@ -62,12 +62,12 @@ def describe_transport(
     request: ScoreRequest,
     support_k: int,
 ) -> str:
-    """How the responses of these teachers are sent and what that costs, a line for each way.
+    """How the responses of these teachers are encoded and what that costs, one line per encoding.
 
     ``support_k`` is the number of ids that a rollout names per token.
     """
     lines = [
-        arithmetic(
+        describe_costs(
             info,
             request,
             vocab_size=common_vocab_size(student.matrix_size, info),
@@ -80,7 +80,7 @@ def describe_transport(
 
 
 def teacher_infos(config: TeacherConfig, student: Vocabulary) -> list[TeacherInfo]:
-    """What each teacher is, before it is loaded; they stand in the order of ``teacher.members``.
+    """The info of each teacher, before it is loaded, in the order of ``teacher.members``.
 
     Raises ValueError when one cannot be reached or read, or when its vocabulary does not fit.
     """
@@ -109,9 +109,9 @@ def _member_infos(
 def _served_info(
     config: ServedTeacherConfig, setting: str, url: str, student: Vocabulary
 ) -> TeacherInfo:
-    brief = replace(config, timeout=10, retries=1)
+    impatient = replace(config, timeout=10, retries=1)
     try:
-        return server_client(brief, url, student, ScoreRequest()).info()
+        return server_client(impatient, url, student, ScoreRequest()).info()
     except ConnectionError as error:
         raise ValueError(
             f"{setting}={url} cannot be reached ({error}): start one with "
@@ -119,19 +119,17 @@ def _served_info(
         ) from None
 
 
-def _read_info(
-    config: TeacherConfig, setting: str, model: str, student: Vocabulary
-) -> TeacherInfo:
+def _read_info(config: TeacherConfig, setting: str, model: str, student: Vocabulary) -> TeacherInfo:
     try:
         info = read_info(
             model,
-            max_length=config.max_model_len or longest(model),
+            max_length=config.max_model_len or max_positions(model),
             dtype=None if config.dtype == DType.auto else torch_dtype(config.dtype.value),
         )
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{setting}={model} cannot be read as a model folder or hub id ({first})"
+            f"{setting}={model} cannot be read as a model folder or Hub id ({first})"
         ) from None
     require_fit(info, student)
     return info

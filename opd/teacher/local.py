@@ -1,4 +1,4 @@
-"""A teacher in the trainer's process; the same numbers as the server's, by the same code."""
+"""A teacher in the trainer's process: the same scores as a server's, by the same code."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,8 +6,8 @@ from dataclasses import replace
 from opd.config.student import DType
 from opd.interfaces import Progress
 from opd.teacher.backend import Backend
-from opd.teacher.batches import bar, by_tokens
-from opd.teacher.response import answer, hidden_of, require_answerable
+from opd.teacher.batches import group_by_tokens, progress_bar
+from opd.teacher.response import compute_hidden, require_answerable, score_request
 from opd.teacher.scoring import folded_head
 from opd.teacher.transport import transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
@@ -18,7 +18,7 @@ from opd.types import FloatArray, Rollout, ScoredRollout, ScoreRequest, TeacherI
 class LocalTeacher:
     """Scores with ``backend`` (usually a ``TorchBackend``), ``max_num_batched_tokens`` at a time.
 
-    ``ValueError`` at once when its vocabulary does not fit the student's.
+    ``ValueError`` at construction when its vocabulary does not fit the student's.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class LocalTeacher:
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """See ``Teacher``."""
         scored: list[ScoredRollout] = []
-        with bar(self.progress, rollouts) as advance:
-            for group in by_tokens(rollouts, self.max_num_batched_tokens):
+        with progress_bar(self.progress, rollouts) as advance:
+            for group in group_by_tokens(rollouts, self.max_num_batched_tokens):
                 scored += self._score_group(group)
                 advance(len(group))
         return scored
@@ -54,7 +54,7 @@ class LocalTeacher:
         return self.backend.info
 
     def head(self, name: str | None = None) -> FloatArray:
-        """Rows [vocab_size, D] of the ids both sides have, the logit scale included."""
+        """Rows [vocab_size, D] of the common ids, the logit scale included."""
         spec = replace(self.backend.spec, vocab_size=self.vocab_size)
         return folded_head(self.backend.head_VD, spec).numpy()
 
@@ -67,5 +67,5 @@ class LocalTeacher:
             hidden_dtype=self._transport.hidden_dtype,
         )
         require_answerable(wire_request, self.backend.info, self.backend.spec)
-        (hidden_ND,) = hidden_of(self.backend, [wire_request])
-        return scored_rollouts(rollouts, answer(self.backend, wire_request, hidden_ND))
+        (hidden_ND,) = compute_hidden(self.backend, [wire_request])
+        return scored_rollouts(rollouts, score_request(self.backend, wire_request, hidden_ND))

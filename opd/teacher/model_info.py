@@ -1,4 +1,4 @@
-"""What a teacher needs of a Hugging Face checkpoint besides the layers: tokenizer, sizes, head."""
+"""What a teacher reads from a Hugging Face checkpoint besides the layers: tokenizer, sizes, head."""
 
 import json
 from pathlib import Path
@@ -19,14 +19,14 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
 
 def read_info(model: str, *, max_length: int, dtype: torch.dtype | None = None) -> TeacherInfo:
-    """``TeacherInfo`` of a checkpoint folder or hub name; reads no weights.
+    """``TeacherInfo`` of a checkpoint folder or Hub id; reads no weights.
 
-    ``dtype`` is what it computes in, by default what its config says.
+    ``dtype`` is the compute precision, by default the one in its config.
     """
     config = AutoConfig.from_pretrained(model)
     text = config.get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    its_dtype = dtype or text.dtype or config.dtype or torch.float32
+    compute_dtype = dtype or text.dtype or config.dtype or torch.float32
     base, added = base_and_added(tokenizer)
     return TeacherInfo(
         model=model,
@@ -35,7 +35,7 @@ def read_info(model: str, *, max_length: int, dtype: torch.dtype | None = None) 
         tokenizer_fingerprint=fingerprint(tokenizer),
         tokenizer_size=len(tokenizer),
         max_length=max_length,
-        dtype=str(its_dtype).removeprefix("torch."),
+        dtype=str(compute_dtype).removeprefix("torch."),
         linear_head=read_spec(model).softcap is None,
         base_fingerprint=base,
         added_tokens=added,
@@ -47,37 +47,37 @@ def read_spec(model: str) -> HeadSpec:
     return head_spec(AutoConfig.from_pretrained(model))
 
 
-def longest(model: str) -> int:
-    """How many positions the checkpoint's config allows."""
+def max_positions(model: str) -> int:
+    """``max_position_embeddings`` of the checkpoint's config."""
     return AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
 
 
 def read_head(model: str) -> torch.Tensor:
-    """The output head [V, D], float32, straight from the safetensors files.
+    """The output head [V, D], float32, from the safetensors files.
 
-    That is ``lm_head.weight`` under whatever prefix where the checkpoint has one, else the input
-    embedding, to which the head is then tied. ``ValueError`` for a head that is not a plain matrix.
+    It is ``lm_head.weight``, under any prefix; where the checkpoint has none, the head is tied to the
+    input embedding, which is read. ``ValueError`` for a head that is not a plain matrix.
     """
     files = _tensor_files(model)
-    names = _named(files, HEADS) or _named(files, EMBEDDINGS)
+    names = _names_ending(files, HEADS) or _names_ending(files, EMBEDDINGS)
     if len(names) != 1:
         raise ValueError(
-            f"{model}: looked for one tensor named {' or '.join(HEADS + EMBEDDINGS)} to use as the "
-            f"output head and found {names or 'none'}; give an unquantised causal language model"
+            f"{model}: expected one tensor named {' or '.join(HEADS + EMBEDDINGS)} to use as the "
+            f"output head and found {names or 'none'}; use an unquantised causal language model"
         )
     bias = names[0].removesuffix("weight") + "bias"
     if bias in files:
-        raise ValueError(f"{model}: its output head has a bias ({bias}), which is not supported")
+        raise ValueError(f"{model}: the output head has a bias ({bias}), which is not supported")
     with safe_open(files[names[0]], framework="pt") as opened:
         return opened.get_tensor(names[0]).float()
 
 
-def _named(files: dict[str, Path], endings: tuple[str, ...]) -> list[str]:
+def _names_ending(files: dict[str, Path], endings: tuple[str, ...]) -> list[str]:
     return [n for n in files for end in endings if n == end or n.endswith(f".{end}")]
 
 
 def _tensor_files(model: str) -> dict[str, Path]:
-    """Which file holds each tensor."""
+    """The file of each tensor."""
     folder = Path(model)
     if not folder.is_dir():
         patterns = ["*.safetensors", f"*{INDEX}"]

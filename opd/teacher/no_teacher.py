@@ -1,4 +1,4 @@
-"""Nobody: for losses that ask nothing of a teacher."""
+"""No teacher: for losses that need none."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo
 
 
 class NoTeacher:
-    """A ``Teacher`` that says nothing about anything; ``vocab_size`` and lengths are the student's."""
+    """A ``Teacher`` that adds no scores; ``vocab_size`` and ``max_length`` are the student's."""
 
     def __init__(self, *, vocab_size: int, max_length: int) -> None:
         self._info = TeacherInfo(
@@ -27,5 +27,5 @@ class NoTeacher:
         return self._info
 
     def head(self, name: str | None = None) -> FloatArray:
-        """There is none, and nobody who asked nothing wants it."""
-        raise AssertionError("nobody has no head")
+        """There is none; never called where no scores are requested."""
+        raise AssertionError("teacher=none has no head")

@@ -1,4 +1,4 @@
-"""A request into an answer: the one code path of the server and of the teacher in this process."""
+"""From a request to its response: one code path for the server and the local teacher."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ WIRE_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
 
 
 def require_answerable(request: WireRequest, info: TeacherInfo, spec: HeadSpec) -> None:
-    """``ValueError`` with one clear sentence when this teacher cannot answer."""
+    """``ValueError`` when this teacher cannot score the request."""
     longest = int(request.lengths.max())
     if longest > info.max_length:
         raise ValueError(
@@ -38,13 +38,13 @@ def require_answerable(request: WireRequest, info: TeacherInfo, spec: HeadSpec) 
     if not (math.isfinite(request.temperature) and request.temperature > 0):
         raise ValueError(f"temperature is {request.temperature}, must be a positive number")
     if request.want is Want.hidden and spec.softcap is not None:
-        raise ValueError(f"teacher {info.model} caps its logits: ask for full_logps, not hidden")
+        raise ValueError(f"teacher {info.model} caps its logits: request full_logps, not hidden")
 
 
-def hidden_of(backend: Backend, requests: Sequence[WireRequest]) -> list[torch.Tensor]:
+def compute_hidden(backend: Backend, requests: Sequence[WireRequest]) -> list[torch.Tensor]:
     """For each request the hidden states [N, D] that predict its targets, in one backend call.
 
-    The last token of a sequence predicts nothing that was asked, so it is not run.
+    The last token of a sequence predicts no target, so it is left out of the forward pass.
     """
     sequences = [sequence for request in requests for sequence in request.sequences()]
     starts = [int(start) for request in requests for start in request.starts]
@@ -53,10 +53,10 @@ def hidden_of(backend: Backend, requests: Sequence[WireRequest]) -> list[torch.T
     return [torch.cat([next(kept) for _ in request.starts]) for request in requests]
 
 
-def answer(backend: Backend, request: WireRequest, hidden_ND: torch.Tensor) -> WireResponse:
-    """Apply the head to a request's hidden states and say what it asked for."""
+def score_request(backend: Backend, request: WireRequest, hidden_ND: torch.Tensor) -> WireResponse:
+    """Apply the head to the hidden states of a request; the response holds what it asks for."""
     named = request.named_ids
-    pieces = ScoreOptions(
+    options = ScoreOptions(
         top_k=request.top_k,
         named_ids_NK=None if named is None else torch.from_numpy(named.astype(np.int64)),
         full_logps=request.want is Want.full_logps,
@@ -68,18 +68,18 @@ def answer(backend: Backend, request: WireRequest, hidden_ND: torch.Tensor) -> W
     spec = replace(backend.spec, vocab_size=request.vocab_size)
     rows_VD = backend.head_VD[: backend.info.vocab_size]
     targets = torch.from_numpy(request.targets().astype(np.int64))
-    return _answer_of(score_hidden(hidden_ND, rows_VD, spec, targets, pieces))
+    return _response(score_hidden(hidden_ND, rows_VD, spec, targets, options))
 
 
-def _answer_of(said: Scores) -> WireResponse:
+def _response(scores: Scores) -> WireResponse:
     return WireResponse(
-        logps=said.logp_N.numpy(),
-        support_ids=_ids(said.support_ids_NK),
-        support_logps=_floats(said.support_logp_NK),
-        support_tail=_floats(said.support_tail_N),
-        full_logps=_floats(said.full_logp_NV),
-        hidden=_floats_or_bits(said.hidden_ND),
-        outside=_floats(said.outside_N),
+        logps=scores.logp_N.numpy(),
+        support_ids=_ids(scores.support_ids_NK),
+        support_logps=_floats(scores.support_logp_NK),
+        support_tail=_floats(scores.support_tail_N),
+        full_logps=_floats(scores.full_logp_NV),
+        hidden=_floats_or_bits(scores.hidden_ND),
+        outside=_floats(scores.outside_N),
     )
 
 

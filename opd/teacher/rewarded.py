@@ -1,4 +1,4 @@
-"""A verifier beside the teacher: what whole completions are worth, against their group."""
+"""A reward beside the teacher's scores: one for each completion, and its advantage in its group."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ Reward = Callable[[Rollout], float]
 
 
 class RewardedTeacher:
-    """A ``Teacher`` whose ``ScoredRollout`` carry ``reward`` and ``advantage`` too.
+    """A ``Teacher`` that adds ``reward`` and ``advantage`` to the scores of ``teacher``.
 
-    The group of a completion are the rollouts of the same prompt in one call.
+    The group of a completion is the rollouts of its prompt in the same call.
     """
 
     def __init__(self, teacher: Teacher, reward: Reward, *, scale_rewards: bool) -> None:
@@ -22,7 +22,7 @@ class RewardedTeacher:
         self._scale = scale_rewards
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """See ``Teacher``. ValueError when the verifier gives something that is not a finite number."""
+        """See ``Teacher``. ValueError when a reward is not a finite number."""
         scored = self._teacher.score(rollouts)
         rewards = [_finite(self._reward(rollout), rollout) for rollout in rollouts]
         groups: dict[str, list[float]] = {}
@@ -30,13 +30,13 @@ class RewardedTeacher:
             groups.setdefault(rollout.prompt.uid, []).append(reward)
         return [
             replace(
-                said,
+                scored_rollout,
                 reward=reward,
                 advantage=advantage(
-                    reward, groups[said.rollout.prompt.uid], scale_rewards=self._scale
+                    reward, groups[scored_rollout.rollout.prompt.uid], scale_rewards=self._scale
                 ),
             )
-            for said, reward in zip(scored, rewards, strict=True)
+            for scored_rollout, reward in zip(scored, rewards, strict=True)
         ]
 
     def info(self) -> TeacherInfo:
@@ -49,10 +49,10 @@ class RewardedTeacher:
 
 
 def advantage(reward: float, group: Sequence[float], *, scale_rewards: bool) -> float:
-    """reward - mean(group), divided by the group's standard deviation where ``scale``.
+    """reward - mean(group), divided by the group's standard deviation with ``scale_rewards``.
 
-    A group without spread teaches nothing: 0 (GRPO, arXiv 2402.03300; without scale Dr. GRPO,
-    arXiv 2503.20783).
+    0 for a group of equal rewards (GRPO, arXiv 2402.03300; without scaling Dr. GRPO, arXiv
+    2503.20783).
     """
     mean = math.fsum(group) / len(group)
     if not scale_rewards or len(group) < 2:

@@ -1,4 +1,4 @@
-"""The student as its own teacher: a module of this process, frozen, averaged, or with adapters off."""
+"""The student as its own teacher: a module in this process, frozen, averaged, or with adapters off."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,13 +10,14 @@ from opd.head import HeadSpec
 from opd.teacher.backend_torch import hidden_states
 from opd.types import IntArray, TeacherInfo
 
-Around = Callable[[], AbstractContextManager[Any]]
+ForwardContext = Callable[[], AbstractContextManager[Any]]
 
 
 class ModuleBackend:
-    """A ``Backend`` over a live transformers model, whose weights others may move between calls.
+    """A ``Backend`` over a live transformers model, whose weights may change between calls.
 
-    ``model`` is the causal language model; ``around`` wraps each forward pass, for example peft's ``disable_adapter``.
+    ``model`` is the causal language model. ``forward_context`` makes the context of each forward pass,
+    for example peft's ``disable_adapter``.
     """
 
     def __init__(
@@ -26,11 +27,11 @@ class ModuleBackend:
         info: TeacherInfo,
         spec: HeadSpec,
         max_tokens: int,
-        around: Around = nullcontext,
+        forward_context: ForwardContext = nullcontext,
     ) -> None:
         self._model = model
         self._max_tokens = max_tokens
-        self._around = around
+        self._forward_context = forward_context
         self.info = info
         self.spec = spec
 
@@ -46,7 +47,7 @@ class ModuleBackend:
         was_training = model.training
         model.eval()
         try:
-            with self._around():
+            with self._forward_context():
                 return hidden_states(model.base_model, sequences, self._max_tokens)
         finally:
             model.train(was_training)

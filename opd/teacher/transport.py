@@ -1,4 +1,4 @@
-"""How what was wanted travels: what each exact way costs per token, and which is the cheapest."""
+"""How a response is sent: the exact encodings, their bytes per token, and the cheapest of them."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,18 @@ WIDTHS = {DType.float32: 4, DType.bfloat16: 2}  # bytes of a number
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transport:
-    """One way for an answer to travel, and its size for one target token."""
+    """One encoding of a response, and its size for one target token."""
 
     want: Want
     hidden_dtype: DType
     bytes_per_token: int
 
-    def words(self) -> str:
-        """What travels."""
+    def description(self) -> str:
+        """What is sent, as text."""
         names = {
             Want.hidden: f"hidden states in {self.hidden_dtype.value}",
             Want.full_logps: "log-probs of the whole vocabulary",
-            Want.logps: "log-probs of what was asked",
+            Want.logps: "log-probs of the requested ids",
         }
         return names[self.want]
 
@@ -35,7 +35,7 @@ def bytes_per_target(
     support: int = 0,
     vocab_size: int,
 ) -> int:
-    """Size of the answer for one target token, ``support`` ids wide: exact but for a short header.
+    """Size of the response for one target token, ``support`` ids wide: exact but for a short header.
 
     The sampled log-prob; ids, log-probs and tail of a support; the whole distribution; and the mass
     outside ``vocab_size`` where the teacher has more ids.
@@ -57,7 +57,7 @@ def transports(
     hidden_dtype: DType,
     named: int = 0,
 ) -> list[Transport]:
-    """Every way in which what was wanted can travel, the cheapest first.
+    """Every encoding that can carry what is requested, the cheapest first.
 
     A soft-capped head is not linear, so its hidden states times a matrix would not be its logits.
     ``hidden_dtype`` auto is bfloat16 for a teacher that computes in bfloat16, which loses nothing, and
@@ -69,7 +69,7 @@ def transports(
     if request.full:
         wants = [Want.full_logps, Want.hidden] if info.linear_head else [Want.full_logps]
     support = min(request.top_k, vocab_size) + (named if request.rollout_support else 0)
-    ways = [
+    found = [
         Transport(
             want=want,
             hidden_dtype=hidden_dtype,
@@ -79,10 +79,10 @@ def transports(
         )
         for want in wants
     ]
-    return sorted(ways, key=lambda way: way.bytes_per_token)
+    return sorted(found, key=lambda transport: transport.bytes_per_token)
 
 
-def arithmetic(
+def describe_costs(
     info: TeacherInfo,
     request: ScoreRequest,
     *,
@@ -90,12 +90,14 @@ def arithmetic(
     hidden_dtype: DType,
     named: int = 0,
 ) -> str:
-    """One sentence: what travels, at how many bytes a token, and what the other ways would cost."""
+    """One line: what is sent, at how many bytes a token, and what the other encodings would cost."""
     chosen, *others = transports(
         info, request, vocab_size=vocab_size, hidden_dtype=hidden_dtype, named=named
     )
-    said = f"{chosen.words()}, {chosen.bytes_per_token:,} bytes a token"
+    line = f"{chosen.description()}, {chosen.bytes_per_token:,} bytes a token"
     for other in others:
         times = other.bytes_per_token / chosen.bytes_per_token
-        said += f"; {other.words()} would be {other.bytes_per_token:,}, {times:.1f} times as much"
-    return said
+        line += (
+            f"; {other.description()} would be {other.bytes_per_token:,}, {times:.1f} times as much"
+        )
+    return line

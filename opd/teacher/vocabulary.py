@@ -1,4 +1,4 @@
-"""Whether a teacher's token ids mean what the student's mean, and which of them both may use."""
+"""Whether a teacher's token ids mean the same tokens as the student's, and which ids both have."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from opd.types import TeacherInfo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """The student's side of the comparison.
+    """The student's tokenizer and embedding, to compare with a ``TeacherInfo``.
 
     ``fingerprint`` and ``tokenizer_size`` describe its tokenizer; ``matrix_size`` counts the rows
     of its embedding, padding included. ``base_fingerprint`` and ``added_tokens`` as ``TeacherInfo``.
@@ -26,14 +26,14 @@ class Vocabulary:
 def fingerprint(tokenizer: Any) -> str:
     """SHA-256 over the sorted (id, token) pairs of a Hugging Face tokenizer.
 
-    Merges, normalisers and chat templates are left out: a teacher is sent ids, so only what each id
-    stands for must agree.
+    Merges, normalisers and chat templates are left out: a teacher receives ids, so only the token of
+    each id must agree.
     """
     return _hashed(tokenizer.get_vocab())
 
 
 def base_and_added(tokenizer: Any) -> tuple[str, dict[str, int]]:
-    """The fingerprint of the ids before the added tokens that end the vocabulary, and those tokens."""
+    """The added tokens that end the vocabulary, behind the fingerprint of the ids before them."""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     end = max(vocabulary.values()) + 1
     own = set(vocabulary.values()) - set(tokenizer.added_tokens_decoder)
@@ -47,7 +47,7 @@ def _hashed(vocabulary: dict[str, int]) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def vocabulary_of(tokenizer: Any, matrix_size: int) -> Vocabulary:
+def read_vocabulary(tokenizer: Any, matrix_size: int) -> Vocabulary:
     """The ``Vocabulary`` of a tokenizer and a model whose embedding has ``matrix_size`` rows."""
     base, added = base_and_added(tokenizer)
     return Vocabulary(
@@ -60,14 +60,14 @@ def vocabulary_of(tokenizer: Any, matrix_size: int) -> Vocabulary:
 
 
 def fits(info: TeacherInfo, student: Vocabulary) -> str | None:
-    """Why this teacher cannot score that student; None if it can.
+    """Why this teacher cannot score the student; None if it can.
 
-    Equal tokenizers fit, and those that differ only in tokens which one of them has added at its
-    end: these are then padding to the other.
+    Equal tokenizers fit, and those that differ only in tokens added at the end: the other side treats
+    these as padding.
     """
     if info.tokenizer_fingerprint != student.fingerprint:
         based = info.base_fingerprint and info.base_fingerprint == student.base_fingerprint
-        clash = _clash(info.added_tokens, student.added_tokens) if based else None
+        clash = _first_clash(info.added_tokens, student.added_tokens) if based else None
         if not based:
             return (
                 f"teacher {info.model} has another tokenizer ({info.tokenizer_size} tokens, "
@@ -90,19 +90,19 @@ def fits(info: TeacherInfo, student: Vocabulary) -> str | None:
     return None
 
 
-def _clash(theirs: dict[str, int], ours: dict[str, int]) -> int | None:
+def _first_clash(teacher: dict[str, int], student: dict[str, int]) -> int | None:
     """The first id that is another added token on each side, or a token that has another id."""
-    names = {index: token for token, index in theirs.items()}
-    different = [i for t, i in ours.items() if names.get(i, t) != t or theirs.get(t, i) != i]
-    return min(different, default=None)
+    tokens = {index: token for token, index in teacher.items()}
+    clashes = [i for t, i in student.items() if tokens.get(i, t) != t or teacher.get(t, i) != i]
+    return min(clashes, default=None)
 
 
 def common_vocab_size(student_vocab_size: int, info: TeacherInfo) -> int:
-    """The ids that both matrices have.
+    """How many ids both matrices have.
 
-    One family pads the same tokenizer to different sizes (151936 and 152064): ids from the smaller
-    size on stand for no token that both know, and neither side gives them probability. What each
-    would have given them is reported as ``teacher/outside_mass`` and ``student/outside_mass``.
+    Models of one family pad the same tokenizer to different sizes (151936 and 152064): ids from the
+    smaller size on are no token that both have, and get no probability on either side. The mass that
+    they would have had is reported as ``teacher/outside_mass`` and ``student/outside_mass``.
     """
     return min(student_vocab_size, info.vocab_size)
 

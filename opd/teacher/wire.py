@@ -1,14 +1,14 @@
-"""The nouns that cross the wire, and their bytes: safetensors, with scalars as metadata strings.
+"""Requests to teacher servers and their responses, as bytes: safetensors, scalars as metadata.
 
-A request holds S sequences laid end to end and asks about N = sum(length - start) target tokens:
+A request holds S concatenated sequences with N = sum(length - start) target tokens:
     tensors    token_ids [sum of lengths], lengths [S], starts [S], maybe named_ids [N, K]: int32
     metadata   format, top_k, want (logps | full_logps | hidden), temperature, vocab_size,
                hidden_dtype (float32 | bfloat16)
-An answer holds, for the N targets in the same order, float32 but for the ids:
+A response holds, for the N targets in the same order, float32 but for the ids:
     logps [N], support_ids [N, K] int32, support_logps [N, K], support_tail [N],
-    full_logps [N, vocab_size], hidden [N, D]; the last five where asked;
+    full_logps [N, vocab_size], hidden [N, D]; the last five where requested;
     outside [N] where the teacher has more ids than vocab_size
-bfloat16 travels as its bits in uint16, since numpy has no bfloat16.
+bfloat16 is sent as its bits in uint16, since numpy has no bfloat16.
 """
 
 import json
@@ -34,7 +34,7 @@ from opd.types import (
 FORMAT = "opd-teacher-1"
 TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
 """Environment variable of the bearer token."""
-HEADER_BYTES = 1 << 16  # of a request; ours have four tensors and five strings
+HEADER_BYTES = 1 << 16  # of a request, which has at most four tensors and six strings
 
 
 class Want(StrEnum):
@@ -47,7 +47,7 @@ class Want(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WireRequest:
-    """Whole sequences, and from which token of each on to score (at least 1)."""
+    """Whole sequences, and the first token to score of each (at least 1)."""
 
     token_ids: IntArray
     lengths: IntArray
@@ -64,7 +64,7 @@ class WireRequest:
         return np.split(self.token_ids, np.cumsum(self.lengths)[:-1])
 
     def support_width(self) -> int:
-        """How many ids per target the answer's support has; 0 for none."""
+        """Ids per target in the support of the response; 0 for none."""
         named = 0 if self.named_ids is None else self.named_ids.shape[1]
         return min(self.top_k, self.vocab_size) + named
 
@@ -76,7 +76,7 @@ class WireRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WireResponse:
-    """What a teacher said about the N targets of one request."""
+    """The scores of the N targets of one request."""
 
     logps: FloatArray
     support_ids: IntArray | None = None
@@ -95,7 +95,7 @@ def wire_request_from(
     vocab_size: int,
     hidden_dtype: DType = DType.float32,
 ) -> WireRequest:
-    """Rollouts into one request, each behind the prompt that its teacher sees.
+    """One request for these rollouts, each behind the prompt that its teacher sees.
 
     Support ids that only the student's matrix has are left out.
     """
@@ -113,19 +113,21 @@ def wire_request_from(
     )
 
 
-def scored_rollouts(rollouts: Sequence[Rollout], answer: WireResponse) -> list[ScoredRollout]:
-    """Threshold an answer back into one ``ScoredRollout`` a rollout; arrays are copies, so the answer can go."""
+def scored_rollouts(rollouts: Sequence[Rollout], response: WireResponse) -> list[ScoredRollout]:
+    """One ``ScoredRollout`` per rollout; arrays are copies, so that the response can be freed."""
     scored, start = [], 0
     for rollout in rollouts:
         rows = slice(start, start := start + len(rollout.token_ids))
         scored.append(
             ScoredRollout(
                 rollout=rollout,
-                logps=answer.logps[rows].copy(),
-                support=_support(answer, rows),
-                full_logps=None if answer.full_logps is None else answer.full_logps[rows].copy(),
-                hidden=None if answer.hidden is None else answer.hidden[rows].copy(),
-                outside=None if answer.outside is None else answer.outside[rows].copy(),
+                logps=response.logps[rows].copy(),
+                support=_support(response, rows),
+                full_logps=None
+                if response.full_logps is None
+                else response.full_logps[rows].copy(),
+                hidden=None if response.hidden is None else response.hidden[rows].copy(),
+                outside=None if response.outside is None else response.outside[rows].copy(),
             )
         )
     return scored
@@ -148,9 +150,9 @@ def request_bytes(request: WireRequest) -> bytes:
 
 
 def read_request(body: bytes) -> WireRequest:
-    """The undo of ``request_bytes``; ``ValueError`` with one clear sentence for anything else.
+    """The inverse of ``request_bytes``; ``ValueError`` for anything else.
 
-    Checks what can be known without the model: fields, types, and that shapes agree.
+    Checks what needs no model: fields, types, and that shapes agree.
     """
     size = int.from_bytes(body[:8], "little")
     if size > HEADER_BYTES:
@@ -169,24 +171,24 @@ def read_request(body: bytes) -> WireRequest:
         lengths=arrays["lengths"],
         starts=arrays["starts"],
         named_ids=arrays.get("named_ids"),
-        want=_want(metadata),
-        top_k=_count(metadata, "top_k"),
-        temperature=_number(metadata, "temperature"),
-        vocab_size=_count(metadata, "vocab_size"),
-        hidden_dtype=_hidden_dtype(metadata),
+        want=_read_want(metadata),
+        top_k=_read_count(metadata, "top_k"),
+        temperature=_read_number(metadata, "temperature"),
+        vocab_size=_read_count(metadata, "vocab_size"),
+        hidden_dtype=_read_hidden_dtype(metadata),
     )
     _require_shapes(request)
     return request
 
 
-def answer_bytes(answer: WireResponse) -> bytes:
-    """An answer as safetensors."""
-    said = {field.name: getattr(answer, field.name) for field in fields(answer)}
-    return save({name: array for name, array in said.items() if array is not None})
+def response_bytes(response: WireResponse) -> bytes:
+    """A response as safetensors."""
+    arrays = {field.name: getattr(response, field.name) for field in fields(response)}
+    return save({name: array for name, array in arrays.items() if array is not None})
 
 
-def read_answer(body: bytes) -> WireResponse:
-    """The undo of ``answer_bytes``."""
+def read_response(body: bytes) -> WireResponse:
+    """The inverse of ``response_bytes``."""
     return WireResponse(**_tensors(body))
 
 
@@ -211,8 +213,8 @@ def _named_ids(rollouts: Sequence[Rollout], vocab_size: int) -> IntArray:
     supports = [r.support_ids for r in rollouts if r.support_ids is not None]
     if len(supports) != len(rollouts):
         raise ValueError(
-            "the student's support was asked for, but rollouts carry no support_ids; "
-            "set Sampling.support_k so that the engine writes them"
+            "the request needs the student's support, but the rollouts have no support_ids; "
+            "set Sampling.support_k so that the engine returns them"
         )
     named = np.full((sum(map(len, supports)), max(s.shape[1] for s in supports)), -1, np.int32)
     start = 0
@@ -222,8 +224,8 @@ def _named_ids(rollouts: Sequence[Rollout], vocab_size: int) -> IntArray:
     return np.where(named < vocab_size, named, -1)
 
 
-def _support(answer: WireResponse, rows: slice) -> SupportLogps | None:
-    ids, logps, tail = answer.support_ids, answer.support_logps, answer.support_tail
+def _support(response: WireResponse, rows: slice) -> SupportLogps | None:
+    ids, logps, tail = response.support_ids, response.support_logps, response.support_tail
     if ids is None or logps is None or tail is None:
         return None
     return SupportLogps(ids=ids[rows].copy(), logps=logps[rows].copy(), tail_logp=tail[rows].copy())
@@ -237,26 +239,26 @@ def _tensors(body: bytes) -> dict[str, np.ndarray]:
 
 
 def _metadata(body: bytes) -> Mapping[str, str]:
-    """The header's strings; the numpy reader checks the header but does not hand it out."""
+    """The header's strings; safetensors' numpy reader checks the header but does not return it."""
     size = int.from_bytes(body[:8], "little")
     return json.loads(body[8 : 8 + size]).get("__metadata__", {})
 
 
-def _want(metadata: Mapping[str, str]) -> Want:
+def _read_want(metadata: Mapping[str, str]) -> Want:
     found = metadata.get("want")
     if found not in list(Want):
         raise ValueError(f"metadata 'want' is {found!r}, must be one of {', '.join(Want)}")
     return Want(found)
 
 
-def _hidden_dtype(metadata: Mapping[str, str]) -> DType:
+def _read_hidden_dtype(metadata: Mapping[str, str]) -> DType:
     found = metadata.get("hidden_dtype", DType.float32.value)
     if found not in (DType.float32.value, DType.bfloat16.value):
         raise ValueError(f"metadata 'hidden_dtype' is {found!r}, must be float32 or bfloat16")
     return DType(found)
 
 
-def _number(metadata: Mapping[str, str], name: str) -> float:
+def _read_number(metadata: Mapping[str, str], name: str) -> float:
     try:
         return float(metadata[name])
     except (KeyError, ValueError) as error:
@@ -264,8 +266,8 @@ def _number(metadata: Mapping[str, str], name: str) -> float:
         raise ValueError(f"metadata {name!r} is {found!r}, must be a number") from error
 
 
-def _count(metadata: Mapping[str, str], name: str) -> int:
-    number = _number(metadata, name)
+def _read_count(metadata: Mapping[str, str], name: str) -> int:
+    number = _read_number(metadata, name)
     if not (number.is_integer() and 0 <= number < 2**31):
         raise ValueError(f"metadata {name!r} is {metadata[name]!r}, must be a whole number from 0")
     return int(number)

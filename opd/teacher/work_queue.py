@@ -1,4 +1,4 @@
-"""One thread that owns the model and answers, together, all requests that are waiting."""
+"""One thread that owns the model and scores all waiting requests together."""
 
 import queue
 import threading
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from opd.teacher.backend import Backend
-from opd.teacher.response import answer, hidden_of
+from opd.teacher.response import compute_hidden, score_request
 from opd.teacher.wire import WireRequest, WireResponse
 
 
@@ -22,8 +22,8 @@ class _Job:
 class WorkQueue:
     """``submit`` from any thread; the model is built and used by one thread only.
 
-    Requests that wait together share one backend call, up to ``max_waiting_tokens`` tokens, which bounds
-    the hidden states held at once.
+    Requests that wait together share one backend call of up to ``max_waiting_tokens`` tokens, which
+    bounds the memory for hidden states.
     """
 
     def __init__(self, build: Callable[[], Backend], *, max_waiting_tokens: int) -> None:
@@ -36,11 +36,11 @@ class WorkQueue:
         self._thread.start()
 
     def backend(self) -> Backend:
-        """Waits until the model is loaded; raises what loading raised."""
+        """Wait until the model is loaded; raises what loading raised."""
         return self._built.result()
 
     def submit(self, request: WireRequest) -> Future[WireResponse]:
-        """The answer to come; the request must have passed ``require_answerable``."""
+        """The future response; the request must have passed ``require_answerable``."""
         job = _Job(request)
         self._jobs.put(job)
         return job.done
@@ -54,11 +54,11 @@ class WorkQueue:
         self._built.set_result(backend)
         first = None
         while True:
-            group, first = self._waiting(first or self._jobs.get())
-            _work(backend, group)
+            group, first = self._collect(first or self._jobs.get())
+            _score_jobs(backend, group)
 
-    def _waiting(self, first: _Job) -> tuple[list[_Job], _Job | None]:
-        """``first`` and what waits behind it, and the job that no longer fitted, if any."""
+    def _collect(self, first: _Job) -> tuple[list[_Job], _Job | None]:
+        """``first`` and the jobs waiting behind it, and the first job that does not fit, if any."""
         group, room = [first], self._max_waiting_tokens - len(first.request.token_ids)
         while True:
             try:
@@ -72,16 +72,16 @@ class WorkQueue:
 
 
 @torch.inference_mode()
-def _work(backend: Backend, group: Sequence[_Job]) -> None:
-    """Answers or fails every job; one that fails in the head leaves the others alone."""
+def _score_jobs(backend: Backend, group: Sequence[_Job]) -> None:
+    """Finish or fail every job; one that fails in the head does not affect the others."""
     try:
-        states = hidden_of(backend, [job.request for job in group])
+        states = compute_hidden(backend, [job.request for job in group])
     except Exception as error:
         for job in group:
             job.done.set_exception(error)
         return
     for job, hidden_ND in zip(group, states, strict=True):
         try:
-            job.done.set_result(answer(backend, job.request, hidden_ND))
+            job.done.set_result(score_request(backend, job.request, hidden_ND))
         except Exception as error:
             job.done.set_exception(error)
