@@ -64,20 +64,20 @@ def chosen(base: str, trained: str, layers: int) -> list[Any]:
 
 def ours(base: str, trained: str, layers: int) -> None:
     """All metrics of all tensors, with their nulls."""
-    from opd.analysis.summary import summary
-    from opd.analysis.walk import measured_all
+    from opd.analysis.summary import summarize
+    from opd.analysis.walk import measure_pairs
 
-    summary([row for _, row in measured_all(chosen(base, trained, layers), {})])
+    summarize([row for _, row in measure_pairs(chosen(base, trained, layers), {})])
 
 
 def fast(base: str, trained: str, layers: int) -> None:
     """The same with spectrum=fast."""
     from opd.analysis.formatting import Spectrum
-    from opd.analysis.summary import summary
-    from opd.analysis.walk import measured_all
+    from opd.analysis.summary import summarize
+    from opd.analysis.walk import measure_pairs
 
     pairs = chosen(base, trained, layers)
-    summary([row for _, row in measured_all(pairs, {}, Spectrum.fast)])
+    summarize([row for _, row in measure_pairs(pairs, {}, Spectrum.fast)])
 
 
 def naive(base: str, trained: str, layers: int) -> None:

@@ -1,1 +1,1 @@
-"""What training changed in the weights, and how much of it rounding alone would show."""
+"""Analysis of what training changed in the weights, beside what rounding alone would show."""

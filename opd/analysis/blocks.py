@@ -1,4 +1,4 @@
-"""The blocks of parameters that the paper adds energy up over, told from names as its authors do."""
+"""The blocks of parameters over which the paper sums energy, derived from names as its authors do."""
 
 import re
 
@@ -12,9 +12,9 @@ _PATTERNS = (
     ("ffn", re.compile(r"(^|\.)(fc[12]|w[123])(\.|$)")),
     ("embedding", re.compile(r"wte")),
 )
-"""The first match counts; towers of a vision-language model are no block of their own."""
+"""The first match counts; the vision tower is not a block of its own."""
 
 
-def block_of_paper(name: str) -> str:
+def paper_block(name: str) -> str:
     """The block of a parameter; ``other`` for a fused ``qkv``, a patch embedding or a router."""
     return next((block for block, pattern in _PATTERNS if pattern.search(name.lower())), "other")

@@ -1,4 +1,4 @@
-"""What a summary says besides its headline numbers: ways to count change, overlap beside chance."""
+"""The parts of a summary besides its headline figures: ways to count change, overlap beside chance."""
 
 import math
 import statistics
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from opd.analysis.measure import CHANGED_KEYS, THRESHOLD_KEYS
-from opd.analysis.overlap import overlaps
+from opd.analysis.overlap import pool_overlap
 from opd.analysis.rows import Row
 
 Tree = dict[str, Any]
 
 
-def overlap_levels(rows: Sequence[Row]) -> Tree | None:
-    """Observed overlap over chance, and z, at three levels of chance."""
-    told: Tree = {}
+def summarize_overlap(rows: Sequence[Row]) -> Tree | None:
+    """Observed overlap / expected overlap, and z, at three levels of chance; None without other=."""
+    levels: Tree = {}
     for changed in CHANGED_KEYS:
-        found = overlaps(list(rows), changed)
+        found = pool_overlap(list(rows), changed)
         if found is None:
             return None
-        told[changed] = {
+        levels[changed] = {
             "a": found.a,
             "b": found.b,
             "both": found.both,
@@ -32,11 +32,11 @@ def overlap_levels(rows: Sequence[Row]) -> Tree | None:
                 for level in found.expected
             },
         }
-    return told
+    return levels
 
 
-def change(rows: Sequence[Row], precision: str) -> Tree:
-    """Five ways to count change, as shares of all weights, and the histogram of spacings moved."""
+def summarize_change(rows: Sequence[Row], precision: str) -> Tree:
+    """Five ways to count change, as shares of all weights; the last is a histogram of spacings moved."""
     n = sum(row["numel"] for row in rows)
     views = [row[precision] for row in rows]
     return {
@@ -57,8 +57,8 @@ def _bucket(index: int) -> str:
     return f"{2 ** (index - 2) + 1}-{2 ** (index - 1)}"
 
 
-def visible(rows: Sequence[Row]) -> Tree | None:
-    """Energy of the bf16-visible over the true update, and their cosine; None without a true one."""
+def summarize_visible(rows: Sequence[Row]) -> Tree | None:
+    """Energy of the bf16-visible update / the true one, and their cosine; None without a true one."""
     known = [row for row in rows if row["visible"]]
     cosines = [row["visible"]["cosine"] for row in known]
     cosines = [cosine for cosine in cosines if math.isfinite(cosine)]
@@ -73,8 +73,8 @@ def visible(rows: Sequence[Row]) -> Tree | None:
     }
 
 
-def spectrum(rows: Sequence[Row]) -> Tree:
-    """Which method found the spectra; for ``fast`` how far the summary's figures can be off."""
+def summarize_spectrum(rows: Sequence[Row]) -> Tree:
+    """The method behind the spectra; for ``fast``, error bounds of the summary's figures."""
     found = [row["bf16"]["spectrum"] for row in rows if "spectrum" in row["bf16"]]
     bounds = [each["bound"] for each in found if "bound" in each]
     if not bounds:
@@ -89,8 +89,8 @@ def spectrum(rows: Sequence[Row]) -> Tree:
     }
 
 
-def spread(rows: Sequence[Row]) -> Tree:
-    """Standard deviation of the null's update, its median over tensors that moved, and its source."""
+def summarize_null_spread(rows: Sequence[Row]) -> Tree:
+    """Median standard deviation of the null's update over tensors that changed, and its source."""
     nulls = [row["bf16"]["null"] for row in rows if row["bf16"]["null"]["s"] > 0]
     return {
         "median": statistics.median([null["s"] for null in nulls]) if nulls else math.nan,

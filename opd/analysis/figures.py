@@ -1,4 +1,4 @@
-"""Pictures of an analysis as PNG files: heat maps, spectra, sparsity, placement, overlap."""
+"""PNG figures of an analysis: heat maps, spectra, sparsity, placement, overlap."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +16,16 @@ from opd.analysis.rows import Row
 from opd.mask.compare import LEVELS, Overlap
 
 INK, GRID, OBSERVED, NULL = "#333333", "#dddddd", "#2563eb", "#d9600b"
-LEVEL_WORDS = {
+LEVEL_LABELS = {
     "global": "same densities",
     "tensor": "same counts in each tensor",
     "binade": "same counts in each tensor and binade",
 }
-_LEVEL_LOOKS = {"global": ("#e45756", -0.2), "tensor": ("#f2b701", 0.0), "binade": ("#222222", 0.2)}
+_LEVEL_STYLES = {
+    "global": ("#e45756", -0.2),
+    "tensor": ("#f2b701", 0.0),
+    "binade": ("#222222", 0.2),
+}
 _SETTINGS: dict[Any, Any] = {
     "font.size": 9,
     "axes.edgecolor": GRID,
@@ -40,15 +44,15 @@ _SETTINGS: dict[Any, Any] = {
     "axes.titlesize": 10,
     "legend.frameon": False,
 }
-_DOTS = 130
+_DPI = 130
 
 
-def drawn(
+def save_figure(
     path: Path, size: tuple[float, float], panels: int, draw: Callable[[list[Axes], Figure], None]
 ) -> Path:
-    """Write a picture of some panels side by side; ``size`` in inches."""
+    """Draw panels side by side and write them to ``path``; ``size`` in inches."""
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=size, layout="constrained", dpi=_DOTS)
+        figure = Figure(figsize=size, layout="constrained", dpi=_DPI)
         draw(list(figure.subplots(1, panels, squeeze=False)[0]), figure)
         figure.savefig(path)
     return path
@@ -61,9 +65,9 @@ def heat_map(
     path: Path,
     around: float | None = None,
 ) -> Path:
-    """A number for each module type in each layer; matrices only, and none outside the layers.
+    """A value for each module type in each layer; only of matrices inside the layers.
 
-    ``around``: the value on whose two sides the colours are others.
+    ``around``: the centre of a diverging colour map.
     """
     cells: dict[tuple[int, str], list[float]] = {}
     for row in rows:
@@ -79,8 +83,8 @@ def heat_map(
             grid[layers.index(layer), modules.index(module)] = np.mean(known)
 
     def draw(axes: list[Axes], figure: Figure) -> None:
-        shown = np.ma.masked_invalid(grid)
-        image = axes[0].imshow(shown, aspect="auto", cmap="viridis")
+        masked = np.ma.masked_invalid(grid)
+        image = axes[0].imshow(masked, aspect="auto", cmap="viridis")
         if around is not None:
             image.set(cmap="RdBu_r", norm=CenteredNorm(around))
         axes[0].set_xticks(range(len(modules)), modules, rotation=35, ha="right")
@@ -92,34 +96,34 @@ def heat_map(
         bar.set_label(label)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
-    return drawn(path, (2.6 + 0.62 * len(modules), 2.2 + 0.16 * len(layers)), 1, draw)
+    return save_figure(path, (2.6 + 0.62 * len(modules), 2.2 + 0.16 * len(layers)), 1, draw)
 
 
 def sparsity(found: dict[str, Any], path: Path) -> Path:
-    """Share of the weights with abs(D) below each threshold, beside the null, in bf16 and as stored."""
+    """Share of weights with abs(D) below each threshold, beside the null, in bf16 and as stored."""
 
     def draw(axes: list[Axes], figure: Figure) -> None:
         for panel, title, parts in (
             (axes[0], "bf16, as in the paper", (found["paper"], found["null"])),
             (axes[1], "as stored", (found["stored"]["observed"], found["stored"]["null"])),
         ):
-            for part, label, look in zip(
+            for part, label, style in zip(
                 parts, ("observed", "null"), ((OBSERVED, "-", "o"), (NULL, "--", "s")), strict=True
             ):
                 shares = [100 * (part["sparsity"][key] or 0) for key in THRESHOLD_KEYS]
                 panel.plot(
-                    THRESHOLDS, shares, color=look[0], ls=look[1], marker=look[2], label=label
+                    THRESHOLDS, shares, color=style[0], ls=style[1], marker=style[2], label=label
                 )
             panel.set(xscale="log", ylim=(0, 102), xlabel="threshold e", title=title)
             panel.grid(axis="y", color=GRID, linewidth=0.6)
         axes[0].set_ylabel("weights with abs(D) < e, %")
         axes[0].legend()
 
-    return drawn(path, (7.6, 3.0), 2, draw)
+    return save_figure(path, (7.6, 3.0), 2, draw)
 
 
 def spectra(rows: Sequence[Row], path: Path) -> Path:
-    """Spectra of the updates of the most concentrated, the median and the least matrix."""
+    """Spectra of the most, the median and the least concentrated update of a matrix."""
     known = [row for row in rows if "spectrum" in row["bf16"]]
     ranked = sorted(known, key=lambda row: row["bf16"]["spectrum"]["stable_rank"])
     chosen = [ranked[0], ranked[len(ranked) // 2], ranked[-1]] if ranked else []
@@ -129,11 +133,11 @@ def spectra(rows: Sequence[Row], path: Path) -> Path:
             spectrum = row["bf16"]["spectrum"]
             curve = spectrum["curve"]
             panel.plot(curve["rank"], curve["update"], color=OBSERVED, label="update D")
-            for edge, look, label in (
+            for edge, style, label in (
                 ("isotropic_edge", "--", "edge of an isotropic update of this norm"),
                 ("noise_edge", ":", "edge of the rounding noise"),
             ):
-                panel.axhline(spectrum[edge], color=NULL, ls=look, label=label)
+                panel.axhline(spectrum[edge], color=NULL, ls=style, label=label)
             top = max(curve["update"][0], spectrum["isotropic_edge"])
             panel.set(xscale="log", yscale="log", xlabel="rank", ylim=(top * 2e-3, top * 1.6))
             name = row["name"].removesuffix(".weight").removeprefix("model.")
@@ -142,11 +146,11 @@ def spectra(rows: Sequence[Row], path: Path) -> Path:
         axes[0].set_ylabel("singular value")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
-    return drawn(path, (8.4, 3.3), max(1, len(chosen)), draw)
+    return save_figure(path, (8.4, 3.3), max(1, len(chosen)), draw)
 
 
 def near_zero(rows: Sequence[Row], found: dict[str, Any], path: Path) -> Path:
-    """Share of weights that changed by size of the weight; coverage of the smallest and the principal."""
+    """Share of changed weights by their magnitude; coverage of low-magnitude and principal masks."""
     sums: dict[int, np.ndarray] = {}
     for row in rows:
         table = row["bf16"]["binades"]
@@ -159,15 +163,15 @@ def near_zero(rows: Sequence[Row], found: dict[str, Any], path: Path) -> Path:
 
     def draw(axes: list[Axes], figure: Figure) -> None:
         size = [2.0 ** (bin - 128) for bin in bins]
-        for column, look, label in ((1, (OBSERVED, "-"), "observed"), (2, (NULL, "--"), "null")):
+        for column, style, label in ((1, (OBSERVED, "-"), "observed"), (2, (NULL, "--"), "null")):
             share = [100 * sums[bin][column] / sums[bin][0] for bin in bins]
-            axes[0].plot(size, share, color=look[0], ls=look[1], label=label)
+            axes[0].plot(size, share, color=style[0], ls=style[1], label=label)
         axes[0].set(xscale="log", xlabel="size of the weight, abs(w)", ylabel="changed weights, %")
         axes[0].set_ylim(0, 103)
         axes[0].legend()
         axes[0].grid(axis="y", color=GRID, linewidth=0.6)
         density = np.array([float(key.removesuffix("%")) for key in RANK_KEYS])
-        at = np.arange(len(RANK_KEYS))
+        positions = np.arange(len(RANK_KEYS))
         for offset, mask, label, colour in (
             (-0.2, "low_magnitude", "smallest weights", OBSERVED),
             (0.2, "principal", "principal weights", "#93b4f5"),
@@ -178,10 +182,10 @@ def near_zero(rows: Sequence[Row], found: dict[str, Any], path: Path) -> Path:
             ]
             if None in (*cells[0], *cells[1]):
                 continue
-            seen, null = (100 * np.array(c) / density for c in cells)
-            axes[1].bar(at + offset, seen, width=0.36, color=colour, label=label)
+            observed, null = (100 * np.array(c) / density for c in cells)
+            axes[1].bar(positions + offset, observed, width=0.36, color=colour, label=label)
             axes[1].scatter(
-                at + offset,
+                positions + offset,
                 null,
                 marker="_",
                 s=260,
@@ -190,37 +194,39 @@ def near_zero(rows: Sequence[Row], found: dict[str, Any], path: Path) -> Path:
                 label="null" if offset < 0 else None,
             )
         axes[1].axhline(1, color=INK, linewidth=0.8, ls=":")
-        axes[1].set_xticks(at, RANK_KEYS)
+        axes[1].set_xticks(positions, RANK_KEYS)
         axes[1].set(xlabel="size of the mask", ylabel="changes, times the mask's density")
         top = axes[1].get_ylim()[1]
         axes[1].set_ylim(0, 1.3 * top)
         if axes[1].containers:
             axes[1].legend(loc="upper left", ncols=3, columnspacing=1.0, handlelength=1.4)
 
-    return drawn(path, (8.4, 3.2), 2, draw)
+    return save_figure(path, (8.4, 3.2), 2, draw)
 
 
 def overlap_bars(bars: Sequence[Overlap], path: Path) -> Path:
-    """Share of A's changes that B made too, by group, with what chance expects at three levels."""
+    """Share of A's changes that B made too, by group, with chance at three levels."""
 
     def draw(axes: list[Axes], figure: Figure) -> None:
-        at = np.arange(len(bars))
-        seen = [100 * bar.coverage_of_a for bar in bars]
-        axes[0].barh(at, np.nan_to_num(seen), height=0.62, color=OBSERVED, label="observed")
+        positions = np.arange(len(bars))
+        observed = [100 * bar.coverage_of_a for bar in bars]
+        axes[0].barh(
+            positions, np.nan_to_num(observed), height=0.62, color=OBSERVED, label="observed"
+        )
         for level in LEVELS:
-            colour, height = _LEVEL_LOOKS[level]
+            colour, height = _LEVEL_STYLES[level]
             chance = [100 * bar.expected[level].mean / bar.a if bar.a else np.nan for bar in bars]
             axes[0].scatter(
                 chance,
-                at + height,
+                positions + height,
                 s=34,
                 color=colour,
                 edgecolor="white",
                 linewidth=0.7,
                 zorder=3,
-                label=f"chance: {LEVEL_WORDS[level]}",
+                label=f"chance: {LEVEL_LABELS[level]}",
             )
-        axes[0].set_yticks(at, [bar.name for bar in bars])
+        axes[0].set_yticks(positions, [bar.name for bar in bars])
         axes[0].invert_yaxis()
         axes[0].set_xlim(left=0)
         axes[0].grid(axis="x", color=GRID, linewidth=0.6)
@@ -228,4 +234,4 @@ def overlap_bars(bars: Sequence[Overlap], path: Path) -> Path:
         axes[0].set_xlabel("share of A's changed weights that B changed too, %")
         figure.legend(loc="outside lower center", ncols=2)
 
-    return drawn(path, (7.4, 1.9 + 0.3 * len(bars)), 1, draw)
+    return save_figure(path, (7.4, 1.9 + 0.3 * len(bars)), 1, draw)

@@ -1,4 +1,4 @@
-"""The headline numbers in words, and numbers as people read them."""
+"""Headline figures in sentences, and numbers formatted for people."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Spectrum(StrEnum):
-    """``fast``: the leading singular values of updates, with bounds, and nothing that needs more."""
+    """``fast``: only the leading singular values of updates, between bounds."""
 
     exact = "exact"
     fast = "fast"
@@ -15,7 +15,7 @@ class Spectrum(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """A figure of the summary: its name, where it lies, and how it is written."""
+    """A figure of the summary: its name, its path and its unit."""
 
     name: str
     path: tuple[str, ...]
@@ -47,8 +47,8 @@ HEADLINES = (
 )
 
 
-def at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """The number at a path, None where there is none."""
+def lookup(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """The number at a path, or None."""
     node: Any = tree
     for key in path:
         if not isinstance(node, Mapping) or key not in node:
@@ -57,8 +57,8 @@ def at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     return node
 
 
-def shown(value: float | None, unit: str) -> str:
-    """``82.6 %``, ``+3.1`` for a z, four digits otherwise; a dash for what is unknown."""
+def format_value(value: float | None, unit: str) -> str:
+    """``82.6 %``, ``+3.1`` for a z, four digits otherwise; a dash for None."""
     if value is None:
         return "-"
     if unit == "%":
@@ -66,51 +66,51 @@ def shown(value: float | None, unit: str) -> str:
     return f"{value:+.1f}" if unit == "z" else f"{value:.4g}"
 
 
-def meaning(found: Mapping[str, Any]) -> list[str]:
-    """What the headline numbers say together, a sentence each, for someone new to them."""
-    told = []
-    sparse = [at(found[p], ("sparsity", "1e-5")) for p in ("paper", "null")]
+def interpret(found: Mapping[str, Any]) -> list[str]:
+    """The headline figures in sentences, for readers who are new to them."""
+    sentences = []
+    sparse = [lookup(found[p], ("sparsity", "1e-5")) for p in ("paper", "null")]
     if None not in sparse:
-        told.append(
-            f"In bf16 {shown(sparse[0], '%')} of the weights look unchanged; an update of the same "
-            f"norm without any structure would show {shown(sparse[1], '%')}."
+        sentences.append(
+            f"In bf16 {format_value(sparse[0], '%')} of the weights look unchanged; an update of the same "
+            f"norm without any structure would show {format_value(sparse[1], '%')}."
         )
-    told += _bounded(found["spectrum"])
-    rank = [at(found[p], ("stable_rank", "median")) for p in ("paper", "null")]
+    sentences += _bounds(found["spectrum"])
+    rank = [lookup(found[p], ("stable_rank", "median")) for p in ("paper", "null")]
     if None not in rank:
         lower = rank[0] < 0.8 * rank[1]
-        told.append(
-            f"The update of a typical matrix spreads over {shown(rank[0], '')} directions (stable "
-            f"rank), a random one over {shown(rank[1], '')}: "
+        sentences.append(
+            f"The update of a typical matrix spreads over {format_value(rank[0], '')} directions (stable "
+            f"rank), a random one over {format_value(rank[1], '')}: "
             + ("it is concentrated beyond chance." if lower else "that is no concentration.")
         )
     path = ("coverage", "low_magnitude", "10%", "1e-5", "mean")
-    small = [at(found[p], path) for p in ("paper", "null", "z")]
+    small = [lookup(found[p], path) for p in ("paper", "null", "z")]
     if None not in small:
         beyond = "more than" if small[2] > 3 else "less than" if small[2] < -3 else "in line with"
-        told.append(
-            f"{shown(small[0], '%')} of the changes fall on the smallest tenth of the weights, "
-            f"{beyond} the {shown(small[1], '%')} that rounding alone leads to "
-            f"(z = {shown(small[2], 'z')})."
+        sentences.append(
+            f"{format_value(small[0], '%')} of the changes fall on the smallest tenth of the weights, "
+            f"{beyond} the {format_value(small[1], '%')} that rounding alone leads to "
+            f"(z = {format_value(small[2], 'z')})."
         )
-    overlap = [at(found[p], ("overlap", "a_covered_by_b")) for p in ("paper", "null", "z")]
+    overlap = [lookup(found[p], ("overlap", "a_covered_by_b")) for p in ("paper", "null", "z")]
     if None not in overlap:
-        told.append(
-            f"{shown(overlap[0], '%')} of the first model's changes were made by the second too; "
-            f"chance at equal counts in every binade gives {shown(overlap[1], '%')} "
-            f"(z = {shown(overlap[2], 'z')})."
+        sentences.append(
+            f"{format_value(overlap[0], '%')} of the first model's changes were made by the second too; "
+            f"chance at equal counts in every binade gives {format_value(overlap[1], '%')} "
+            f"(z = {format_value(overlap[2], 'z')})."
         )
-    return told
+    return sentences
 
 
-def _bounded(spectrum: Mapping[str, Any]) -> list[str]:
-    """What ``spectrum=fast`` means for the figures."""
+def _bounds(spectrum: Mapping[str, Any]) -> list[str]:
+    """The error bounds of ``spectrum=fast``, in a sentence."""
     if spectrum["method"] != Spectrum.fast or not spectrum["bounds"]:
         return []
     energy, rank = (spectrum["bounds"][key] for key in ("energy_16", "stable_rank"))
     return [
         "Spectra are leading singular values between bounds (spectrum=fast): the mean energy in 16 "
-        f"directions may be up to {shown(energy['mean'], '%')} higher, the median stable rank up to "
-        f"{shown(rank['median'], '')} lower. Effective and numerical rank, drift, projection, rotation "
-        "and principal masks need whole spectra and are left out."
+        f"directions may be up to {format_value(energy['mean'], '%')} higher, the median stable rank up to "
+        f"{format_value(rank['median'], '')} lower. Effective and numerical rank, drift, projection, "
+        "rotation and principal masks need whole spectra and are left out."
     ]

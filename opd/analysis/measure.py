@@ -1,4 +1,4 @@
-"""Everything that is said about one tensor, as a row of plain numbers that JSON holds."""
+"""All figures of one tensor, as a row of plain numbers that JSON holds."""
 
 import math
 from typing import Any
@@ -12,51 +12,51 @@ from opd.analysis.counts import (
     TOP,
     VISIBLE,
     Counts,
-    bad_numbers,
+    compare_visible,
     count,
+    describe_non_finite,
     on_bf16_grid,
-    visible_and_true,
 )
-from opd.analysis.fast import leading
+from opd.analysis.fast import bound_leading_values
 from opd.analysis.formatting import Spectrum
-from opd.analysis.null import Null, isotropic_spectrum, noise_edge, solved
-from opd.analysis.overlap import overlap_row
+from opd.analysis.null import Null, isotropic_spectrum, noise_edge, solve_null
+from opd.analysis.overlap import count_overlap
 from opd.analysis.pair import Pair
-from opd.analysis.placement import MASKS, Placement, placements
+from opd.analysis.placement import MASKS, Placement, locate_changes
 from opd.analysis.rows import Row
 from opd.analysis.sides import MANTISSA, NumberFormat, Sides
-from opd.analysis.spectrum import RANKS, Spectra, rank_of, shape_of, spectra
+from opd.analysis.spectrum import RANKS, Spectra, principal_rank, spectra, spectral_metrics
 from opd.checkpoint.names import place
 from opd.checkpoint.tensors import dtype_name
 
-_DRAWN = 64
-"""Singular values kept of each spectrum, spread evenly over the logarithm of their rank."""
+_CURVE_POINTS = 64
+"""Singular values kept of each spectrum, evenly spaced over the logarithm of their rank."""
 
 
-def words(values: tuple[float, ...], unit: str = "") -> list[str]:
-    """Thresholds and shares as keys: 1e-05 is "1e-5", with unit "%" 0.01 is "1%"."""
+def format_keys(values: tuple[float, ...], unit: str = "") -> list[str]:
+    """Thresholds and shares as keys: 1e-05 as "1e-5", with unit "%" 0.01 as "1%"."""
     if unit == "%":
         return [f"{100 * value:g}%" for value in values]
     return [f"{value:.0e}".replace("e-0", "e-") for value in values]
 
 
-THRESHOLD_KEYS, RELATIVE_KEYS = words(THRESHOLDS), words(RELATIVE)
-TOP_KEYS, RANK_KEYS = words(TOP, "%"), words(RANKS, "%")
-CHANGED_KEYS = ("0", words((VISIBLE,))[0])
+THRESHOLD_KEYS, RELATIVE_KEYS = format_keys(THRESHOLDS), format_keys(RELATIVE)
+TOP_KEYS, RANK_KEYS = format_keys(TOP, "%"), format_keys(RANKS, "%")
+CHANGED_KEYS = ("0", format_keys((VISIBLE,))[0])
 
 
-def measured(pair: Pair, other: Pair | None = None, spectrum: Spectrum = Spectrum.exact) -> Row:
-    """The row of one tensor; ``status`` is "ok" or the reason why there are no numbers.
+def measure_pair(pair: Pair, other: Pair | None = None, spectrum: Spectrum = Spectrum.exact) -> Row:
+    """The row of one tensor; ``status`` is "ok" or the reason why there are no figures.
 
-    ``other`` is the same tensor of a second trained model. A tensor is read once, mapped where the
-    file allows it.
+    ``other`` is the same tensor of a second trained model. A tensor is read once, memory-mapped where
+    the file allows it.
     """
-    where = place(pair.name)
+    location = place(pair.name)
     row: Row = {
         "name": pair.name,
-        "layer": where.layer,
-        "module": where.module,
-        "block": where.block,
+        "layer": location.layer,
+        "module": location.module,
+        "block": location.block,
         "shape": list(pair.shape),
         "numel": pair.numel,
         "part_of": pair.part_of,
@@ -72,24 +72,23 @@ def measured(pair: Pair, other: Pair | None = None, spectrum: Spectrum = Spectru
     assert pair.trained is not None
     base, trained = pair.base.read(), pair.trained.read()
     sides = Sides(base=base, trained=trained, precision=NumberFormat.bf16)
-    bad = bad_numbers(sides)
-    if bad:
-        return row | {"status": bad}
+    problem = describe_non_finite(sides)
+    if problem:
+        return row | {"status": problem}
     try:
-        return row | _numbers(sides, spectrum) | overlap_row(sides, other)
+        return row | _numbers(sides, spectrum) | count_overlap(sides, other)
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         return row | {"status": f"no decomposition ({str(error).splitlines()[0]})"}
 
 
 def _numbers(sides: Sides, spectrum: Spectrum) -> Row:
-    known = not on_bf16_grid(sides.trained)
+    is_finer = not on_bf16_grid(sides.trained)
     found: Row = {}
-    true = visible_and_true(sides.base, sides.trained) if known else None
+    true = compare_visible(sides.base, sides.trained) if is_finer else None
     s = None if true is None else math.sqrt(true.pop("true_energy") / sides.numel)
     found["visible"] = true
     found["bf16"] = _view(sides, s, spectrum)
-    both = {sides.base.dtype, sides.trained.dtype}
-    if both == {torch.bfloat16}:
+    if {sides.base.dtype, sides.trained.dtype} == {torch.bfloat16}:
         found["stored"] = found["bf16"]
     else:
         stored = Sides(base=sides.base, trained=sides.trained, precision=NumberFormat.stored)
@@ -98,58 +97,58 @@ def _numbers(sides: Sides, spectrum: Spectrum) -> Row:
 
 
 def _view(sides: Sides, s: float | None, spectrum: Spectrum) -> Row:
-    """One precision. ``s``: the standard deviation of the true update where it is known."""
+    """The figures in one number format. ``s``: standard deviation of the true update, if known."""
     counts = count(sides)
     is_rounded = sides.mantissa == MANTISSA[torch.bfloat16]
     on_grid = not is_rounded or on_bf16_grid(sides.base)
     weights = counts.binades[0]
     if s is None:
-        null = solved(weights, counts.energy, sides.mantissa, on_grid)
+        null = solve_null(weights, counts.energy, sides.mantissa, on_grid)
     else:
         null = Null(s=s, mantissa=sides.mantissa, on_grid=on_grid)
-    told = _counted(counts, null)
-    told["null"] = {"s": null.s, "s_from": "the visible norm" if s is None else "the true update"}
+    view = _coordinate_figures(counts, null)
+    view["null"] = {"s": null.s, "s_from": "the visible norm" if s is None else "the true update"}
     if sides.base.dim() == 2 and counts.energy > 0:
-        told |= _of_matrix(sides, null, counts, spectrum)
-    return told
+        view |= _matrix_figures(sides, null, counts, spectrum)
+    return view
 
 
-def _of_matrix(sides: Sides, null: Null, counts: Counts, spectrum: Spectrum) -> Row:
-    """Spectra, and coverage of the masks that they allow."""
+def _matrix_figures(sides: Sides, null: Null, counts: Counts, spectrum: Spectrum) -> Row:
+    """Figures of the spectra, and coverage of the masks that they allow."""
     match spectrum:
         case Spectrum.exact:
             found = spectra(sides)
             directions, masks = found.directions, tuple(MASKS)
             curves = {"base": found.base, "trained": found.trained, "update": found.update}
-            told = _spectral(found, sides.shape)
+            figures = _spectral_figures(found, sides.shape)
         case Spectrum.fast:
-            few = leading(sides)
+            leading = bound_leading_values(sides)
             directions, masks = None, ("low_magnitude",)
-            curves = {"update": few.least, "update_at_most": few.most}
-            told = few.shape() | {"bound": few.bounds()}
+            curves = {"update": leading.least, "update_at_most": leading.most}
+            figures = leading.metrics() | {"bound": leading.bounds()}
     chance = _chance(sides.shape, null, counts)
     chance["above_noise"] = int((curves["update"] > chance["noise_edge"]).sum())
     return {
-        "spectrum": told | chance | {"curve": _curve(curves)},
+        "spectrum": figures | chance | {"curve": _curve(curves)},
         "coverage": {
             key: _coverage(placement, null, masks)
-            for key, placement in zip(RANK_KEYS, placements(sides, directions), strict=True)
+            for key, placement in zip(RANK_KEYS, locate_changes(sides, directions), strict=True)
         },
     }
 
 
 def _curve(curves: dict[str, np.ndarray]) -> Row:
-    """Singular values at some ranks, evenly over the logarithm."""
+    """Singular values at some ranks, evenly spaced over the logarithm."""
     number = len(curves["update"])
-    at = np.unique(np.geomspace(1, number, min(_DRAWN, number)).round().astype(int))
-    return {"rank": at.tolist()} | {name: s[at - 1].tolist() for name, s in curves.items()}
+    ranks = np.unique(np.geomspace(1, number, min(_CURVE_POINTS, number)).round().astype(int))
+    return {"rank": ranks.tolist()} | {name: s[ranks - 1].tolist() for name, s in curves.items()}
 
 
-def _counted(counts: Counts, null: Null) -> Row:
-    """Coordinates by coordinates. Under "expected" lie pairs of mean and variance."""
+def _coordinate_figures(counts: Counts, null: Null) -> Row:
+    """Figures of coordinates; "expected" holds pairs of mean and variance under the null."""
     weights = counts.binades[0]
     rms = math.sqrt(counts.base_energy / counts.numel)
-    here = np.flatnonzero(weights)
+    used = np.flatnonzero(weights)
     return {
         "base_energy": counts.base_energy,
         "energy": counts.energy,
@@ -162,41 +161,41 @@ def _counted(counts: Counts, null: Null) -> Row:
         "relative_below": _named(RELATIVE_KEYS, counts.relative_below),
         "top": _named(TOP_KEYS, counts.top),
         "ulps": counts.ulps.tolist(),
-        "binades": {"bin": here.tolist(), "counts": counts.binades[:, here].tolist()},
+        "binades": {"bin": used.tolist(), "counts": counts.binades[:, used].tolist()},
         "expected": {
-            "zero": _sum(weights, 1 - null.changed()),
+            "zero": _expected_count(weights, 1 - null.changed()),
             "below": {
-                k: _sum(weights, null.below(t))
+                k: _expected_count(weights, null.below(t))
                 for k, t in zip(THRESHOLD_KEYS, THRESHOLDS, strict=True)
             },
             "relative_below": {
-                k: _sum(weights, null.below(t * rms))
+                k: _expected_count(weights, null.below(t * rms))
                 for k, t in zip(RELATIVE_KEYS, RELATIVE, strict=True)
             },
             "top": _named(TOP_KEYS, counts.energy * np.array(null.concentration(weights, TOP))),
-            "changed_by_binade": null.changed()[here].tolist(),
+            "changed_by_binade": null.changed()[used].tolist(),
         },
     }
 
 
 def _chance(shape: tuple[int, int], null: Null, counts: Counts) -> Row:
-    """Spectra of a random matrix of this shape and norm, and of the noise of the cast."""
+    """Spectral figures of a random matrix of this shape and norm, and of the noise of the cast."""
     rows, columns = shape
     size = math.sqrt(counts.energy / (rows * columns))
     return {
         "smaller": min(shape),
-        "isotropic": shape_of(isotropic_spectrum(rows, columns)),
+        "isotropic": spectral_metrics(isotropic_spectrum(rows, columns)),
         "noise_edge": noise_edge(null, counts.binades[0], rows, columns),
         "isotropic_edge": size * (math.sqrt(rows) + math.sqrt(columns)),
     }
 
 
-def _spectral(found: Spectra, shape: tuple[int, int]) -> Row:
-    """What needs all singular values, and directions."""
+def _spectral_figures(found: Spectra, shape: tuple[int, int]) -> Row:
+    """Figures that need all singular values, or directions."""
     rows, columns = shape
-    ranks = [rank_of(r, min(shape)) for r in RANKS]
+    ranks = [principal_rank(r, min(shape)) for r in RANKS]
     drift, drift_of_update = found.drift()
-    return shape_of(found.update) | {
+    return spectral_metrics(found.update) | {
         "projection": _named(RANK_KEYS, found.projection.values()),
         "left": _named(RANK_KEYS, found.left.values()),
         "right": _named(RANK_KEYS, found.right.values()),
@@ -211,44 +210,43 @@ def _spectral(found: Spectra, shape: tuple[int, int]) -> Row:
 
 
 def _coverage(placement: Placement, null: Null, masks: tuple[str, ...]) -> Row:
-    """For each mask its density, and for each way to have changed: inside, all, and the null's share.
+    """For each mask its density; for each definition of changed, the counts and the null's share.
 
-    The null's share is a ratio of sums of independent draws; its variance is that of the ratio to
-    first order.
+    The null's share is a ratio of sums of independent draws; its variance is taken to first order.
     """
-    everything = placement.table.sum(axis=1)
+    total = placement.table.sum(axis=1)
     chances = (null.changed(), null.above(VISIBLE))
-    told: Row = {}
+    coverage: Row = {}
     for mask in masks:
-        held = placement.held(mask)
-        told[mask] = {"density": _ratio(float(held.sum()), float(everything.sum()))}
+        inside = placement.counts_inside(mask)
+        coverage[mask] = {"density": _ratio(float(inside.sum()), float(total.sum()))}
         for key, chance, first in zip(CHANGED_KEYS, chances, (1, 2), strict=True):
-            inside, changed = int(held[first:].sum()), int(everything[first:].sum())
-            mean, variance = ratio_of_draws(held.sum(0), everything.sum(0), chance)
-            told[mask][key] = {
-                "inside": inside,
+            covered, changed = int(inside[first:].sum()), int(total[first:].sum())
+            mean, variance = expected_share(inside.sum(0), total.sum(0), chance)
+            coverage[mask][key] = {
+                "inside": covered,
                 "changed": changed,
-                "coverage": _ratio(inside, changed),
+                "coverage": _ratio(covered, changed),
                 "null": mean,
                 "sd": math.sqrt(variance),
             }
-    return told
+    return coverage
 
 
-def ratio_of_draws(
-    held: np.ndarray, everything: np.ndarray, chance: np.ndarray
+def expected_share(
+    inside: np.ndarray, total: np.ndarray, chance: np.ndarray
 ) -> tuple[float, float]:
-    """Mean and variance of the share of changed coordinates that lie among ``held``, all [BINS]."""
-    total = float(everything @ chance)
-    if not total:
+    """Mean and variance of the share of changed coordinates that are ``inside``; all [BINS]."""
+    changed = float(total @ chance)
+    if not changed:
         return math.nan, math.nan
-    mean, spread = float(held @ chance) / total, chance * (1 - chance)
-    inside, outside = float(held @ spread), float((everything - held) @ spread)
-    return mean, ((1 - mean) ** 2 * inside + mean**2 * outside) / total**2
+    mean, variances = float(inside @ chance) / changed, chance * (1 - chance)
+    within, outside = float(inside @ variances), float((total - inside) @ variances)
+    return mean, ((1 - mean) ** 2 * within + mean**2 * outside) / changed**2
 
 
-def _sum(weights: np.ndarray, chance: np.ndarray) -> list[float]:
-    """Mean and variance of a count."""
+def _expected_count(weights: np.ndarray, chance: np.ndarray) -> list[float]:
+    """Mean and variance of a count of weights; ``chance`` is that of one weight, by binade [BINS]."""
     return [float(weights @ chance), float(weights @ (chance * (1 - chance)))]
 
 

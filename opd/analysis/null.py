@@ -1,12 +1,12 @@
 """The null model: an isotropic normal update, independent of the weights, cast to a number format.
 
-A weight at a distance of one spacing u from its neighbours, moved by d ~ N(0, s^2), shows at least
-j spacings of change with chance erfc((j - 1/2) u / (sqrt(2) s)) where the base lies on the format's
-grid, u = 2^(floor(log2|w|) - mantissa). A base between grid points (float32 that was never rounded)
-is taken as uniform in its cell: E[clip(|d| / u - (j - 1), 0, 1)]. A power of two has its lower neighbour at
-u / 2 only; of the weights of a binade, 3/4 spacings in 2^mantissa are such, and half of their steps
-go down. So a chance f(u) becomes (1 - h) f(u) + h f(u / 2), h = 3/8 2^-mantissa. Nothing depends on
-anything but the weight's binade, so a tensor is its counts by binade.
+A weight w whose neighbours are one spacing u = 2^(floor(log2|w|) - mantissa) away, changed by
+d ~ N(0, s^2), shows a change of at least j spacings with probability erfc((j - 1/2) u / (sqrt(2) s))
+if the base lies on the format's grid. A base between grid points (float32 that was never rounded) is
+taken as uniform in its cell: E[clip(|d| / u - (j - 1), 0, 1)]. The lower neighbour of a power of two is
+only u / 2 away; in a binade these are 3/4 of a cell in 2^mantissa, and half of their steps go down. So a
+probability f(u) becomes (1 - h) f(u) + h f(u / 2), h = 3/8 2^-mantissa. Everything depends only on the
+weight's binade, so a tensor is described by its counts by binade.
 """
 
 import itertools
@@ -20,15 +20,15 @@ import torch
 from opd.checkpoint.chunks import BINS
 
 _FINE = 1 / 4
-"""Spacings below this part of s add their variance u^2 / 12 and nothing else (to e^-300)."""
-_GRAIN = 1 / 24
-"""Levels drawn in place of finer spacings, in s."""
+"""Spacings below this fraction of s only add their variance u^2 / 12 (up to e^-300)."""
+_COARSEST = 1 / 24
+"""Spacing, in s, that replaces finer ones where levels are enumerated."""
 _REACH = 9.0
-"""Standard deviations beyond which nothing is."""
+"""Standard deviations beyond which probabilities are neglected."""
 
 
 def spacings(mantissa: int) -> np.ndarray:
-    """Distance to the next number of a format in each binade bin of ``opd.checkpoint.chunks``, [BINS]."""
+    """Distance to the next number of a format for each bin of ``binades``, [BINS]."""
     exponent = np.maximum(np.arange(BINS) - 128, -126)
     return np.exp2(exponent.astype(float) - mantissa)
 
@@ -39,41 +39,41 @@ def _erfc(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Null:
-    """Chance at standard deviation ``s`` per weight, for every binade [BINS]."""
+    """Probabilities of the null at standard deviation ``s`` per weight, for every binade [BINS]."""
 
     s: float
     mantissa: int
     on_grid: bool
 
     def changed(self) -> np.ndarray:
-        """Chance that a weight visibly changes."""
+        """Probability that a weight visibly changes."""
         return self._at_least(np.ones_like)
 
     def above(self, threshold: float) -> np.ndarray:
-        """Chance of abs(D) > threshold."""
+        """Probability of abs(D) > threshold."""
         return self._at_least(lambda u: np.floor(threshold / u) + 1)
 
     def below(self, threshold: float) -> np.ndarray:
-        """Chance of abs(D) < threshold."""
+        """Probability of abs(D) < threshold."""
         return 1 - self._at_least(lambda u: np.maximum(np.ceil(threshold / u), 1))
 
     def _at_least(self, level: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Chance that abs(D) is at least ``level`` spacings, a whole number from 1 on."""
+        """Probability that abs(D) is at least ``level(u)`` spacings, a whole number of at least 1."""
         if self.s <= 0:
             return np.zeros(BINS)
         return self._mean(lambda u: _tail(level(u), u, self.s, self.on_grid))
 
-    def _mean(self, of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Mean of something that depends on the distance to the neighbours, [BINS]."""
-        u, half = spacings(self.mantissa), _halved(self.mantissa, self.on_grid)
-        return (1 - half) * of(u) + half * of(u / 2)
+    def _mean(self, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Mean of a function of the spacing, over weights on and off powers of two, [BINS]."""
+        u, half = spacings(self.mantissa), _half_share(self.mantissa, self.on_grid)
+        return (1 - half) * value(u) + half * value(u / 2)
 
     def energy(self) -> np.ndarray:
         """Mean of D^2."""
         return self._mean(lambda u: _energy(u, self.s, self.on_grid))
 
     def noise(self) -> np.ndarray:
-        """Mean of (D - d)^2: what the cast adds to, or takes from, the update."""
+        """Mean of (D - d)^2: the rounding noise of the cast."""
         return self._mean(self._noise) if self.s > 0 else np.zeros(BINS)
 
     def _noise(self, u: np.ndarray) -> np.ndarray:
@@ -86,14 +86,14 @@ class Null:
         return np.where(u < _FINE * s, u**2 / 12, np.maximum(exact, 0.0))
 
     def concentration(self, counts: np.ndarray, shares: tuple[float, ...]) -> list[float]:
-        """Share of the energy in the ceil(share x n) coordinates that moved most."""
+        """Share of the energy in the ceil(share x n) coordinates that changed most, for each share."""
         if self.s <= 0:
             return [math.nan] * len(shares)
         values, weights = [], []
-        half = _halved(self.mantissa, self.on_grid)
-        shares_of_u = ((1.0, 1 - half), (0.5, half))
-        for bin, (part, share) in itertools.product(np.flatnonzero(counts), shares_of_u):
-            u = max(part * spacings(self.mantissa)[bin], self.s * _GRAIN)
+        half = _half_share(self.mantissa, self.on_grid)
+        spacing_shares = ((1.0, 1 - half), (0.5, half))
+        for bin, (part, share) in itertools.product(np.flatnonzero(counts), spacing_shares):
+            u = max(part * spacings(self.mantissa)[bin], self.s * _COARSEST)
             j = np.arange(1, math.ceil(_REACH * self.s / u) + 2)
             chance = _tail(j.astype(float), np.full(len(j), u), self.s, self.on_grid)
             values.append(j * u)
@@ -105,17 +105,17 @@ class Null:
         energy = np.concatenate([[0.0], np.cumsum(weight * value**2)])
         if not energy[-1]:
             return [math.nan] * len(shares)
-        wanted = [math.ceil(share * counts.sum()) for share in shares]
-        return [float(np.interp(k, number, energy) / energy[-1]) for k in wanted]
+        sizes = [math.ceil(share * counts.sum()) for share in shares]
+        return [float(np.interp(k, number, energy) / energy[-1]) for k in sizes]
 
 
-def _halved(mantissa: int, on_grid: bool) -> float:
-    """Share of steps from a power of two down, where the next number is half as far."""
+def _half_share(mantissa: int, on_grid: bool) -> float:
+    """Share of steps down from a power of two, for which the next number is half as far."""
     return 0.375 * 2.0**-mantissa if on_grid else 0.0
 
 
 def _tail(j: np.ndarray, u: np.ndarray, s: float, on_grid: bool) -> np.ndarray:
-    """Chance of at least j spacings u."""
+    """Probability of at least j spacings u."""
     if on_grid:
         return _erfc((j - 0.5) * u / (math.sqrt(2) * s))
     return np.clip(_excess((j - 1) * u, s) - _excess(j * u, s), 0, u) / u
@@ -129,7 +129,7 @@ def _excess(a: np.ndarray, s: float) -> np.ndarray:
 
 
 def _levels(u: np.ndarray, s: float, term: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Sum of term(j) over the levels j = 1, 2, ... [levels, 1] that spacings from _FINE s on need."""
+    """Sum of term(j) over the levels j = 1, 2, ... [levels, 1] that spacings above _FINE s require."""
     j = np.arange(1.0, math.ceil(_REACH / _FINE) + 2)[:, None]
     return term(j).sum(axis=0)
 
@@ -143,16 +143,16 @@ def _energy(u: np.ndarray, s: float, on_grid: bool) -> np.ndarray:
     return np.where(u < _FINE * s, limit, exact)
 
 
-def solved(counts: np.ndarray, energy: float, mantissa: int, on_grid: bool) -> Null:
-    """The null whose visible energy is the observed one: s by bisection, to 1e-9 relative.
+def solve_null(counts: np.ndarray, energy: float, mantissa: int, on_grid: bool) -> Null:
+    """The null whose visible energy is the observed one; s by bisection, to 1e-9 relative.
 
     ``counts``: weights by binade [BINS]; ``energy``: the sum of D^2.
     """
     if energy <= 0:
         return Null(s=0.0, mantissa=mantissa, on_grid=on_grid)
-    here, half = np.flatnonzero(counts), _halved(mantissa, on_grid)
-    u = np.concatenate([spacings(mantissa)[here], spacings(mantissa)[here] / 2])
-    n = np.concatenate([(1 - half) * counts[here], half * counts[here]])
+    used, half = np.flatnonzero(counts), _half_share(mantissa, on_grid)
+    u = np.concatenate([spacings(mantissa)[used], spacings(mantissa)[used] / 2])
+    n = np.concatenate([(1 - half) * counts[used], half * counts[used]])
     rms = math.sqrt(energy / counts.sum())
     low, high = math.log(rms / 64), math.log(rms + float(u.max()) * 4)
     for _ in range(48):
@@ -167,7 +167,7 @@ def solved(counts: np.ndarray, energy: float, mantissa: int, on_grid: bool) -> N
 def isotropic_spectrum(rows: int, columns: int) -> np.ndarray:
     """Singular values of a matrix of independent unit normals, largest first [min dim].
 
-    The quantiles of Marchenko and Pastur's law, whose edge is sqrt(rows) + sqrt(columns).
+    Quantiles of the Marchenko-Pastur law, whose edge is sqrt(rows) + sqrt(columns).
     """
     short, long = sorted((rows, columns))
     low, high = math.sqrt(long) - math.sqrt(short), math.sqrt(long) + math.sqrt(short)
@@ -176,11 +176,11 @@ def isotropic_spectrum(rows: int, columns: int) -> np.ndarray:
     inside = np.clip((high**2 - value**2) * (value**2 - low**2), 0, None)
     density = np.sqrt(inside) / np.maximum(value, 1e-12) * np.sin(angle)
     mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    at = (np.arange(short, 0, -1) - 0.5) / short
-    return np.interp(at, mass / mass[-1], value)
+    quantiles = (np.arange(short, 0, -1) - 0.5) / short
+    return np.interp(quantiles, mass / mass[-1], value)
 
 
 def noise_edge(null: Null, counts: np.ndarray, rows: int, columns: int) -> float:
-    """Largest singular value that the cast's noise alone would show, at its mean variance."""
+    """Largest singular value of the cast's noise alone, at its mean variance."""
     variance = float(counts @ null.noise()) / max(1, int(counts.sum()))
     return math.sqrt(variance) * (math.sqrt(rows) + math.sqrt(columns))

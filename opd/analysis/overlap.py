@@ -1,4 +1,4 @@
-"""Whether two updates of one base changed the same weights, counted by binade."""
+"""The overlap of the weights that two updates of one base changed, counted by binade."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ from opd.mask.compare import Expected, Overlap
 CHANGED = {"0": 0.0, "1e-5": VISIBLE}
 
 
-def overlap_row(a: Sides, other: Pair | None) -> dict[str, Any]:
-    """Counts of weights changed by A, by B and by both, in each binade; bf16, as the paper's.
+def count_overlap(a: Sides, other: Pair | None) -> dict[str, Any]:
+    """Counts of weights changed by A, by B and by both, in each binade, in bf16 as in the paper.
 
-    Nothing without a second model; a reason where its tensor does not compare.
+    Empty without a second model; a reason where its tensor cannot be compared.
     """
     if other is None:
         return {}
@@ -30,20 +30,20 @@ def overlap_row(a: Sides, other: Pair | None) -> dict[str, Any]:
     tables = {key: np.zeros((4, BINS), np.int64) for key in CHANGED}
     for (_, ours), (_, theirs) in zip(a.flat(), b.flat(), strict=True):
         bins = binades(ours.base)
-        moved = [cut.update.abs().double().numpy() for cut in (ours, theirs)]
+        sizes = [chunk.update.abs().double().numpy() for chunk in (ours, theirs)]
         for key, threshold in CHANGED.items():
-            in_a, in_b = (m > threshold for m in moved)
+            in_a, in_b = (size > threshold for size in sizes)
             for i, chosen in enumerate((slice(None), in_a, in_b, in_a & in_b)):
                 tables[key][i] += np.bincount(bins[chosen], minlength=BINS)
-    told: dict[str, Any] = {"status": "ok"}
+    found: dict[str, Any] = {"status": "ok"}
     for key, table in tables.items():
-        here = np.flatnonzero(table[0])
-        told[key] = {"bin": here.tolist(), "counts": table[:, here].tolist()}
-    return {"overlap": told}
+        used = np.flatnonzero(table[0])
+        found[key] = {"bin": used.tolist(), "counts": table[:, used].tolist()}
+    return {"overlap": found}
 
 
-def overlaps(rows: list[dict[str, Any]], changed: str, name: str = "all") -> Overlap | None:
-    """The overlap over some tensors' rows and what chance expects at three levels; None: no rows."""
+def pool_overlap(rows: list[dict[str, Any]], changed: str, name: str = "all") -> Overlap | None:
+    """The overlap over the rows of tensors and what chance expects at three levels; None without rows."""
     tables = [
         np.array(row["overlap"][changed]["counts"])
         for row in rows

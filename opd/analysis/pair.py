@@ -1,4 +1,4 @@
-"""Two checkpoints tensor by tensor, under names that both share; what cannot be paired says why.
+"""Pairing the tensors of two checkpoints under canonical names.
 
 A fused parameter (``qkv``, ``qkv_proj``, ``gate_up_proj``, stacked experts) is listed as it is stored
 and as its parts: figures of the whole model are over tensors as stored, tables by block, module type
@@ -17,12 +17,12 @@ from opd.checkpoint.tensors import Stored, dtype_name, model_config, model_folde
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module\.|_orig_mod\.|^module\.)")
-_PARTS = "language_model|visual|vision_tower|vision_model|multi_modal_projector"
+_SUBMODELS = "language_model|visual|vision_tower|vision_model|multi_modal_projector"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One tensor of the base and of the trained model; with a ``reason`` they do not compare.
+    """One tensor of the base and of the trained model; with a ``reason`` they cannot be compared.
 
     ``part_of`` names the fused tensor that a part is cut from; ``is_fused`` marks a tensor whose parts
     are listed too.
@@ -37,10 +37,10 @@ class Pair:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the base, or of what is there."""
-        there = self.base or self.trained
-        assert there is not None
-        return there.shape
+        """Shape in the base, or in the trained model where the base lacks the tensor."""
+        stored = self.base or self.trained
+        assert stored is not None
+        return stored.shape
 
     @property
     def numel(self) -> int:
@@ -79,7 +79,7 @@ def pair_checkpoints(base: str, trained: str) -> list[Pair]:
     if all(pair.reason for pair in pairs):
         raise ValueError(
             f"no tensor of {trained} compares with one of {base} "
-            f"({pairs[0].name}: {pairs[0].reason}): name a base and the same model trained"
+            f"({pairs[0].name}: {pairs[0].reason}): give a base and the same model trained"
         )
     listed = {part: name for part, name in part_of.items() if part in names and name in whole}
     return [
@@ -118,20 +118,20 @@ def canonical_tensors(model: str) -> CanonicalTensors:
 
 
 def canonical(name: str) -> str:
-    """The name that text-only and vision-language checkpoints, and wrappers, all lead to.
+    """The common name of a tensor in text-only, vision-language and wrapped checkpoints.
 
     ``model.language_model.layers.0...``, ``language_model.model.layers.0...`` and ``layers.0...``
     become ``model.layers.0...``; ``model.visual...`` becomes ``visual...``.
     """
     name = _WRAPPERS.sub("", name)
-    name = re.sub(rf"^model\.({_PARTS})\.", r"\1.", name)
+    name = re.sub(rf"^model\.({_SUBMODELS})\.", r"\1.", name)
     name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
     name = re.sub(r"^language_model\.(model\.)?", "model.", name)
     return re.sub(r"^(layers\.|embed_tokens\.|norm\.)", r"model.\1", name)
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The language model's settings: those under text_config, over the outer ones."""
+    """The language model's settings: those under text_config override the outer ones."""
     outer = model_config(folder)
     return outer | (outer.get("text_config") or {})
 
@@ -160,7 +160,7 @@ def _experts(name: str, stored: Stored) -> Iterator[tuple[str, Stored]]:
 
 
 def _part_rows(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> dict[str, int]:
-    """The parts of a fused parameter and their rows; empty when it is none, or does not fit."""
+    """The parts of a fused parameter and their rows; empty for others and when sizes do not fit."""
     if not shape:
         return {}
     rows: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""A trained model with some of its moves taken back, to see which of them it needs."""
+"""A trained model with some of its changed weights reverted, to find which of them it needs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from opd.mask.top_k import Selection, TopKQuery
 
 
 class Order(StrEnum):
-    """Which moves are taken back first."""
+    """Which changes are reverted first."""
 
     smallest = "smallest"
     largest = "largest"
@@ -25,10 +25,10 @@ class Order(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moves:
-    """The weights that differ between two models with both sides in ``dtype``: the moves.
+class ChangedWeights:
+    """The weights that differ between two models with both sides in ``dtype``.
 
-    Raises ValueError when the models have other parameters.
+    Raises ValueError when the models list different parameters.
     """
 
     base: Checkpoint
@@ -39,14 +39,14 @@ class Moves:
         require_same_shapes(self.base, self.trained, f"trained={self.trained.model}")
 
     def count(self) -> int:
-        """How many there are."""
+        """Number of changed weights."""
         sizes = {name: stored.numel for name, stored in self.base.items()}
         return sum(int(np.count_nonzero(self._size(p))) for p in chunks(sizes, self.base))
 
-    def reverted(self, count: int, order: Order, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """The trained model's tensors with exactly ``count`` moves back at the base's values.
+    def revert(self, count: int, order: Order, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The trained model's tensors with exactly ``count`` changes reverted to the base's values.
 
-        Equal moves are parted by lot; the seed fixes it. Weights that did not move stay as they are.
+        Ties are broken at random, by the seed. Unchanged weights stay as they are.
         """
 
         def score(chunk: Chunk) -> np.ndarray:
@@ -58,16 +58,16 @@ class Moves:
         query = TopKQuery(names=tuple(self.base), quotas=(count,), scores=score)
         for name, index in selection.select(query, selection.find_threshold(query)):
             tensor = self.trained[name].read().clone()
-            start = self.base[name].read().reshape(-1)
+            base = self.base[name].read().reshape(-1)
             chosen = index.long()
-            tensor.view(-1)[chosen] = start[chosen].to(tensor.dtype)
+            tensor.view(-1)[chosen] = base[chosen].to(tensor.dtype)
             yield name, tensor
 
     def write(self, count: int, order: Order, seed: int, out: Path) -> None:
-        """``reverted`` as a Hugging Face folder, everything else as the trained model's."""
+        """Write ``revert`` as a Hugging Face folder, with the trained model's other files."""
         require_free(out)
         out.mkdir(parents=True, exist_ok=True)
-        tensors = self.reverted(count, order, seed)
+        tensors = self.revert(count, order, seed)
         write_tensors(out / "model.safetensors", tensors, lambda: {"format": "pt"})
         copy_companions(model_folder(self.trained.model), out)
 
@@ -80,9 +80,9 @@ class Moves:
         return np.abs(float32(after) - float32(before))
 
 
-def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share by Wilson's score; 95 % for the default z (Wilson 1927)."""
-    share, weight = right / asked, z * z / asked
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a share; 95 % for the default z (Wilson 1927)."""
+    share, weight = correct / total, z * z / total
     middle = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * (share * (1 - share) / asked + weight / (4 * asked)) ** 0.5
+    half = z / (1 + weight) * (share * (1 - share) / total + weight / (4 * total)) ** 0.5
     return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,4 +1,4 @@
-"""``report.html`` and ``report.md``: pictures, tables, and what each of them means."""
+"""``report.html`` and ``report.md``: figures and tables, each with an explanation."""
 
 import base64
 from collections.abc import Sequence
@@ -9,50 +9,52 @@ from typing import Any
 import jinja2
 
 from opd.analysis import figures
-from opd.analysis.formatting import HEADLINES, at, meaning, shown
-from opd.analysis.overlap import overlaps
+from opd.analysis.formatting import HEADLINES, format_value, interpret, lookup
+from opd.analysis.overlap import pool_overlap
 from opd.analysis.rows import Row, as_parts, as_stored
-from opd.analysis.walk import Question
+from opd.analysis.walk import AnalysisInputs
 
 REPORT, APPENDIX = "report.html", "report.md"
-PRUNE_PICTURE = "prune.png"
+PRUNE_FIGURE = "prune.png"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
-    """A picture of the report and the sentence under it."""
+class ReportFigure:
+    """A figure of the report and its caption."""
 
     title: str
     path: Path
-    said: str
+    caption: str
 
     @property
     def data(self) -> str:
-        """The picture as text inside the page."""
+        """The figure as base64 text inside the page."""
         return base64.b64encode(self.path.read_bytes()).decode()
 
 
-def write_report(question: Question, rows: Sequence[Row], found: dict[str, Any], out: Path) -> Path:
-    """Draw the pictures and write both reports into ``out``; the path of the page."""
+def write_report(
+    inputs: AnalysisInputs, rows: Sequence[Row], found: dict[str, Any], out: Path
+) -> Path:
+    """Draw the figures and write both reports into ``out``; returns the path of the page."""
     measured = [row for row in rows if row["status"] == "ok"]
     context = {
-        "question": question,
+        "inputs": inputs,
         "found": found,
         "numel": sum(row["numel"] for row in as_stored(measured)),
         "headlines": _headlines(found),
-        "lead": meaning(found),
-        "pictures": _pictures(measured, found, out),
+        "sentences": interpret(found),
+        "figures": _draw_figures(measured, found, out),
         "blocks": found["block"],
         "modules": found["module"],
         "levels": found["overlap_levels"],
         "accuracies": _accuracies(found["prune"]),
-        "shown": shown,
+        "format_value": format_value,
     }
     for template, name in (("report.html.j2", REPORT), ("report.md.j2", APPENDIX)):
         page = _template(template).render(context)
-        scratch = out / f"{name}.part"
-        scratch.write_text(page, encoding="utf-8")
-        scratch.replace(out / name)
+        partial = out / f"{name}.part"
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(out / name)
     return out / REPORT
 
 
@@ -67,17 +69,19 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _headlines(found: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """Name, and observed | null | excess | z as text."""
+    """Each headline's name, and observed | null | excess | z as text."""
     lines = []
     for headline in HEADLINES:
-        values = [at(found[part], headline.path) for part in ("paper", "null", "excess", "z")]
+        values = [lookup(found[part], headline.path) for part in ("paper", "null", "excess", "z")]
         if values[0] is not None:
             units = (headline.unit, headline.unit, headline.unit, "z")
-            lines.append((headline.name, [shown(v, u) for v, u in zip(values, units, strict=True)]))
+            lines.append(
+                (headline.name, [format_value(v, u) for v, u in zip(values, units, strict=True)])
+            )
     return lines
 
 
-def _pictures(measured: Sequence[Row], found: dict[str, Any], out: Path) -> list[Shown]:
+def _draw_figures(measured: Sequence[Row], found: dict[str, Any], out: Path) -> list[ReportFigure]:
     rows = as_parts(measured)
 
     def share_zero(row: Row) -> float:
@@ -90,90 +94,98 @@ def _pictures(measured: Sequence[Row], found: dict[str, Any], out: Path) -> list
         return row["bf16"].get("spectrum", {}).get("stable_rank", float("nan"))
 
     made = [
-        Shown(
-            title="How many weights stayed put",
+        ReportFigure(
+            title="How many weights did not change",
             path=figures.sparsity(found, out / "sparsity.png"),
-            said="The share of weights whose change is smaller than a threshold. Where the dashed "
+            caption="The share of weights whose change is smaller than a threshold. Where the dashed "
             "line (an update without any structure, rounded to the same format) runs along the "
-            "solid one, rounding alone explains the sparsity. The right panel is the same in the "
-            "files' own format: in float32 nearly every weight moves.",
+            "solid one, rounding alone explains the sparsity. The right panel shows the same in the "
+            "files' own format: in float32 nearly every weight changes.",
         ),
-        Shown(
+        ReportFigure(
             title="Sparsity by layer and module type",
             path=figures.heat_map(rows, share_zero, "abs(D) < 1e-5, %", out / "sparsity_map.png"),
-            said="Bright cells hardly changed. Large weights have coarse number spacing, so modules "
-            "with large weights look sparser whatever was learnt.",
+            caption="Bright cells hardly changed. Large weights have coarse number spacing, so modules "
+            "with large weights look sparser whatever was learned.",
         ),
-        Shown(
+        ReportFigure(
             title="Sparsity beyond the null",
             path=figures.heat_map(
                 rows, over_null, "observed - null, points", out / "excess_map.png", around=0.0
             ),
-            said="What is left of the picture above once rounding is taken off, in percentage "
-            "points. Pale cells leave nothing to explain; red ones concentrate their movement on "
+            caption="The figure above minus what rounding alone would show, in percentage "
+            "points. Pale cells leave nothing to explain; red ones concentrate their change on "
             "fewer weights than an even update of the same norm, blue ones spread it over more.",
         ),
-        Shown(
+        ReportFigure(
             title="Where changes fall: small weights and principal weights",
             path=figures.near_zero(rows, found, out / "near_zero.png"),
-            said="Left: small weights have fine spacing, so the same step shows in them and drowns "
-            "in large ones; a preference for small weights is the distance between the lines. "
+            caption="Left: small weights have fine spacing, so the same step is visible in them and rounded "
+            "away in large ones; a preference for small weights is the distance between the lines. "
             "Right: how much denser changes are inside a mask than overall (1 = no preference), "
             "with the null as a bar.",
         ),
-        Shown(
+        ReportFigure(
             title="Stable rank by layer and module type",
             path=figures.heat_map(rows, stable_rank, "stable rank of D", out / "stable_rank.png"),
-            said="How many directions carry an update, |D|² / s₁². A random update of these shapes "
-            f"has {shown(at(found, ('null', 'stable_rank', 'median')), '')} (median); rounding "
-            "cannot lower it, so low values are learnt structure.",
+            caption="How many directions carry an update, |D|² / s₁². A random update of these shapes "
+            f"has {format_value(lookup(found, ('null', 'stable_rank', 'median')), '')} (median); rounding "
+            "cannot lower it, so low values are learned structure.",
         ),
     ]
     if any("spectrum" in row["bf16"] for row in rows):
         path = figures.spectra(rows, out / "spectra.png")
-        said = (
+        caption = (
             "Singular values of the update of three matrices: the most concentrated, the median, "
-            "the least. What rises above the dashed edge is more than an even random update of "
-            "this norm could show; what lies under the dotted edge cannot be told from rounding."
+            "the least. Values above the dashed edge exceed those of an even random update of "
+            "this norm; values under the dotted edge cannot be distinguished from rounding."
         )
-        made.append(Shown(title="Spectra of the update", path=path, said=said))
-    return made + _overlap_picture(measured, out) + _prune_picture(found["prune"], out)
+        made.append(ReportFigure(title="Spectra of the update", path=path, caption=caption))
+    return made + _overlap_figure(measured, out) + _prune_figure(found["prune"], out)
 
 
-def _overlap_picture(rows: Sequence[Row], out: Path) -> list[Shown]:
+def _overlap_figure(rows: Sequence[Row], out: Path) -> list[ReportFigure]:
     groups: dict[str, list[Row]] = {}
     for row in as_parts(rows):
         groups.setdefault(row["module"], []).append(row)
-    bars = [overlaps(as_stored(rows), "1e-5"), *(overlaps(g, "1e-5", n) for n, g in groups.items())]
+    bars = [
+        pool_overlap(as_stored(rows), "1e-5"),
+        *(pool_overlap(g, "1e-5", n) for n, g in groups.items()),
+    ]
     known = [bar for bar in bars if bar is not None and bar.a]
     if not known:
         return []
     path = figures.overlap_bars(known, out / "overlap.png")
-    said = (
-        "The share of the first model's changed weights that the second changed too. Two updates "
-        "that know nothing of each other already meet in small weights, where rounding lets "
-        "changes through: the black dot is that chance, and only what exceeds it is agreement."
+    caption = (
+        "The share of the first model's changed weights that the second changed too. Two independent "
+        "updates already overlap in small weights, where changes survive rounding: the black dot is "
+        "that chance, and only what exceeds it is agreement."
     )
-    return [Shown(title="Overlap of the two updates", path=path, said=said)]
+    return [ReportFigure(title="Overlap of the two updates", path=path, caption=caption)]
 
 
-def _prune_picture(pruned: dict[str, Any] | None, out: Path) -> list[Shown]:
-    if pruned is None:
+def _prune_figure(curve: dict[str, Any] | None, out: Path) -> list[ReportFigure]:
+    if curve is None:
         return []
-    said = (
-        "What the moves are for: a share of them goes back to the base's values, and the recipe's "
-        f"{pruned['questions']:,} questions are asked again. Where taking back the smallest changes "
-        "nothing, the largest do the work; the random curve is what any share of that size costs."
+    caption = (
+        "What the changes are worth: a share of them is reverted to the base's values, and the model is "
+        f"evaluated on the recipe's {curve['questions']:,} held-out prompts. Where reverting the "
+        "smallest costs nothing, the largest matter; the random curve is what any share of that size "
+        "costs."
     )
-    return [Shown(title="Which moves the model needs", path=out / PRUNE_PICTURE, said=said)]
+    return [
+        ReportFigure(
+            title="Which changes the model needs", path=out / PRUNE_FIGURE, caption=caption
+        )
+    ]
 
 
-def _accuracies(pruned: dict[str, Any] | None) -> list[list[str]]:
-    """A line for each share taken back, a cell for each order; the first line names them."""
-    if pruned is None:
+def _accuracies(curve: dict[str, Any] | None) -> list[list[str]]:
+    """A line for each reverted share, a cell for each order, after a line of headings."""
+    if curve is None:
         return []
-    lines = [["moves taken back", *(f"{order} first" for order in pruned["curves"])]]
-    for points in zip(*pruned["curves"].values(), strict=True):
+    lines = [["changes reverted", *(f"{order} first" for order in curve["curves"])]]
+    for points in zip(*curve["curves"].values(), strict=True):
         cells = [f"{p['accuracy']:.3f} ({p['low']:.3f} to {p['high']:.3f})" for p in points]
-        lines.append([shown(points[0]["share"], "%"), *cells])
+        lines.append([format_value(points[0]["share"], "%"), *cells])
     return lines

@@ -1,4 +1,4 @@
-"""The two sides of one tensor and their difference, a chunk at a time, in a number format."""
+"""One tensor before and after training, and the difference, read a chunk at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from enum import StrEnum
 import torch
 
 CHUNK = 1 << 17
-"""Coordinates looked at together: a few MiB of temporaries."""
+"""Coordinates processed together: a few MiB of temporaries."""
 
 
 class NumberFormat(StrEnum):
     """The number format of the comparison.
 
-    ``bf16``: both sides are cast to bfloat16 and subtracted in it, as the paper does. ``stored``:
-    as they lie in the files, subtracted in float32; two bfloat16 sides are ``bf16`` again.
+    ``bf16``: both sides are cast to bfloat16 and subtracted in it, as in the paper. ``stored``: both
+    as stored in the files, subtracted in float32; two bfloat16 sides are the same as ``bf16``.
     """
 
     bf16 = "bf16"
@@ -23,7 +23,7 @@ class NumberFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class UpdateChunk:
-    """W0, W1 and D = W1 - W0 of some coordinates, float32."""
+    """W0, W1 and D = W1 - W0 of a chunk of coordinates, float32."""
 
     base: torch.Tensor
     trained: torch.Tensor
@@ -32,7 +32,7 @@ class UpdateChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sides:
-    """A tensor before and after, as stored; files stay mapped, so a chunk costs a chunk."""
+    """A tensor before and after, as stored and memory-mapped: memory is that of a chunk."""
 
     base: torch.Tensor
     trained: torch.Tensor
@@ -51,17 +51,17 @@ class Sides:
 
     @property
     def is_bf16(self) -> bool:
-        """Whether D holds bfloat16 numbers."""
+        """Whether D consists of bfloat16 numbers."""
         return self.precision == NumberFormat.bf16
 
     @property
     def mantissa(self) -> int:
-        """Bits after the leading one in the format that the update was rounded to."""
+        """Mantissa bits of the format to which the update was rounded."""
         dtype = torch.bfloat16 if self.is_bf16 else self.trained.dtype
         return MANTISSA.get(dtype, MANTISSA[torch.float32])
 
     def pair(self, base: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Some coordinates of both in the format of the comparison."""
+        """Coordinates of both sides in the format of the comparison."""
         if self.precision == NumberFormat.bf16:
             return base.bfloat16(), trained.bfloat16()
         if base.dtype == trained.dtype and base.dtype in MANTISSA:
@@ -75,26 +75,26 @@ class Sides:
         return UpdateChunk(before.float(), after.float(), after.float() - before.float())
 
     def flat(self) -> Iterator[tuple[slice, UpdateChunk]]:
-        """Flat coordinates in order."""
+        """Chunks of flat coordinates, in order."""
         before, after = self.base.reshape(-1), self.trained.reshape(-1)
         for start in range(0, self.numel, CHUNK):
             part = slice(start, min(start + CHUNK, self.numel))
             yield part, self._chunk(before[part], after[part])
 
     def base_chunks(self) -> Iterator[torch.Tensor]:
-        """W0 alone, flat, in the format of the comparison."""
+        """Chunks of W0 alone, flat, in the format of the comparison."""
         for part in self.base.reshape(-1).split(CHUNK):
             yield self.pair(part, part)[0]
 
     def rows(self) -> Iterator[tuple[slice, UpdateChunk]]:
-        """Rows of a matrix in order."""
+        """Chunks of rows of a matrix, in order."""
         step = max(1, CHUNK // self.shape[1])
         for start in range(0, self.shape[0], step):
             part = slice(start, min(start + step, self.shape[0]))
             yield part, self._chunk(self.base[part], self.trained[part])
 
     def tall(self) -> Iterator[UpdateChunk]:
-        """The matrix, turned so that its longer side is cut: chunks [some, shorter side]."""
+        """Chunks [n, shorter side] along the longer side of the matrix, which is transposed if wide."""
         rows, columns = self.shape
         before, after = self.base, self.trained
         if columns > rows:

@@ -1,7 +1,6 @@
-"""Headline numbers of a pair from its tensors' rows: observed, null, excess and z in one shape.
+"""Headline figures of two checkpoints from the rows of their tensors: observed, null, excess and z.
 
-Figures without a null of their own hold None there. A z is (observed - null) / its standard
-deviation under the null.
+Figures without a null have None there. z = (observed - null) / the standard deviation under the null.
 """
 
 import math
@@ -10,8 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd.analysis.blocks import BLOCKS, block_of_paper
-from opd.analysis.change import change, overlap_levels, spectrum, spread, visible
+from opd.analysis.blocks import BLOCKS, paper_block
+from opd.analysis.change import (
+    summarize_change,
+    summarize_null_spread,
+    summarize_overlap,
+    summarize_spectrum,
+    summarize_visible,
+)
 from opd.analysis.measure import (
     CHANGED_KEYS,
     RANK_KEYS,
@@ -19,18 +24,18 @@ from opd.analysis.measure import (
     THRESHOLD_KEYS,
     TOP_KEYS,
 )
-from opd.analysis.overlap import overlaps
+from opd.analysis.overlap import pool_overlap
 from opd.analysis.placement import MASKS
 from opd.analysis.rows import Row, as_parts, as_stored
 
 _MEDIAN = math.sqrt(math.pi / 2)
-"""How much wider than a mean's the spread of a median of normals is."""
+"""Standard deviation of the median of normal numbers / that of their mean."""
 Tree = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number beside what the null expects of it and how far the null strays."""
+    """A number, its expectation under the null and its standard deviation under the null."""
 
     observed: float
     null: float = math.nan
@@ -43,13 +48,13 @@ class Figure:
 
     @property
     def z(self) -> float:
-        """Excess in standard deviations; 0 where both agree to rounding, NaN where none is known."""
+        """Excess in standard deviations; 0 where both agree up to rounding, NaN without a deviation."""
         if abs(self.excess) <= 1e-12 * max(1.0, abs(self.observed)):
             return 0.0
         return self.excess / self.sd if self.sd > 0 else math.nan
 
 
-def summary(rows: Sequence[Row]) -> Tree:
+def summarize(rows: Sequence[Row]) -> Tree:
     """``paper`` (bf16) and ``stored``, each with the same shape under null, excess and z.
 
     ``paper``, ``null``, ``excess`` and ``z`` are of bf16; ``stored`` holds its own four. Beside them
@@ -59,25 +64,27 @@ def summary(rows: Sequence[Row]) -> Tree:
     """
     measured = [row for row in rows if row["status"] == "ok"]
     sound, parts = as_stored(measured), as_parts(measured)
-    paper, stored = (figures(sound, precision) for precision in ("bf16", "stored"))
-    told: Tree = {
+    paper, stored = (headline_figures(sound, precision) for precision in ("bf16", "stored"))
+    found: Tree = {
         "paper": paper,
         "null": None,
         "excess": None,
         "z": None,
         "stored": {"observed": stored, "null": stored, "excess": stored, "z": stored},
-        "change": {precision: change(sound, precision) for precision in ("bf16", "stored")},
-        "visible_of_true": visible(sound),
-        "s": spread(sound),
-        "spectrum": spectrum(sound),
-        "overlap_levels": overlap_levels(sound),
+        "change": {
+            precision: summarize_change(sound, precision) for precision in ("bf16", "stored")
+        },
+        "visible_of_true": summarize_visible(sound),
+        "s": summarize_null_spread(sound),
+        "spectrum": summarize_spectrum(sound),
+        "overlap_levels": summarize_overlap(sound),
         **{key: _groups(parts, key) for key in ("block", "module", "layer")},
         "tensors": {"measured": len(sound), "left_out": _left_out(rows)},
     }
     for key, part in PARTS.items():
-        told["paper" if key == "observed" else key] = plain(paper, part)
-        told["stored"][key] = plain(stored, part)
-    return plain(told, PARTS["observed"])
+        found["paper" if key == "observed" else key] = extract_part(paper, part)
+        found["stored"][key] = extract_part(stored, part)
+    return extract_part(found, PARTS["observed"])
 
 
 PARTS: dict[str, Callable[[Figure], float]] = {
@@ -88,28 +95,28 @@ PARTS: dict[str, Callable[[Figure], float]] = {
 }
 
 
-def plain(tree: Any, part: Callable[[Figure], float]) -> Any:
-    """One part of every figure; numbers that are none become None, as JSON has no NaN."""
+def extract_part(tree: Any, part: Callable[[Figure], float]) -> Any:
+    """One part of every figure; NaN and infinity become None, which JSON can represent."""
     match tree:
         case dict():
-            return {str(key): plain(value, part) for key, value in tree.items()}
+            return {str(key): extract_part(value, part) for key, value in tree.items()}
         case list() | tuple():
-            return [plain(value, part) for value in tree]
+            return [extract_part(value, part) for value in tree]
         case Figure():
-            return plain(part(tree), part)
+            return extract_part(part(tree), part)
         case float():
             return tree if math.isfinite(tree) else None
     return tree
 
 
-def figures(rows: Sequence[Row], precision: str) -> Tree:
-    """The headline numbers of some tensors; spectral ones over matrices that changed."""
+def headline_figures(rows: Sequence[Row], precision: str) -> Tree:
+    """The headline figures of some tensors; spectral ones are over matrices that changed."""
     views = [row[precision] | {"numel": row["numel"]} for row in rows]
     changed = [view for view in views if "spectrum" in view]
     n = sum(view["numel"] for view in views)
     energy = sum(view["energy"] for view in views)
     norm = _ratio(math.sqrt(energy), math.sqrt(sum(view["base_energy"] for view in views)))
-    told: Tree = {
+    found: Tree = {
         "relative_norm": Figure(norm),
         "exact_zero": _pooled([(v["zero"], *v["expected"]["zero"]) for v in views], n),
         "sparsity": {key: _below(views, "below", key, n) for key in THRESHOLD_KEYS},
@@ -125,16 +132,16 @@ def figures(rows: Sequence[Row], precision: str) -> Tree:
         "energy_share": {block: _energy_share(rows, precision, block) for block in BLOCKS},
     }
     if precision == "bf16" and any("overlap" in row for row in rows):
-        told["overlap"] = _overlap(rows)
-    return told
+        found["overlap"] = _overlap(rows)
+    return found
 
 
 def _pooled(counts: list[tuple[float, float, float]], n: int) -> Figure:
-    """Observed, mean and variance of counts, as a share of n."""
+    """A figure from (observed, mean, variance) of counts, as a share of n."""
     if not n:
         return Figure(math.nan)
-    seen, mean, variance = (sum(column) for column in zip(*counts, strict=True))
-    return Figure(seen / n, mean / n, math.sqrt(variance) / n)
+    observed, mean, variance = (sum(column) for column in zip(*counts, strict=True))
+    return Figure(observed / n, mean / n, math.sqrt(variance) / n)
 
 
 def _below(views: list[Tree], kind: str, key: str, n: int) -> Figure:
@@ -142,14 +149,14 @@ def _below(views: list[Tree], kind: str, key: str, n: int) -> Figure:
 
 
 def _top(views: list[Tree], key: str, energy: float) -> Figure:
-    moved = [view for view in views if view["energy"]]
-    seen = sum(view["top"][key] for view in moved)
-    null = sum(view["expected"]["top"][key] for view in moved)
-    return Figure(_ratio(seen, energy), _ratio(null, energy))
+    changed = [view for view in views if view["energy"]]
+    observed = sum(view["top"][key] for view in changed)
+    null = sum(view["expected"]["top"][key] for view in changed)
+    return Figure(_ratio(observed, energy), _ratio(null, energy))
 
 
 def _spectral(views: list[Tree]) -> Tree:
-    """Mean and median over matrices. The null of shares and ranks is Marchenko and Pastur's law."""
+    """Means and medians over matrices. The null of shares and ranks is the Marchenko-Pastur law."""
     found = [view["spectrum"] for view in views]
 
     whole = [s for s in found if "bound" not in s]
@@ -181,7 +188,7 @@ def _spectral(views: list[Tree]) -> Tree:
 
 
 def averages(figures: list[Figure]) -> dict[str, Figure]:
-    """Mean and median over matrices, of what is known."""
+    """Mean and median over matrices; unknown values are left out."""
     known = [f for f in figures if math.isfinite(f.observed)]
     if not known:
         return {"mean": Figure(math.nan), "median": Figure(math.nan)}
@@ -195,7 +202,7 @@ def averages(figures: list[Figure]) -> dict[str, Figure]:
 
 
 def coverage(views: list[Tree], mask: str, share: str, changed: str) -> dict[str, Figure]:
-    """Mean, median, and the mean weighted by each matrix' number of changed coordinates."""
+    """Mean, median, and the mean weighted by the number of changed coordinates of each matrix."""
     masks = [view["coverage"][share] for view in views]
     cells = [cells[mask][changed] for cells in masks if mask in cells]
     cells = [cell for cell in cells if cell["changed"]]
@@ -203,25 +210,25 @@ def coverage(views: list[Tree], mask: str, share: str, changed: str) -> dict[str
     total = sum(cell["changed"] for cell in cells)
     if not total:
         return found | {"update_weighted_mean": Figure(math.nan)}
-    seen = sum(cell["inside"] for cell in cells) / total
+    observed = sum(cell["inside"] for cell in cells) / total
     null = sum(cell["changed"] * cell["null"] for cell in cells) / total
     sd = math.sqrt(sum((cell["changed"] * cell["sd"]) ** 2 for cell in cells)) / total
-    return found | {"update_weighted_mean": Figure(seen, null, sd)}
+    return found | {"update_weighted_mean": Figure(observed, null, sd)}
 
 
 def _energy_share(rows: Sequence[Row], precision: str, block: str) -> Figure:
     """A block's share of the energy; its null is its share of the parameters."""
-    mine = [row for row in rows if block_of_paper(row["name"]) == block]
+    members = [row for row in rows if paper_block(row["name"]) == block]
     energy = sum(row[precision]["energy"] for row in rows)
     return Figure(
-        _ratio(sum(row[precision]["energy"] for row in mine), energy),
-        _ratio(sum(row["numel"] for row in mine), sum(row["numel"] for row in rows)),
+        _ratio(sum(row[precision]["energy"] for row in members), energy),
+        _ratio(sum(row["numel"] for row in members), sum(row["numel"] for row in rows)),
     )
 
 
 def _overlap(rows: Sequence[Row]) -> dict[str, Figure]:
-    """At abs(D) > 1e-5. The null keeps each tensor's counts by binade; random_* keep densities only."""
-    found = overlaps(list(rows), "1e-5")
+    """At abs(D) > 1e-5. The null fixes the counts per binade of each tensor; random_* only densities."""
+    found = pool_overlap(list(rows), "1e-5")
     if found is None:
         return {}
     chance = found.expected["binade"]
@@ -240,33 +247,33 @@ def _overlap(rows: Sequence[Row]) -> dict[str, Figure]:
     }
 
 
-def _share(seen: float, mean: float, sd: float, of: int) -> Figure:
-    return Figure(_ratio(seen, of), _ratio(mean, of), _ratio(sd, of))
+def _share(observed: float, mean: float, sd: float, total: int) -> Figure:
+    return Figure(_ratio(observed, total), _ratio(mean, total), _ratio(sd, total))
 
 
 def _groups(rows: Sequence[Row], key: str) -> Tree:
-    """By block, module type or layer: what an aggregate can hold, and energy beside parameters."""
+    """By block, module type or layer: shares of energy and of parameters, and pooled figures."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault("outside" if row[key] is None else str(row[key]), []).append(row)
     energy = sum(row["bf16"]["energy"] for row in rows)
     n = sum(row["numel"] for row in rows)
-    told: Tree = {}
-    for name, mine in groups.items():
-        share = _ratio(sum(row["bf16"]["energy"] for row in mine), energy)
-        parameters = _ratio(sum(row["numel"] for row in mine), n)
-        made = figures(mine, "bf16")
-        told[name] = {
-            "numel": sum(row["numel"] for row in mine),
+    table: Tree = {}
+    for name, members in groups.items():
+        share = _ratio(sum(row["bf16"]["energy"] for row in members), energy)
+        parameters = _ratio(sum(row["numel"] for row in members), n)
+        headlines = headline_figures(members, "bf16")
+        table[name] = {
+            "numel": sum(row["numel"] for row in members),
             "parameter_share": parameters,
             "energy_share": share,
             "energy_per_parameter": _ratio(share, parameters),
-            **{k: plain(made["sparsity"]["1e-5"], part) for k, part in PARTS.items()},
-            "relative_norm": made["relative_norm"],
-            "stable_rank": made["stable_rank"]["median"],
-            "top_energy_16": made["top_energy"]["16"]["median"],
+            **{k: extract_part(headlines["sparsity"]["1e-5"], part) for k, part in PARTS.items()},
+            "relative_norm": headlines["relative_norm"],
+            "stable_rank": headlines["stable_rank"]["median"],
+            "top_energy_16": headlines["top_energy"]["16"]["median"],
         }
-    return told
+    return table
 
 
 def _left_out(rows: Sequence[Row]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Rows of tensors as parquet and csv: one column a number, its path joined by slashes."""
+"""Rows of tensors as parquet and csv: a column for each figure, named by its path."""
 
 import csv
 import json
@@ -11,8 +11,8 @@ from opd.analysis.rows import Row
 PARQUET, CSV = "tensors.parquet", "tensors.csv"
 
 
-def flattened(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each row with one entry a number, its path joined by slashes."""
+def flatten(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Each row as a flat dictionary; keys are paths joined by slashes."""
     return [dict(_flat(row, "")) for row in rows]
 
 
@@ -21,7 +21,7 @@ def write_tables(rows: Sequence[Row], out: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    flat = flattened(rows)
+    flat = flatten(rows)
     columns = list(dict.fromkeys(key for row in flat for key in row))
     table = {column: [row.get(column) for row in flat] for column in columns}
     parquet.write_table(pyarrow.table(table), out / PARQUET)

@@ -27,9 +27,9 @@ class AnalyzeArguments:
     """Keys of `opd analyze`."""
 
     base: str = MISSING
-    """Folder or hub id of the model that training started from."""
+    """Folder or Hub id of the model that training started from."""
     trained: str = MISSING
-    """Folder or hub id of the trained model, or the folder of a run (its final/ is meant)."""
+    """The trained model: a folder, a Hub id or a run folder (its final/)."""
     out: str = MISSING
     """Folder for tables, pictures and the report; the same command resumes from what is there."""
     other: str | None = None
@@ -37,7 +37,7 @@ class AnalyzeArguments:
     spectrum: str = "exact"
     """exact, or fast: the 64 leading singular values of each update, with bounds, no decompositions."""
     prune: str | None = None
-    """Recipe to evaluate with while moves are taken back; keys of `opd prune` may follow."""
+    """Recipe for evaluations with part of the changes reverted; keys of `opd prune` may follow."""
 
 
 def main(words: list[str]) -> None:
@@ -75,16 +75,16 @@ def _pruned(arguments: AnalyzeArguments, others: list[str]) -> dict[str, Any]:
 
 
 def _print(found: "Analysis") -> None:
-    from opd.analysis.formatting import HEADLINES, at, shown  # with the analysis itself
+    from opd.analysis.formatting import HEADLINES, format_value, lookup  # with the analysis itself
 
     table = Table("bf16, as in the paper", box=None)
     for column in ("observed", "null", "excess", "z"):
         table.add_column(column, justify="right")
     for headline in HEADLINES:
-        parts = [at(found.summary[p], headline.path) for p in ("paper", "null", "excess", "z")]
+        parts = [lookup(found.summary[p], headline.path) for p in ("paper", "null", "excess", "z")]
         if parts[0] is not None:
-            cells = [shown(value, headline.unit) for value in parts[:3]]
-            table.add_row(headline.name, *cells, shown(parts[3], "z"))
+            cells = [format_value(value, headline.unit) for value in parts[:3]]
+            table.add_row(headline.name, *cells, format_value(parts[3], "z"))
     Console().print(table)
     print("\n".join(found.sentences))
     for name, reason in found.summary["tensors"]["left_out"].items():

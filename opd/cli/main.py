@@ -29,7 +29,7 @@ COMMANDS = {
     "mask": Command("opd.cli.mask", "discover, show, compare, combine masks; export, apply, undo"),
     "analyze": Command("opd.cli.analyze", "what training changed in the weights, beside rounding"),
     "prune": Command(
-        "opd.cli.prune", "take back part of what training moved, and evaluate the rest"
+        "opd.cli.prune", "revert part of what training changed, and evaluate the rest"
     ),
     "teacher": Command("opd.cli.teacher", "serve a teacher over HTTP"),
     "rollout": Command("opd.cli.rollout", "generate over HTTP for a run"),

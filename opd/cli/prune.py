@@ -1,4 +1,4 @@
-"""``opd prune``: take back part of what training moved, and evaluate what is left."""
+"""``opd prune``: revert part of what training changed, and evaluate the rest."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +11,8 @@ from opd.run.prune import PruneArguments, parse_prune, prune
 
 HELP = """usage: opd prune base=MODEL trained=RUN recipe=RECIPE out=DIR [key=value ...]
 
-Take back part of what training moved, and evaluate what is left on the recipe's held-out prompts.
-Settings of the recipe may follow.
+Revert part of what training changed, and evaluate the rest on the recipe's held-out prompts.
+Overrides of the recipe may follow.
 
 example: opd prune base=BASE trained=runs/quickstart recipe=quickstart out=pruned
 """
@@ -25,9 +25,9 @@ def main(words: list[str]) -> None:
 
 
 def print_curves(result: Mapping[str, Any]) -> None:
-    """The accuracies as a table, a column an order."""
+    """Print the accuracies as a table with a column for each order."""
     console, orders = Console(), list(result["curves"])
-    table = Table("moves taken back", *(f"{order} first" for order in orders))
+    table = Table("changes reverted", *(f"{order} first" for order in orders))
     for row in zip(*result["curves"].values(), strict=True):
         cells = [f"{p['accuracy']:.3f}  ({p['low']:.3f} to {p['high']:.3f})" for p in row]
         table.add_row(f"{row[0]['share']:.0%}", *cells)

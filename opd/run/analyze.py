@@ -1,4 +1,4 @@
-"""What training changed in the weights, and is it more than rounding?"""
+"""Compare two checkpoints: what training changed in the weights, beside what rounding would show."""
 
 import json
 from collections.abc import Mapping
@@ -9,21 +9,21 @@ from typing import Any
 
 import pandas as pd
 
-from opd.analysis.formatting import HEADLINES, Spectrum, at, meaning
+from opd.analysis.formatting import HEADLINES, Spectrum, interpret, lookup
 from opd.analysis.report import write_report
-from opd.analysis.summary import summary
-from opd.analysis.tables import flattened, write_tables
-from opd.analysis.walk import Question, walked
+from opd.analysis.summary import summarize
+from opd.analysis.tables import flatten, write_tables
+from opd.analysis.walk import AnalysisInputs, measure_checkpoints
 from opd.checkpoint.chunks import Progress, quiet
 from opd.run.model_names import resolved_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Analysis:
-    """What changed between two checkpoints.
+    """The result of an analysis of two checkpoints.
 
-    ``summary`` holds the figures for the whole model, each beside its null; ``tensors`` one row a
-    tensor; ``report`` is the page, where it was written.
+    ``summary`` holds the figures of the whole model, each beside its null; ``tensors`` one row a
+    tensor; ``report`` is the path of the page, None if none was written.
     """
 
     summary: dict[str, Any]
@@ -32,11 +32,12 @@ class Analysis:
 
     @property
     def headlines(self) -> pd.DataFrame:
-        """The headline figures: observed in bf16, null, excess and z."""
+        """The headline figures in bf16: observed, null, excess and z."""
         columns = {"observed": "paper", "null": "null", "excess": "excess", "z": "z"}
         rows = {
             headline.name: {
-                column: at(self.summary[part], headline.path) for column, part in columns.items()
+                column: lookup(self.summary[part], headline.path)
+                for column, part in columns.items()
             }
             for headline in HEADLINES
         }
@@ -44,8 +45,8 @@ class Analysis:
 
     @property
     def sentences(self) -> list[str]:
-        """What the headline figures say together."""
-        return meaning(self.summary)
+        """The headline figures in sentences."""
+        return interpret(self.summary)
 
 
 def analyze(
@@ -60,10 +61,10 @@ def analyze(
 ) -> Analysis:
     """Compare two checkpoints: sparsity, spectra, placement, each beside its null model.
 
-    base, trained, other: folders, hub ids or run folders; ``other`` is a second model trained from
+    base, trained, other: folders, Hub ids or run folders; ``other`` is a second model trained from
     the same base. spectrum: exact, or fast (the 64 leading singular values with bounds). out: folder
-    for tables, pictures and the report; the same call resumes from what is there. prune: a curve of
-    ``opd prune`` to put into the report. Raises ValueError for checkpoints that do not compare.
+    for tables, figures and the report; the same call resumes an interrupted one. prune: a curve of
+    ``opd prune`` to put into the report. Raises ValueError for checkpoints that cannot be compared.
     """
     if out is None:
         with TemporaryDirectory(prefix="opd-analyze-") as folder:
@@ -74,15 +75,15 @@ def analyze(
     folder = Path(out)
     if folder.is_file():
         raise ValueError(f"out={out} is a file: name a folder")
-    question = Question(
+    inputs = AnalysisInputs(
         base=resolved_model(base),
         trained=resolved_model(trained),
         other=None if other is None else resolved_model(other),
         spectrum=Spectrum(spectrum),
     )
-    rows = walked(question, folder, progress)
-    found = summary(rows) | {"prune": prune}
+    rows = measure_checkpoints(inputs, folder, progress)
+    found = summarize(rows) | {"prune": prune}
     (folder / "summary.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     write_tables(rows, folder)
-    page = write_report(question, rows, found, folder)
-    return Analysis(summary=found, tensors=pd.DataFrame(flattened(rows)), report=page)
+    page = write_report(inputs, rows, found, folder)
+    return Analysis(summary=found, tensors=pd.DataFrame(flatten(rows)), report=page)

@@ -1,4 +1,4 @@
-"""Take back part of what training moved, and evaluate what is left."""
+"""Revert part of what training changed, and evaluate the rest."""
 
 import json
 import tempfile
@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from opd.analysis.prune import Moves, Order, wilson
-from opd.analysis.report import PRUNE_PICTURE
+from opd.analysis.prune import ChangedWeights, Order, wilson_interval
+from opd.analysis.report import PRUNE_FIGURE
 from opd.checkpoint.tensors import dtype_name, open_checkpoint, torch_dtype
 from opd.config.arguments import parse_arguments, split_arguments
 from opd.config.fields import bounded
@@ -31,7 +31,7 @@ class PruneArguments:
     """Keys of `opd prune`; settings of the recipe may follow."""
 
     base: str = MISSING
-    """Folder or hub id of the model that training started from."""
+    """Folder or Hub id of the model that training started from."""
     trained: str = MISSING
     """The finished run (a run folder or a checkpoint)."""
     recipe: str = MISSING
@@ -39,11 +39,11 @@ class PruneArguments:
     out: str = MISSING
     """Folder for prune.json, prune.png and the evaluations' logs."""
     shares: list[float] = bounded([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
-    """Shares of the moved weights that go back to the base's values."""
+    """Shares of the changed weights that are reverted to the base's values."""
     orders: list[Order] = bounded([*Order])
-    """Which moves go back first, one curve each: the smallest, the largest, or any."""
+    """Which changes are reverted first, one curve each: the smallest, the largest, or random ones."""
     seed: int = bounded(0, least=0)
-    """Fixes the random order and breaks ties."""
+    """Fixes the random order and the tie-breaks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class PruneCall:
 
 
 def parse_prune(words: Sequence[str]) -> PruneCall:
-    """The call that the words describe. Raises ValueError before any model is read."""
+    """Parse a call. Raises ValueError before any model is read."""
     own, overrides = split_arguments(PruneArguments, words)
     arguments = parse_arguments(PruneArguments, own)
     recipe = load_recipe(arguments.recipe, *overrides)
@@ -65,19 +65,19 @@ def parse_prune(words: Sequence[str]) -> PruneCall:
 
 
 def prune(call: PruneCall) -> dict[str, Any]:
-    """Evaluate each variant and leave curve and picture; returns what prune.json holds.
+    """Evaluate each variant and write curve and figure; returns the contents of prune.json.
 
-    Moves are weights that differ in the rollout engine's number format. What was evaluated
+    Changes are weights that differ in the rollout engine's number format. A variant that was evaluated
     before with the same arguments is not evaluated again. Raises ValueError for configuration errors.
     """
     arguments, recipe = call.arguments, call.recipe
     dtype = torch_dtype(engine_dtype(recipe.config).value)
-    moves = Moves(
+    changed = ChangedWeights(
         base=open_checkpoint(arguments.base),
         trained=trained_weights(arguments.trained),
         dtype=dtype,
     )
-    moved = moves.count()
+    moved = changed.count()
     if not moved:
         raise ValueError(
             f"trained={arguments.trained} does not differ from base={arguments.base} in {dtype}"
@@ -100,21 +100,21 @@ def prune(call: PruneCall) -> dict[str, Any]:
         points: list[dict[str, float]] = []
         for share in sorted(arguments.shares):
             count = round(share * moved)
-            # no order decides about none or all of them
+            # the order does not matter for none or all of them
             key = (str(order.value) if 0 < count < moved else "any", count)
             if key not in known:
-                known[key] = _accuracy(moves, count, order, arguments.seed, recipe, out)
+                known[key] = _accuracy(changed, count, order, arguments.seed, recipe, out)
             points.append(_point(share, count, known[key], result["questions"]))
         result["curves"][order.value] = points
         (out / CURVE).write_text(json.dumps(result, indent=1) + "\n")
-    prune_curve(result["curves"], moved, out / PRUNE_PICTURE)
+    prune_curve(result["curves"], moved, out / PRUNE_FIGURE)
     return result
 
 
 def _require_valid(arguments: PruneArguments, recipe: Recipe) -> None:
     found = problems(recipe.config)
     if recipe.config.data.eval is None:
-        found.append("data.eval is not set: there is nothing to evaluate on")
+        found.append("data.eval is not set: it names the prompts to evaluate on")
     if not arguments.shares or not all(0 <= share <= 1 for share in arguments.shares):
         found.append(f"shares={arguments.shares}: allowed are numbers from 0 to 1")
     if not arguments.orders:
@@ -128,12 +128,12 @@ def _questions(recipe: Recipe) -> int:
     return len(read_prompt_sets(config, read_student_tokenizer(config.student)).eval)
 
 
-def _known(file: Path, wanted: Mapping[str, Any]) -> dict[tuple[str, int], float]:
+def _known(file: Path, settings: Mapping[str, Any]) -> dict[tuple[str, int], float]:
     """Accuracies of an earlier call with the same settings."""
     if not file.is_file():
         return {}
     before = json.loads(file.read_text())
-    if any(before[key] != wanted[key] for key in wanted if key != "curves"):
+    if any(before[key] != settings[key] for key in settings if key != "curves"):
         return {}
     found = {}
     for order, points in before["curves"].items():
@@ -144,12 +144,12 @@ def _known(file: Path, wanted: Mapping[str, Any]) -> dict[tuple[str, int], float
 
 
 def _accuracy(
-    moves: Moves, count: int, order: Order, seed: int, recipe: Recipe, out: Path
+    changed: ChangedWeights, count: int, order: Order, seed: int, recipe: Recipe, out: Path
 ) -> float:
     log = out / "logs" / f"{order.value}_{count}.log"
     with tempfile.TemporaryDirectory(dir=out) as folder:
         model = Path(folder) / "model"
-        moves.write(count, order, seed, model)
+        changed.write(count, order, seed, model)
         metrics = evaluated_apart(recipe, str(model), ["eval.k=0"], log)
     if metrics is None:
         raise ValueError(f"a pruned model could not be evaluated: {log} says why")
@@ -157,5 +157,5 @@ def _accuracy(
 
 
 def _point(share: float, count: int, accuracy: float, prompts: int) -> dict[str, float]:
-    low, high = wilson(round(accuracy * prompts), prompts)
+    low, high = wilson_interval(round(accuracy * prompts), prompts)
     return {"share": share, "reverted": count, "accuracy": accuracy, "low": low, "high": high}

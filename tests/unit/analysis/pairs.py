@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from opd.analysis.rows import Row
-from opd.analysis.walk import Question, walked
+from opd.analysis.walk import AnalysisInputs, measure_checkpoints
 
 Tensors = dict[str, torch.Tensor]
 SHAPES = {
@@ -65,7 +65,10 @@ def stored(folder: Path, tensors: Tensors, config: dict[str, Any] | None = None)
 def rows_of(folder: Path, base: Tensors, trained: Tensors, **config: Any) -> dict[str, Row]:
     """Measured rows by name."""
     a, b = stored(folder / "a", base, config), stored(folder / "b", trained, config)
-    return {row["name"]: row for row in walked(Question(base=a, trained=b), folder / "out")}
+    return {
+        row["name"]: row
+        for row in measure_checkpoints(AnalysisInputs(base=a, trained=b), folder / "out")
+    }
 
 
 def off_grid(tensors: Tensors) -> Tensors:

@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from opd.analysis.fast import _larger, _upper, _witnessed, leading
-from opd.analysis.formatting import Spectrum, meaning
+from opd.analysis.fast import (
+    _bound_eigenvalues,
+    _bound_rest,
+    _larger_eigenvalue,
+    bound_leading_values,
+)
+from opd.analysis.formatting import Spectrum, interpret
 from opd.analysis.sides import NumberFormat, Sides
-from opd.analysis.summary import summary
-from opd.analysis.walk import Question, walked
+from opd.analysis.summary import summarize
+from opd.analysis.walk import AnalysisInputs, measure_checkpoints
 from opd.cli.main import run
 from tests.unit.analysis.pairs import Tensors, stepped, stored, weights
 
@@ -51,7 +56,7 @@ def test_singular_values_lie_between_their_bounds(kind: str) -> None:
         if trained.dim() < 2:
             continue
         sides = Sides(base=base[name], trained=trained, precision=NumberFormat.stored)
-        found = leading(sides)
+        found = bound_leading_values(sides)
         update = (trained - base[name].float()).double().numpy()
         exact = np.linalg.svd(update, compute_uv=False)[: len(found.least)]
         room = 1e-6 * exact[0]
@@ -70,7 +75,9 @@ def test_figures_are_within_their_bounds_of_the_exact_ones(kind: str, tmp_path: 
     found = {
         how: {
             row["name"]: row
-            for row in walked(Question(base=a, trained=b, spectrum=how), tmp_path / how.value)
+            for row in measure_checkpoints(
+                AnalysisInputs(base=a, trained=b, spectrum=how), tmp_path / how.value
+            )
         }
         for how in Spectrum
     }
@@ -85,7 +92,7 @@ def test_figures_are_within_their_bounds_of_the_exact_ones(kind: str, tmp_path: 
                 assert abs(mine[key] - exact[key]) <= bound + 1e-7 * exact[key]
                 looked += 1
     assert looked == 2 * 4 * 8
-    fast, exact = (summary(list(found[how].values())) for how in (Spectrum.fast, Spectrum.exact))
+    fast, exact = (summarize(list(found[how].values())) for how in (Spectrum.fast, Spectrum.exact))
     for key, middle in (("16", "mean"), ("16", "median")):
         off = abs(
             fast["paper"]["top_energy"][key][middle] - exact["paper"]["top_energy"][key][middle]
@@ -113,7 +120,7 @@ def test_what_needs_whole_spectra_is_left_out_and_said(tmp_path: Path) -> None:
         paper["coverage"]["principal"]["10%"]["1e-5"],
     ):
         assert left_out["mean"] is None
-    said = next(line for line in meaning(found) if "spectrum=fast" in line)
+    said = next(line for line in interpret(found) if "spectrum=fast" in line)
     assert said in (tmp_path / "out/report.md").read_text()
     from pyarrow import parquet
 
@@ -137,7 +144,7 @@ def test_the_same_folder_does_not_mix_methods(
 def test_coupled_blocks_have_the_larger_eigenvalue_of_two_numbers() -> None:
     a, c, b = (torch.tensor(v, dtype=torch.float64) for v in (3.0, 2.0, 1.0))
     expected = np.linalg.eigvalsh([[3, 2], [2, 1]])[1]
-    assert float(_larger(a, c**2, b)) == pytest.approx(expected)
+    assert float(_larger_eigenvalue(a, c**2, b)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", UPDATES)
@@ -150,7 +157,7 @@ def test_witnesses_tell_what_a_space_misses(kind: str) -> None:
     basis = torch.eye(260, 40, dtype=torch.float64)
     rest = update[40:] @ update[40:].T
     largest = float(torch.linalg.eigvalsh(rest)[-1])
-    found = [_witnessed(sides, basis, torch.Generator().manual_seed(seed)) for seed in range(10)]
+    found = [_bound_rest(sides, basis, torch.Generator().manual_seed(seed)) for seed in range(10)]
     assert largest < min(found)
     assert max(found) < 2.5 * largest
 
@@ -158,5 +165,5 @@ def test_witnesses_tell_what_a_space_misses(kind: str) -> None:
 def test_a_space_that_missed_the_leading_direction_is_not_believed() -> None:
     squares = torch.tensor([4.0, 1.0], dtype=torch.float64)
     missed = torch.zeros(2, dtype=torch.float64)
-    assert _upper(squares, missed, 0.0).tolist() == [4, 1]
-    assert _upper(squares, missed, 9.0).tolist() == [9, 9]
+    assert _bound_eigenvalues(squares, missed, 0.0).tolist() == [4, 1]
+    assert _bound_eigenvalues(squares, missed, 9.0).tolist() == [9, 9]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from opd.analysis.largest import Largest, counted, large_first
+from opd.analysis.largest import Largest, count_keys, magnitude_keys
 
 
 def test_the_largest_are_exact_among_ties_and_across_chunks() -> None:
@@ -10,10 +10,10 @@ def test_the_largest_are_exact_among_ties_and_across_chunks() -> None:
     for count in (1, 50, 777, 5000):
         largest = Largest(count)
         for start in range(0, 5000, 600):
-            largest.add(counted(large_first(values[start : start + 600])))
+            largest.add(count_keys(magnitude_keys(values[start : start + 600])))
         chosen = np.zeros(5000, bool)
         for start in range(0, 5000, 600):
-            keys = large_first(values[start : start + 600])
-            chosen[start : start + 600] = largest.certain(keys, start)
-        chosen[largest.rest()] = True
+            keys = magnitude_keys(values[start : start + 600])
+            chosen[start : start + 600] = largest.select_above(keys, start)
+        chosen[largest.select_tied()] = True
         assert set(np.flatnonzero(chosen)) == set(np.argsort(-values, kind="stable")[:count])

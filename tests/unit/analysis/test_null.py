@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from opd.analysis.null import Null, isotropic_spectrum, solved
-from opd.analysis.summary import summary
-from opd.analysis.walk import Question, walked
+from opd.analysis.null import Null, isotropic_spectrum, solve_null
+from opd.analysis.summary import summarize
+from opd.analysis.walk import AnalysisInputs, measure_checkpoints
 from opd.checkpoint.chunks import BINS, binades
 from tests.unit.analysis.pairs import Tensors, stepped, stored, weights
 
@@ -25,7 +25,9 @@ SHAPES = {
 def summed(folder: Path, base: Tensors, trained: Tensors, other: Tensors | None = None) -> Any:
     a, b = stored(folder / "a", base), stored(folder / "b", trained)
     c = None if other is None else stored(folder / "c", other)
-    return summary(walked(Question(base=a, trained=b, other=c), folder / "out"))
+    return summarize(
+        measure_checkpoints(AnalysisInputs(base=a, trained=b, other=c), folder / "out")
+    )
 
 
 def leaves(tree: Any) -> list[float]:
@@ -107,7 +109,7 @@ def test_closed_form_is_within_a_third_of_a_point_of_monte_carlo(on_grid: bool, 
     for mine, top in zip(null.concentration(counts, (0.01, 0.05)), (4000, 20000), strict=True):
         energy = (np.sort(moved)[::-1][:top] ** 2).sum() / (moved**2).sum()
         assert mine == pytest.approx(energy, abs=0.02)
-    again = solved(counts, float((moved**2).sum()), 7, on_grid)
+    again = solve_null(counts, float((moved**2).sum()), 7, on_grid)
     assert again.s == pytest.approx(s, rel=0.06)
 
 

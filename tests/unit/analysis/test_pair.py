@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from opd.analysis.pair import pair_checkpoints
-from opd.analysis.summary import summary
-from opd.analysis.walk import Question, walked
+from opd.analysis.summary import summarize
+from opd.analysis.walk import AnalysisInputs, measure_checkpoints
 from tests.unit.analysis import dense
 from tests.unit.analysis.dense import DECOMPOSED, agrees
 from tests.unit.analysis.pairs import Tensors, renamed, rows_of, stepped, stored, weights
@@ -112,9 +112,9 @@ def test_overlap_is_over_tensors_that_all_three_store_alike(
         stored(tmp_path / name, tensors, HEADS)
         for name, tensors in (("a", fused), ("b", stepped(fused)), ("c", stepped(second, seed=7)))
     ]
-    question = Question(base=models[0], trained=models[1], other=models[2])
-    rows = walked(question, tmp_path / "out")
+    inputs = AnalysisInputs(base=models[0], trained=models[1], other=models[2])
+    rows = measure_checkpoints(inputs, tmp_path / "out")
     as_stored = [row for row in rows if row["part_of"] is None]
     assert [row["name"] for row in as_stored] == ([QKV] if other_is_fused else sorted(apart))
     assert all(row["overlap"]["status"] == "ok" for row in rows)
-    assert summary(rows)["overlap_levels"]["0"]["both"] > 0
+    assert summarize(rows)["overlap_levels"]["0"]["both"] > 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from opd.analysis.summary import summary
+from opd.analysis.summary import summarize
 from tests.unit.analysis import dense
 from tests.unit.analysis.dense import DECOMPOSED, EXACT, agrees
 from tests.unit.analysis.pairs import PAIRS, rows_of, stepped, weights
@@ -17,7 +17,7 @@ from tests.unit.analysis.pairs import PAIRS, rows_of, stepped, weights
 
 def test_paper_numbers_pool_tensors_as_the_paper_does(tmp_path: Path) -> None:
     base, trained = PAIRS["bf16"]
-    found = summary(list(rows_of(tmp_path, base, trained).values()))["paper"]
+    found = summarize(list(rows_of(tmp_path, base, trained).values()))["paper"]
     d = {n: dense.difference(base[n], trained[n]) for n in base}
     moves = np.concatenate([np.abs(x).ravel() for x in d.values()])
     norm = math.sqrt(sum((w.double() ** 2).sum() for w in base.values()))
@@ -46,7 +46,7 @@ def test_paper_numbers_pool_tensors_as_the_paper_does(tmp_path: Path) -> None:
 
 def test_five_ways_to_count_change(tmp_path: Path) -> None:
     base, trained = PAIRS["bf16 and fp32"]
-    found = summary(list(rows_of(tmp_path, base, trained).values()))
+    found = summarize(list(rows_of(tmp_path, base, trained).values()))
     before = torch.cat([w.flatten() for w in base.values()])
     after = torch.cat([w.flatten() for w in trained.values()])
     seen = before.view(torch.int16) != after.bfloat16().view(torch.int16)
@@ -106,7 +106,7 @@ def test_every_figure_of_the_paper_is_over_tensors_as_stored(tmp_path: Path, kin
     trained = stepped(base)
     rows = list(rows_of(tmp_path, base, trained, moe_intermediate_size=20).values())
     assert all(row["status"] == "ok" for row in rows)
-    found = summary(rows)
+    found = summarize(rows)
     expected = dense.paper(base, trained, blocks(base))
     agrees(found["paper"], expected, DECOMPOSED)
     assert shape(found["paper"]) == shape(expected)
@@ -116,7 +116,7 @@ def test_every_figure_of_the_paper_is_over_tensors_as_stored(tmp_path: Path, kin
 def test_tables_are_over_the_parts_of_fused_tensors(tmp_path: Path) -> None:
     base = weights(shapes=VISION)
     rows = rows_of(tmp_path, base, stepped(base), moe_intermediate_size=20)
-    found = summary(list(rows.values()))
+    found = summarize(list(rows.values()))
     numel = sum(w.numel() for w in base.values())
     for table in ("block", "module", "layer"):
         assert sum(group["numel"] for group in found[table].values()) == numel

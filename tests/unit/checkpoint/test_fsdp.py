@@ -55,10 +55,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.Popen(
             [sys.executable, "-c", WRITE, str(folder)],
             env=os.environ | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=(folder / f"stderr_{rank}").open("w"),
         )
         for rank in range(2)
     ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    statuses = [rank.wait(timeout=300) for rank in ranks]
+    assert statuses == [0, 0], [(folder / f"stderr_{rank}").read_text() for rank in range(2)]
     return folder
 
 
@@ -78,14 +80,16 @@ def test_every_tensor_is_whole_again(written: Path, tmp_path: Path, first: str) 
 def test_an_analysis_of_shards_is_that_of_the_model(written: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from opd.analysis.walk import Question, walked
+    from opd.analysis.walk import AnalysisInputs, measure_checkpoints
 
     full = torch.load(written / "full.pt") | {"plain": torch.full((2, 2), 3.0)}
     for folder, tensors in (("whole", full), ("base", {n: 0.99 * t for n, t in full.items()})):
         (tmp_path / folder).mkdir()
         save_file(tensors, tmp_path / folder / "model.safetensors")
     rows = [
-        walked(Question(base=str(tmp_path / "base"), trained=str(trained)), tmp_path / f"out{i}")
+        measure_checkpoints(
+            AnalysisInputs(base=str(tmp_path / "base"), trained=str(trained)), tmp_path / f"out{i}"
+        )
         for i, trained in enumerate((written, tmp_path / "whole"))
     ]
     assert len(rows[0]) == 7

@@ -126,7 +126,7 @@ def test_an_interrupted_analysis_goes_on_and_ends_as_if_it_had_not_been(
     assert analyze("trained=trained") == 0
     whole = Path("out/summary.json").read_text()
     Path("out").rename("uninterrupted")
-    real, calls = walk.measured, []
+    real, calls = walk.measure_pair, []
 
     def stops(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -134,7 +134,7 @@ def test_an_interrupted_analysis_goes_on_and_ends_as_if_it_had_not_been(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(walk, "measured", stops)
+    monkeypatch.setattr(walk, "measure_pair", stops)
     assert analyze("trained=trained") == 1
     rows = Path("out/tensors.jsonl")
     rows.write_bytes(rows.read_bytes()[:-30])
