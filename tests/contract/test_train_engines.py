@@ -1,15 +1,14 @@
 """DeepSpeed on 2 ranks, at every stage, learns what one plain process learns."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.timeout(1800)  # the fixture trains every case
-SCRIPT = str(Path(__file__).parent / "train_ranks.py")
+from tests.support.launch import run_ranks
+from tests.support.learners import QUICKSTART
+from tests.support.results import Results
+
+pytestmark = pytest.mark.timeout(600, func_only=True)  # ranks are watched while they train
 REFERENCE = {"adamw": "torch/fp32/adamw/10000", "sgd": "torch/fp32/sgd/10000"}
 EXACT = [
     f"{zero}/fp32/{optimizer}/{micro}"
@@ -24,32 +23,17 @@ RESUMED_ALONE = [REFERENCE["sgd"], "torch/bf16/adamw/40"]
 
 
 @pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[[int, list[str]], None]
-) -> Path:
-    out = tmp_path_factory.mktemp("trained")
-    run_ranks(
-        1,
-        [
-            SCRIPT,
-            str(out),
-            *REFERENCE.values(),
-            *CUTS,
-            "torch/bf16/adamw/40",
-            *(f"{case}/resumed" for case in RESUMED_ALONE),
-        ],
-    )
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    results = Results(out=tmp_path_factory.mktemp("trained"))
+    alone = [*REFERENCE.values(), *CUTS, "torch/bf16/adamw/40"]
+    run_ranks(results, 1, "engines", [*alone, *(f"{case}/resumed" for case in RESUMED_ALONE)])
     resumed = [f"{case}/resumed" for case in RESUMED]
-    run_ranks(2, [SCRIPT, str(out), *EXACT, *ROUNDED, *PURE, *resumed])
-    return out
+    run_ranks(results, 2, "engines", [*EXACT, *ROUNDED, *PURE, *resumed])
+    return results
 
 
-def weights(folder: Path, case: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"{case.replace('/', '_')}.safetensors")
-
-
-def reports(folder: Path, case: str) -> list[dict[str, float]]:
-    return json.loads((folder / f"{case.replace('/', '_')}.json").read_text())
+def weights(trained: Results, case: str) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in trained.weights(case).items()}
 
 
 def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -59,7 +43,7 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("case", [*EXACT, *CUTS])
-def test_weights_do_not_depend_on_stage_ranks_or_cuts(trained: Path, case: str) -> None:
+def test_weights_do_not_depend_on_stage_ranks_or_cuts(trained: Results, case: str) -> None:
     reference = weights(trained, REFERENCE[case.split("/")[2]])
     # AdamW turns rounding noise of near-zero gradients into steps of up to lr
     bound = 1e-5 if "sgd" in case else 1e-3
@@ -70,20 +54,20 @@ def test_weights_do_not_depend_on_stage_ranks_or_cuts(trained: Path, case: str) 
 
 
 @pytest.mark.parametrize("case", [*EXACT, *CUTS])
-def test_metrics_do_not_depend_on_stage_ranks_or_cuts(trained: Path, case: str) -> None:
-    expected = reports(trained, REFERENCE[case.split("/")[2]])
-    for found, wanted in zip(reports(trained, case), expected, strict=True):
-        assert found.keys() == wanted.keys()
+def test_metrics_do_not_depend_on_stage_ranks_or_cuts(trained: Results, case: str) -> None:
+    expected = trained.reports(REFERENCE[case.split("/")[2]])
+    for found, reference in zip(trained.reports(case), expected, strict=True):
+        assert found.keys() == reference.keys()
         for name in ("loss/total", "loss/reverse_kl", "optim/grad_norm", "optim/lr"):
-            assert found[name] == pytest.approx(wanted[name], rel=2e-4), name
+            assert found[name] == pytest.approx(reference[name], rel=2e-4), name
 
 
 @pytest.mark.parametrize("case", [*ROUNDED, "torch/bf16/adamw/40"])
 def test_bf16_with_masters_walks_as_far_as_fp32_and_in_its_direction(
-    trained: Path, quickstart: Path, case: str
+    trained: Results, case: str
 ) -> None:
     exact, found = weights(trained, REFERENCE["adamw"]), weights(trained, case)
-    start = load_file(quickstart / "student" / "model.safetensors")
+    start = load_file(QUICKSTART / "model.safetensors")
     matrices = [name for name in found if found[name].ndim > 1]
     walked = torch.cat([(found[n] - start[n].float()).flatten() for n in matrices])
     expected = torch.cat([(exact[n] - start[n].float()).flatten() for n in matrices])
@@ -93,7 +77,7 @@ def test_bf16_with_masters_walks_as_far_as_fp32_and_in_its_direction(
     assert float(walked.abs().sum() / expected.abs().sum()) == pytest.approx(1.0, abs=0.03)
 
 
-def test_pure_bf16_trains_only_when_asked_and_loses_small_updates(trained: Path) -> None:
+def test_pure_bf16_trains_only_when_asked_and_loses_small_updates(trained: Results) -> None:
     found, exact = weights(trained, PURE[0]), weights(trained, REFERENCE["sgd"])
     for tensor in found.values():
         assert torch.equal(tensor, tensor.bfloat16().float())
@@ -101,8 +85,10 @@ def test_pure_bf16_trains_only_when_asked_and_loses_small_updates(trained: Path)
 
 
 @pytest.mark.parametrize("case", [*RESUMED, *RESUMED_ALONE])
-def test_a_learner_that_was_saved_and_loaded_goes_on_bit_for_bit(trained: Path, case: str) -> None:
+def test_a_learner_that_was_saved_and_loaded_goes_on_bit_for_bit(
+    trained: Results, case: str
+) -> None:
     expected, found = weights(trained, case), weights(trained, f"{case}/resumed")
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
-    assert reports(trained, f"{case}/resumed")[-1] == reports(trained, case)[-1]
+    assert trained.reports(f"{case}/resumed")[-1] == trained.reports(case)[-1]

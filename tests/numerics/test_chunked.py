@@ -1,4 +1,4 @@
-"""The chunked loss against a dense float64 one, and against every other way to cut the batch."""
+"""The chunked loss against a dense float64 one, and against every other division of the batch."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd.batch import Batch, LossOutput, collate
+from opd.config.loss import DivergenceLossConfig, NllLossConfig, PolicyGradientLossConfig
 from opd.head import HeadSpec, head_logps
 from opd.interfaces import Loss
 from opd.losses.divergence import Divergence
@@ -28,13 +29,18 @@ from opd.types import (
 
 N, V, D = 21, 29, 6
 SPEC = HeadSpec(vocab_size=V)
-REVERSE = Divergence(kind=DivergenceKind.reverse_kl)
-LOSSES = [
-    *[Divergence(kind=kind) for kind in DivergenceKind],
-    *[PolicyGradient(surrogate=surrogate) for surrogate in Surrogate],
-    NegativeLogLikelihood(),
-]
-every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
+REVERSE = Divergence(DivergenceLossConfig(kind=DivergenceKind.reverse_kl))
+LOSSES: dict[str, Loss] = {
+    **{kind.value: Divergence(DivergenceLossConfig(kind=kind)) for kind in DivergenceKind},
+    **{
+        f"policy_gradient_{surrogate}": PolicyGradient(
+            PolicyGradientLossConfig(surrogate=surrogate, clip_ratio_high=0.2)
+        )
+        for surrogate in Surrogate
+    },
+    "nll": NegativeLogLikelihood(NllLossConfig()),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:
@@ -46,11 +52,11 @@ def student(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Ten
     return hidden.requires_grad_(), weight.requires_grad_()
 
 
-def batch_of(**fields: torch.Tensor | None) -> Batch:
+def make_batch(**fields: torch.Tensor | None) -> Batch:
     ids_BT = torch.zeros(1, N + 1, dtype=torch.int64)
     teacher = (2 * randn(N, V, seed=2)).log_softmax(1)
     target = torch.arange(N) % V
-    said = {
+    made = {
         "input_ids_BT": ids_BT,
         "attention_mask_BT": torch.ones_like(ids_BT),
         "positions_N": torch.arange(N),
@@ -60,7 +66,7 @@ def batch_of(**fields: torch.Tensor | None) -> Batch:
         "teacher_logp_N": teacher[torch.arange(N), target],
         "teacher_logp_NV": teacher,
     }
-    return Batch(**{**said, **fields})
+    return Batch(**{**made, **fields})
 
 
 def truncated(batch: Batch, k: int) -> Batch:
@@ -79,10 +85,10 @@ def truncated(batch: Batch, k: int) -> Batch:
 def in_float64(batch: Batch, spec: HeadSpec) -> Batch:
     """The same batch over the ids that the student has."""
     wide = {f.name: getattr(batch, f.name) for f in fields(Batch)}
-    said = {k: x.double() for k, x in wide.items() if x is not None and x.is_floating_point()}
+    doubled = {k: x.double() for k, x in wide.items() if x is not None and x.is_floating_point()}
     if batch.teacher_logp_NV is not None:
-        said["teacher_logp_NV"] = said["teacher_logp_NV"][:, : spec.vocab_size]
-    return replace(batch, **said)
+        doubled["teacher_logp_NV"] = doubled["teacher_logp_NV"][:, : spec.vocab_size]
+    return replace(batch, **doubled)
 
 
 def gradients(out: LossOutput, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -104,7 +110,7 @@ def test_value_and_gradients_equal_the_dense_loss_in_float64(
     loss: Loss, spec: HeadSpec, temperature: float
 ) -> None:
     hidden, weight = student()
-    for batch in (batch_of(), truncated(batch_of(), 5)):
+    for batch in (make_batch(), truncated(make_batch(), 5)):
         h64, w64 = (x.detach().double().requires_grad_() for x in (hidden, weight))
         logits = (h64 @ w64.T)[:, : spec.vocab_size] * spec.scale
         if spec.softcap:
@@ -119,7 +125,7 @@ def test_value_and_gradients_equal_the_dense_loss_in_float64(
 @every_loss
 def test_nothing_depends_on_the_chunk(loss: Loss) -> None:
     hidden, weight = student()
-    for batch in (batch_of(), truncated(batch_of(), 5)):
+    for batch in (make_batch(), truncated(make_batch(), 5)):
         whole = chunked_loss(hidden, weight, batch, loss, SPEC)
         expected = gradients(whole, hidden, weight)
         for chunk in (1, 2, 7, N):
@@ -222,7 +228,7 @@ class Largest(TorchDispatchMode):
 @every_loss
 def test_no_tensor_of_tokens_times_vocabulary_is_made(loss: Loss) -> None:
     hidden, weight = student()
-    batch = truncated(batch_of(), 5)
+    batch = truncated(make_batch(), 5)
     largest = []
     for chunk in (2, N):
         with Largest() as mode:
@@ -237,11 +243,11 @@ def test_a_matrix_of_many_blocks_gives_what_one_block_gives(
 ) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight = student(dtype)
-        one = chunked_loss(hidden, weight, batch_of(), REVERSE, SPEC)
+        one = chunked_loss(hidden, weight, make_batch(), REVERSE, SPEC)
         expected = gradients(one, hidden, weight)
         with monkeypatch.context() as patch:
             patch.setattr("opd.head.CHUNK_BYTES", 4 * 4 * D * 5)  # blocks of five rows
-            many = chunked_loss(hidden, weight, batch_of(), REVERSE, SPEC)
+            many = chunked_loss(hidden, weight, make_batch(), REVERSE, SPEC)
         torch.testing.assert_close(many.total, one.total)
         torch.testing.assert_close(gradients(many, hidden, weight), expected)
 
@@ -255,7 +261,7 @@ def test_tied_weight_gets_both_gradients() -> None:
         assert weight.grad is not None
         return weight.grad
 
-    batch = batch_of()
+    batch = make_batch()
     found = tied(lambda h, w: chunked_loss(h, w, batch, REVERSE, SPEC, chunk=4).total)
     dense = tied(lambda h, w: REVERSE(head_logps(h, w, SPEC), batch).total)
     torch.testing.assert_close(found, dense)
@@ -278,28 +284,28 @@ def test_weight_made_by_an_autograd_function_passes_its_gradient_on() -> None:
 
     frozen = weight.detach()
     values = frozen.flatten()[kept].clone().requires_grad_()
-    out = chunked_loss(hidden.detach(), Place.apply(values, frozen), batch_of(), REVERSE, SPEC)
+    out = chunked_loss(hidden.detach(), Place.apply(values, frozen), make_batch(), REVERSE, SPEC)
     (found,) = gradients(out, values)
-    (dense,) = gradients(chunked_loss(hidden, weight, batch_of(), REVERSE, SPEC), weight)
+    (dense,) = gradients(chunked_loss(hidden, weight, make_batch(), REVERSE, SPEC), weight)
     assert torch.equal(found, dense.flatten()[kept])
 
 
 def test_only_what_requires_a_gradient_gets_one() -> None:
     hidden, weight = student()
-    both = gradients(chunked_loss(hidden, weight, batch_of(), REVERSE, SPEC), hidden, weight)
-    alone = chunked_loss(hidden, weight.detach(), batch_of(), REVERSE, SPEC)
+    both = gradients(chunked_loss(hidden, weight, make_batch(), REVERSE, SPEC), hidden, weight)
+    alone = chunked_loss(hidden, weight.detach(), make_batch(), REVERSE, SPEC)
     assert torch.equal(gradients(alone, hidden)[0], both[0])
-    alone = chunked_loss(hidden.detach(), weight, batch_of(), REVERSE, SPEC)
+    alone = chunked_loss(hidden.detach(), weight, make_batch(), REVERSE, SPEC)
     assert torch.equal(gradients(alone, weight)[0], both[1])
-    frozen = chunked_loss(hidden.detach(), weight.detach(), batch_of(), REVERSE, SPEC)
+    frozen = chunked_loss(hidden.detach(), weight.detach(), make_batch(), REVERSE, SPEC)
     assert not frozen.total.requires_grad
 
 
 def test_without_gradients_values_and_metrics_are_the_same() -> None:
     hidden, weight = student()
-    trained = chunked_loss(hidden, weight, batch_of(), REVERSE, SPEC, chunk=4)
+    trained = chunked_loss(hidden, weight, make_batch(), REVERSE, SPEC, chunk=4)
     with torch.no_grad():
-        measured = chunked_loss(hidden, weight, batch_of(), REVERSE, SPEC, chunk=4)
+        measured = chunked_loss(hidden, weight, make_batch(), REVERSE, SPEC, chunk=4)
     assert not measured.total.requires_grad
     assert torch.equal(measured.total, trained.total.detach())
     assert numbers(measured) == numbers(trained)
@@ -307,15 +313,15 @@ def test_without_gradients_values_and_metrics_are_the_same() -> None:
 
 def test_the_upstream_gradient_scales_ours() -> None:
     hidden, weight = student()
-    plain = gradients(chunked_loss(hidden, weight, batch_of(), REVERSE, SPEC), hidden, weight)
-    scaled = chunked_loss(hidden, weight, batch_of(), REVERSE, SPEC).total / 8
+    plain = gradients(chunked_loss(hidden, weight, make_batch(), REVERSE, SPEC), hidden, weight)
+    scaled = chunked_loss(hidden, weight, make_batch(), REVERSE, SPEC).total / 8
     for a, b in zip(torch.autograd.grad(scaled, (hidden, weight)), plain, strict=True):
         assert torch.equal(a, b / 8)
 
 
 def test_a_second_backward_pass_is_refused_rather_than_wrong() -> None:
     hidden, weight = student()
-    total = chunked_loss(hidden, weight, batch_of(), REVERSE, SPEC).total
+    total = chunked_loss(hidden, weight, make_batch(), REVERSE, SPEC).total
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
@@ -324,7 +330,7 @@ def test_a_second_backward_pass_is_refused_rather_than_wrong() -> None:
 @every_loss
 def test_an_empty_micro_batch_is_zero_connected_and_names_every_metric(loss: Loss) -> None:
     hidden, weight = student()
-    for batch in (batch_of(), truncated(batch_of(), 5)):
+    for batch in (make_batch(), truncated(make_batch(), 5)):
         some = chunked_loss(hidden, weight, batch, loss, SPEC)
         none = chunked_loss(hidden[:0], weight, batch.rows(0, 0), loss, SPEC)
         assert none.total == 0
@@ -337,12 +343,12 @@ def test_teacher_hidden_states_give_what_its_full_distribution_gives() -> None:
     teacher_hidden, teacher_head = randn(N, 9, seed=7), randn(V + 3, 9, seed=8)
     cap = HeadSpec(vocab_size=V + 3, softcap=4.0)
     full = head_logps(teacher_hidden, teacher_head, replace(cap, vocab_size=V), 0.7)
-    batch = batch_of(teacher_logp_NV=full)
+    batch = make_batch(teacher_logp_NV=full)
     expected = chunked_loss(hidden, weight, batch, REVERSE, SPEC, temperature=0.7)
     out = chunked_loss(
         hidden,
         weight,
-        batch_of(teacher_logp_NV=None, teacher_hidden_ND=teacher_hidden),
+        make_batch(teacher_logp_NV=None, teacher_hidden_ND=teacher_hidden),
         REVERSE,
         SPEC,
         temperature=0.7,
@@ -356,7 +362,7 @@ def test_teacher_hidden_states_give_what_its_full_distribution_gives() -> None:
 
 def test_a_teacher_of_fewer_ids_is_refused() -> None:
     hidden, weight = student()
-    short = batch_of(teacher_logp_NV=torch.zeros(N, V - 1))
+    short = make_batch(teacher_logp_NV=torch.zeros(N, V - 1))
     with pytest.raises(ValueError, match=f"{V - 1} ids and the student's {V}"):
         chunked_loss(hidden, weight, short, REVERSE, SPEC)
 
@@ -364,7 +370,7 @@ def test_a_teacher_of_fewer_ids_is_refused() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_operands_still_give_float32_log_probs(autocast: bool) -> None:
     hidden, weight = student(torch.bfloat16)
-    batch = batch_of()
+    batch = make_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         out = chunked_loss(hidden, weight, batch, REVERSE, SPEC, chunk=4)
         logps = chunked_logps(hidden, weight, batch.target_N, SPEC, chunk=4)
@@ -382,9 +388,9 @@ def test_bfloat16_operands_still_give_float32_log_probs(autocast: bool) -> None:
 
 def test_float32_operands_are_not_lowered_by_autocast() -> None:
     hidden, weight = student()
-    plain = chunked_loss(hidden, weight, batch_of(), REVERSE, SPEC)
+    plain = chunked_loss(hidden, weight, make_batch(), REVERSE, SPEC)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = chunked_loss(hidden, weight, batch_of(), REVERSE, SPEC)
+        cast = chunked_loss(hidden, weight, make_batch(), REVERSE, SPEC)
     assert torch.equal(cast.total, plain.total)
     for a, b in zip(gradients(cast, hidden, weight), gradients(plain, hidden, weight), strict=True):
         assert torch.equal(a, b)
@@ -393,7 +399,7 @@ def test_float32_operands_are_not_lowered_by_autocast() -> None:
 @pytest.mark.parametrize("chunk", [1, 4, None])
 def test_chunked_log_probs_are_those_of_the_targets(chunk: int | None) -> None:
     hidden, weight = student()
-    target = batch_of().target_N
+    target = make_batch().target_N
     logps = chunked_logps(hidden, weight, target, SPEC, 1.3, chunk)
     assert not logps.requires_grad
     expected = head_logps(hidden, weight, SPEC, 1.3)[torch.arange(N), target].detach()

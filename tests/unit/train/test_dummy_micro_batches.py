@@ -1,4 +1,4 @@
-"""Ranks run as many forward passes as the busiest one, or their collectives would not meet."""
+"""Ranks run as many forward passes as the busiest one, or their collectives would not match."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -8,13 +8,15 @@ import torch
 
 from opd.batch import Batch, LossOutput
 from opd.config.optim import AdamWConfig
+from opd.config.train import TrainConfig
 from opd.tracking.console import SilentProgress
 from opd.train.learner import StudentLearner
+from opd.train.optimizers import LearningRate
 from opd.types import FinishReason, Prompt, Rollout
 
 
 class CountingEngine:
-    """Gives 0, -1, -2, ... as log-probs and counts what it is asked."""
+    """Gives minus the token id as its log-prob, and keeps the sizes of its batches."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -41,16 +43,15 @@ def rollout(uid: str, tokens: list[int], teacher: str) -> Rollout:
     )
 
 
-def test_log_probs_run_the_ghosts_too_and_keep_their_order() -> None:
+def test_log_probs_run_dummy_micro_batches_too_and_keep_their_order() -> None:
     engine = CountingEngine()
     learner = StudentLearner(
         cast(Any, engine),
         torch.nn.Linear(1, 1),
         cast(Any, None),
+        TrainConfig(max_tokens_per_micro_batch=100),
         parameter_mask=cast(Any, None),
-        optim=AdamWConfig(),
-        steps=1,
-        micro_tokens=100,
+        learning_rate=LearningRate(AdamWConfig(), steps=1, warmup_steps=0),
         pad_id=0,
         discount=0.0,
         world=cast(Any, BusyWorld()),

@@ -18,10 +18,10 @@ from opd.config.optim import AdamWConfig, OptimConfig, SGDConfig
 from opd.config.train import Precision
 from opd.mask.file import Origin
 from opd.mask.mask import Mask
-from opd.train import confine
+from opd.train import parameter_mask
 from opd.train.compact import MaskedWeight
 from opd.train.optimizers import build_optimizer
-from opd.train.parameter_mask import DenseTraining, RestoredTraining, SparseTraining
+from opd.train.parameter_mask import DenseTraining, ParameterMask, RestoredTraining, SparseTraining
 from opd.train.torch_engine import TorchEngine
 from opd.train.weights import named_weights
 
@@ -57,7 +57,7 @@ class Tiny(nn.Module):
         self.third = nn.Linear(WIDTH, WIDTH, bias=False)
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.head.weight = self.embed.weight
-        kept = set(mask_of(self).indices["third.weight"].tolist())
+        kept = set(tiny_mask(self).indices["third.weight"].tolist())
         self.poisoned = next(i for i in range(WIDTH * WIDTH) if i not in kept)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ class Tiny(nn.Module):
         return self.head(nn.functional.linear(torch.tanh(self.second(x)), third))  # pyright: ignore
 
 
-def mask_of(model: nn.Module) -> Mask:
+def tiny_mask(model: nn.Module) -> Mask:
     """0.4 of every tensor; one is kept whole and one not at all."""
     draw = torch.Generator().manual_seed(1)
     indices, shapes = {}, {}
@@ -88,7 +88,7 @@ def dense(mask: Mask) -> dict[str, torch.Tensor]:
     return found
 
 
-def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+def batch_loss(model: nn.Module, step: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(100 + step)
     ids, targets = torch.randint(0, VOCAB, (2, 12), generator=draw)
     return nn.functional.cross_entropy(model(ids), targets)
@@ -97,7 +97,7 @@ def loss_of(model: nn.Module, step: int) -> torch.Tensor:
 def reference(optim: OptimConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Weights and gradient norms of training on the mask, written out plainly and densely."""
     model = Tiny()
-    kept = dense(mask_of(model))
+    kept = dense(tiny_mask(model))
     weights = dict(named_weights(model))
     start = {name: w.detach().clone() for name, w in weights.items()}
     optimizer = build_optimizer(model, optim)
@@ -105,14 +105,14 @@ def reference(optim: OptimConfig) -> tuple[dict[str, torch.Tensor], list[float]]
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = optim.lr
-        loss_of(model, step).backward()
+        batch_loss(model, step).backward()
         grads = {name: w.grad for name, w in weights.items() if w.grad is not None}
         for name, grad in grads.items():
             grad[~kept[name]] = 0.0
         norm = float(torch.cat([grad[kept[name]] for name, grad in grads.items()]).norm())
         norms.append(norm)
         for grad in grads.values():
-            grad.mul_(min(1.0, optim.clip / (norm + 1e-6)))
+            grad.mul_(min(1.0, optim.max_grad_norm / (norm + 1e-6)))
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -121,25 +121,27 @@ def reference(optim: OptimConfig) -> tuple[dict[str, torch.Tensor], list[float]]
     return {name: w.detach() for name, w in weights.items()}, norms
 
 
-def broken_promises(confined: Callable[[nn.Module, Mask], Any], optim: OptimConfig) -> set[str]:
-    """What training under a parameter_mask breaks."""
+def broken_promises(
+    masked: Callable[[nn.Module, Mask], ParameterMask], optim: OptimConfig
+) -> set[str]:
+    """Promises that training under a parameter mask breaks."""
     model = Tiny()
-    mask = mask_of(model)
+    mask = tiny_mask(model)
     start = {name: w.detach().clone() for name, w in named_weights(model)}
-    parameter_mask = confined(model, mask)
+    training = masked(model, mask)
     engine = TorchEngine(
         model,  # pyright: ignore[reportArgumentType]
         build_optimizer(model, optim),
-        gradients=parameter_mask.gradients,
+        gradients=training.gradients,
         precision=Precision.fp32,
-        clip=optim.clip,
+        max_grad_norm=optim.max_grad_norm,
         device=torch.device("cpu"),
     )
     norms = []
     for step in range(STEPS):
-        loss_of(model, step).backward()
+        batch_loss(model, step).backward()
         norms.append(engine.step(optim.lr))
-        parameter_mask.write_back(engine)
+        training.write_back(engine)
     expected, expected_norms = reference(optim)
     kept, broken = dense(mask), set()
     for name, weight in named_weights(model):
@@ -260,15 +262,15 @@ def _with_whole(
     return SparseTraining(causal, replace(mask, indices=indices))
 
 
-ADAMW = AdamWConfig(lr=LR, weight_decay=0.1, clip=CLIP)
-SGD = SGDConfig(lr=LR, weight_decay=0.1, clip=CLIP, momentum=0.9)
+ADAMW = AdamWConfig(lr=LR, weight_decay=0.1, max_grad_norm=CLIP)
+SGD = SGDConfig(lr=LR, weight_decay=0.1, max_grad_norm=CLIP, momentum=0.9)
 optimizers = pytest.mark.parametrize("optim", [ADAMW, SGD], ids=["adamw", "sgd"])
 
 
 @optimizers
-@pytest.mark.parametrize("confined", [SparseTraining, RestoredTraining])
-def test_no_promise_is_broken(confined: Any, optim: OptimConfig) -> None:
-    assert broken_promises(confined, optim) == set()
+@pytest.mark.parametrize("masked", [SparseTraining, RestoredTraining])
+def test_no_promise_is_broken(masked: Any, optim: OptimConfig) -> None:
+    assert broken_promises(masked, optim) == set()
 
 
 @optimizers
@@ -295,20 +297,20 @@ def test_a_planted_leak_is_caught(planted: Any, breaks: str, optim: OptimConfig)
 def test_a_leak_in_writing_back_is_caught(
     write_back: Any, breaks: str, optim: OptimConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(confine, "_write_back", write_back)
+    monkeypatch.setattr(parameter_mask, "_write_back", write_back)
     assert breaks in broken_promises(SparseTraining, optim)
 
 
 def test_frozen_coordinates_have_no_gradient_state_or_master() -> None:
     model = Tiny()
-    mask = mask_of(model)
+    mask = tiny_mask(model)
     SparseTraining(model, mask)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == sum(mask.counts().values())
 
 
 def test_a_mask_of_another_model_is_refused() -> None:
-    mask = mask_of(Tiny())
+    mask = tiny_mask(Tiny())
     with pytest.raises(
         ValueError, match=r"does not fit the model: .* in the mask and .* in the model"
     ):

@@ -1,4 +1,4 @@
-"""What micro-batches add up to, and what each teacher of several is told of its own."""
+"""Metrics of micro-batches add up, for all teachers and for each."""
 
 import pytest
 import torch
@@ -32,18 +32,18 @@ def output(outside: int, **sums: float) -> LossOutput:
 
 def test_each_teacher_has_means_over_its_own_tokens() -> None:
     totals = Totals(["maths", "spelling"])
-    said = {"teacher__outside_mass": 0.0, "student__entropy": 1.0}
-    totals.add(output(0, loss__reverse_kl=6.0, **said), batch("maths", 3))
-    totals.add(output(0, loss__reverse_kl=1.0, **said), batch("spelling", 4))
-    totals.add(output(0, loss__reverse_kl=2.0, **said), batch("spelling", 2))
+    shared = {"teacher__outside_mass": 0.0, "student__entropy": 1.0}
+    totals.add(output(0, loss__reverse_kl=6.0, **shared), batch("maths", 3))
+    totals.add(output(0, loss__reverse_kl=1.0, **shared), batch("spelling", 4))
+    totals.add(output(0, loss__reverse_kl=2.0, **shared), batch("spelling", 2))
     means = totals.per_token(ALONE, tokens=9, denominator=9)
     assert means["loss/reverse_kl"] == pytest.approx(1.0)
     assert means["teacher/maths/reverse_kl"] == pytest.approx(2.0)
     assert means["teacher/spelling/reverse_kl"] == pytest.approx(0.5)
-    assert not any(name.endswith("outside_mass") for name in means), "nobody has ids outside"
+    assert not any(name.endswith("outside_mass") for name in means), "no teacher has ids outside"
 
 
-def test_what_a_teacher_has_outside_is_counted_where_it_was_measured() -> None:
+def test_mass_outside_the_common_ids_is_per_token_where_it_was_measured() -> None:
     totals = Totals(["maths", "spelling"])
     totals.add(output(2, teacher__outside_mass=0.5), batch("maths", 4))
     totals.add(output(0, teacher__outside_mass=0.0), batch("spelling", 4))

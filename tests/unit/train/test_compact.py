@@ -1,6 +1,8 @@
 """A masked weight inside a transformers model: same outputs, gradients where they are kept."""
 
 import copy
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -45,7 +47,7 @@ def gradients(model: Qwen2ForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_values_get_the_dense_gradient_at_their_places(
+def test_values_get_the_dense_gradient_at_their_coordinates(
     model: Qwen2ForCausalLM, checkpointing: bool
 ) -> None:
     mask = random_mask(model)
@@ -74,8 +76,6 @@ def test_values_get_the_dense_gradient_at_their_places(
 def test_handed_over_weights_have_hugging_face_names_and_the_same_bits(
     model: Qwen2ForCausalLM,
 ) -> None:
-    from contextlib import nullcontext
-
     before = {name: weight.detach().clone() for name, weight in named_weights(model)}
     SparseTraining(model, random_mask(model))
     after = dict(full_weights(model, lambda parameters: nullcontext()))
@@ -86,8 +86,6 @@ def test_handed_over_weights_have_hugging_face_names_and_the_same_bits(
 
 
 def test_one_dense_gradient_lives_at_a_time(model: Qwen2ForCausalLM) -> None:
-    import weakref
-
     SparseTraining(model, random_mask(model))
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
