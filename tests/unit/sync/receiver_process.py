@@ -1,33 +1,32 @@
-"""A receiver of weights in a process of its own: the doors of a rollout server, no engine behind."""
+"""A receiver of weights in a process of its own: a rollout server's endpoints without an engine."""
 
-import argparse
+import sys
 from typing import Any, cast
 
-from fastapi import Response
+from fastapi import FastAPI, Response
 
-from opd.rollout.app import Hosted, ServedModel, rollout_app
+from opd.config.arguments import parse_arguments
+from opd.config.serving import ServingConfig
+from opd.rollout.app import EngineHost, ServedModel, rollout_app
 from opd.serving.server import serve
+from opd.sync.receiver import WeightReceiver
 from opd.sync.replica import flat_bits
-from opd.sync.sparse import WeightReceiver
+
+MAX_REQUEST_BYTES = 1 << 30
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--port-file")
-    parser.add_argument("--exit-with-parent", action="store_true")
-    parser.add_argument("--bytes-of-body", type=int, default=1 << 30)
-    told = parser.parse_args()
+    """Serve as the key=value words of the command line say."""
     receiver = WeightReceiver(lambda tensors, changes, version: None)
-    hosted = Hosted(
+    host = EngineHost(
         engine=cast(Any, None),
         model=ServedModel(model="none", dtype="bfloat16", max_length=1, stop_ids=[]),
         take=receiver.take,
-        held=receiver.held,
+        state=receiver.state,
     )
 
-    def make():
-        app = rollout_app(lambda: hosted, token="secret", max_body_bytes=told.bytes_of_body)
+    def make_app() -> FastAPI:
+        app = rollout_app(lambda: host, token="secret", max_request_bytes=MAX_REQUEST_BYTES)
 
         @app.get("/state")
         def state() -> Response:
@@ -37,15 +36,8 @@ def main() -> None:
 
         return app
 
-    serve(
-        make,
-        host="127.0.0.1",
-        port=told.port,
-        port_file=told.port_file,
-        token="secret",
-        variable="OPD_ROLLOUT_TOKEN",
-        exit_with_parent=told.exit_with_parent,
-    )
+    config = parse_arguments(ServingConfig, sys.argv[1:])
+    serve(make_app, config, token="secret", variable="OPD_ROLLOUT_TOKEN")
 
 
 if __name__ == "__main__":

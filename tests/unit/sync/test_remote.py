@@ -1,4 +1,4 @@
-"""200 pushes over HTTP into a process that is lied to, killed and started anew."""
+"""200 pushes over HTTP into a process that is sent wrong messages, killed and restarted."""
 
 import signal
 import socket
@@ -11,13 +11,13 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from trained import mask, state, train
 
 from opd.serving.client import ServiceClient
 from opd.sync.remote import ServerWeights
 from opd.sync.replica import flat_bits
-from opd.sync.sparse import WeightSender
+from opd.sync.sender import WeightSender
 from opd.world import World
+from tests.unit.sync.trained import mask, state, train
 
 WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 SCRIPT = Path(__file__).parent / "receiver_process.py"
@@ -31,7 +31,7 @@ def start() -> Iterator[Start]:
 
     def run(port: int) -> subprocess.Popen[bytes]:
         started.append(
-            subprocess.Popen([sys.executable, str(SCRIPT), f"--port={port}", "--exit-with-parent"])
+            subprocess.Popen([sys.executable, str(SCRIPT), f"port={port}", "exit_with_parent=true"])
         )
         return started[-1]
 
@@ -50,7 +50,7 @@ def free_port() -> int:
 def client(port: int, retries: int = 8) -> ServiceClient:
     return ServiceClient(
         f"http://127.0.0.1:{port}",
-        what="the receiver",
+        name="the receiver",
         remedy="start it",
         token="secret",
         timeout=60,
@@ -59,7 +59,7 @@ def client(port: int, retries: int = 8) -> ServiceClient:
 
 
 class Lossy:
-    """A client on a bad day: ``fault`` happens to the next message of weights."""
+    """A client over an unreliable network: ``fault`` happens to the next message of weights."""
 
     def __init__(self, service: ServiceClient) -> None:
         self.service, self.url = service, service.url
@@ -83,8 +83,8 @@ class Lossy:
         fault, self.fault = self.fault, None
         old, self.last = self.last, body
         if fault == "dropped":
-            held = self.service.send("GET", "/info").json()["held"]
-            return httpx.Response(200, json=held)
+            state = self.service.send("GET", "/info").json()["receiver"]
+            return httpx.Response(200, json=state)
         if fault == "corrupted":
             body = body[:200] + bytes([body[200] ^ 1]) + body[201:]
         if fault == "repeated":
@@ -92,10 +92,10 @@ class Lossy:
         if fault == "reordered":
             late = self.service.send(method, path, old, headers).json()
             assert late["refused"] is None  # what it has already: nothing happens
-            answer = self.service.send(method, path, body, headers)
+            response = self.service.send(method, path, body, headers)
             late = self.service.send(method, path, old, headers).json()
             assert "goes from version" in late["refused"]
-            return answer
+            return response
         if fault == "killed":
             self.kill()
         return self.service.send(method, path, body, headers)
@@ -112,7 +112,7 @@ def test_two_hundred_pushes_arrive_bit_for_bit(masked: bool, tied: bool, start: 
     weights = state(tied=tied)
     kept = mask(weights, 0.3) if masked else None
     sender = WeightSender(
-        dtype=torch.bfloat16, anchor_every=90, kept=kept, fingerprint="m" if masked else None
+        dtype=torch.bfloat16, snapshot_every=90, kept=kept, fingerprint="m" if masked else None
     )
     lossy = Lossy(client(port))
 
@@ -135,7 +135,7 @@ def test_two_hundred_pushes_arrive_bit_for_bit(masked: bool, tied: bool, start: 
         assert lossy.service.send("GET", "/state").content == truth(weights), version
         whole = version in (0, 90, 180, 80, 120)
         assert (metrics["sync/bytes"] > full) == whole, version
-        assert metrics["sync/anchors"] == float(version in (0, 90, 180))
+        assert metrics["sync/snapshots"] == float(version in (0, 90, 180))
         if version == 150 and masked:
             kill()
             wait_for(lossy.service, version)
@@ -147,16 +147,16 @@ def test_two_hundred_pushes_arrive_bit_for_bit(masked: bool, tied: bool, start: 
 
 
 def wait_for(service: ServiceClient, version: int) -> None:
-    """Until somebody has brought the receiver to ``version``; nobody pushes meanwhile."""
+    """Until the receiver has ``version`` again, without a push."""
     deadline = time.monotonic() + 30
-    while service.send("GET", "/info").json()["held"]["version"] != version:
+    while service.send("GET", "/info").json()["receiver"]["version"] != version:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def test_a_receiver_that_stays_away_fails_with_a_sentence() -> None:
+def test_a_receiver_that_stays_away_is_named_in_the_error() -> None:
     port = free_port()
-    sender = WeightSender(dtype=torch.bfloat16, anchor_every=50)
+    sender = WeightSender(dtype=torch.bfloat16, snapshot_every=50)
     sync = ServerWeights([client(port, retries=1)], sender, mark=lambda version: None, world=WORLD)
     with pytest.raises(ConnectionError, match=r"the receiver at .* failed 2 times .* start it"):
         sync.push(state(tied=True).items(), 0)

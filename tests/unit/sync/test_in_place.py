@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from opd.sync.in_place import patched_in_place
+from opd.sync.in_place import load_in_place
 from opd.sync.replica import Change
 
 pytest.importorskip("vllm")
@@ -51,7 +51,7 @@ class Llm:
 
 
 class Whole:
-    """Counts the times that everything was read anew."""
+    """Records the versions that were loaded whole."""
 
     def __init__(self) -> None:
         self.versions: list[int] = []
@@ -65,10 +65,10 @@ def bits(*values: float) -> np.ndarray:
     return torch.tensor(values).bfloat16().view(torch.int16).numpy()
 
 
-def test_only_the_places_named_change_and_nan_goes_the_long_way() -> None:
+def test_only_the_named_coordinates_change_and_nan_is_loaded_whole() -> None:
     model, whole, marks = FusedModel(), Whole(), []
     llm = Llm(model)
-    load = patched_in_place(llm, whole, mark=marks.append)  # pyright: ignore[reportArgumentType]
+    load = load_in_place(llm, whole, mark=marks.append)  # pyright: ignore[reportArgumentType]
     tensors = {n: torch.zeros(3, 4).bfloat16() for n in ("k", "v")}
     expected = model.kv.detach().clone()
     expected[0, 1], expected[5, 3] = 100.0, -7.0

@@ -2,18 +2,19 @@
 
 import pytest
 import torch
-from trained import FROZEN, mask, same, state, train
 
 from opd.sync import replica
 from opd.sync.message import read_message
-from opd.sync.sparse import FrozenWeightsMoved, WeightReceiver, WeightSender
+from opd.sync.receiver import WeightReceiver
+from opd.sync.sender import FrozenWeightsMoved, WeightSender
 from opd.types import ReceiverState
+from tests.unit.sync.trained import FROZEN, mask, same, state, train
 
 Weights = dict[str, torch.Tensor]
 
 
 def sender(**changed) -> WeightSender:
-    return WeightSender(**{"dtype": torch.bfloat16, "anchor_every": 1000, **changed})
+    return WeightSender(**{"dtype": torch.bfloat16, "snapshot_every": 1000, **changed})
 
 
 def receiver() -> WeightReceiver:
@@ -21,19 +22,19 @@ def receiver() -> WeightReceiver:
 
 
 def bring(
-    sends: WeightSender, takes: WeightReceiver, held: ReceiverState
+    sends: WeightSender, takes: WeightReceiver, current: ReceiverState
 ) -> tuple[ReceiverState, list[str]]:
-    """Until it has the version; and what kinds of message that took."""
+    """Until it has the version; returns its state and the kinds of message that this took."""
     kinds = []
-    while (message := sends.next_for(held)) is not None:
+    while (message := sends.next_for(current)) is not None:
         kinds.append(read_message(message).header.kind.value)
-        held = takes.take(message)
-    return held, kinds
+        current = takes.take(message)
+    return current, kinds
 
 
 def push(sends: WeightSender, takes: WeightReceiver, weights: Weights, version: int) -> list[str]:
     sends.prepare(weights.items(), version)
-    _, kinds = bring(sends, takes, takes.held())
+    _, kinds = bring(sends, takes, takes.state())
     sends.commit()
     return kinds
 
@@ -47,15 +48,15 @@ def test_every_push_arrives_bit_for_bit(
     monkeypatch.setattr(replica, "SMALL_INDEX", small_index)
     weights = state(tied=False, dtype=dtype)
     kept = mask(weights, 0.2) if masked else None
-    sends = sender(dtype=dtype, kept=kept, fingerprint="m" if masked else None, anchor_every=7)
+    sends = sender(dtype=dtype, kept=kept, fingerprint="m" if masked else None, snapshot_every=7)
     takes, kinds = receiver(), []
     for version in range(20):
         if version:
             train(weights, (0.01, 0.04, 0.5, 1.0)[version % 4], version, kept)
         kinds.append(push(sends, takes, weights, version))
         assert same(dict(takes.tensors()), weights)
-        assert takes.held().version == version
-    assert kinds[0] == kinds[7] == kinds[14] == ["anchor"]
+        assert takes.state().version == version
+    assert kinds[0] == kinds[7] == kinds[14] == ["snapshot"]
     assert kinds[1] == (["mask", "patch"] if masked else ["patch"])
     assert all(kind == ["patch"] for i, kind in enumerate(kinds) if i % 7 and i > 1)
 
@@ -76,7 +77,7 @@ def test_what_the_engines_format_cannot_show_does_not_travel() -> None:
     push(sends, takes, weights, 0)
     weights["w"] += 1e-4
     sends.prepare(weights.items(), 1)
-    message = sends.next_for(takes.held())
+    message = sends.next_for(takes.state())
     assert message is not None
     assert len(message) < 250
     assert sends.changed == 0
@@ -91,7 +92,7 @@ def test_a_repeated_message_changes_nothing_and_loads_nothing() -> None:
     push(sends, takes, weights, 0)
     train(weights, 0.02, 1)
     sends.prepare(weights.items(), 1)
-    message = sends.next_for(takes.held())
+    message = sends.next_for(takes.state())
     assert message is not None
     assert takes.take(message) == takes.take(message)
     assert loads == [0, 1]
@@ -104,7 +105,7 @@ def test_a_skipped_and_an_old_message_are_refused_with_the_version_held() -> Non
     first = sends.next_for(ReceiverState())
     train(weights, 0.02, 1)
     sends.prepare(weights.items(), 1)
-    lost = sends.next_for(takes.held())
+    lost = sends.next_for(takes.state())
     assert lost is not None
     sends.commit()  # as if it had arrived
     train(weights, 0.02, 2)
@@ -112,11 +113,11 @@ def test_a_skipped_and_an_old_message_are_refused_with_the_version_held() -> Non
     skipping = sends.next_for(ReceiverState(run=sends.run, version=1))
     assert first is not None
     assert skipping is not None
-    held = takes.take(skipping)
-    assert held.version == 0
-    assert held.refused is not None
-    assert "goes from version 1" in held.refused
-    assert bring(sends, takes, held)[1] == ["anchor"]
+    refusal = takes.take(skipping)
+    assert refusal.version == 0
+    assert refusal.refused is not None
+    assert "goes from version 1" in refusal.refused
+    assert bring(sends, takes, refusal)[1] == ["snapshot"]
     assert same(dict(takes.tensors()), weights)
     for old in (lost, first):
         late = takes.take(old)
@@ -131,14 +132,14 @@ def test_one_false_bit_is_refused_before_anything_is_touched(at: int) -> None:
     before = {n: t.clone() for n, t in takes.tensors().items()}
     train(weights, 0.02, 1)
     sends.prepare(weights.items(), 1)
-    message = bytearray(sends.next_for(takes.held()) or b"")
+    message = bytearray(sends.next_for(takes.state()) or b"")
     message[at] ^= 4
-    held = takes.take(bytes(message))
-    assert held.version == 0
-    assert held.refused is not None
-    assert "checksum" in held.refused
+    refusal = takes.take(bytes(message))
+    assert refusal.version == 0
+    assert refusal.refused is not None
+    assert "checksum" in refusal.refused
     assert same(dict(takes.tensors()), before)
-    assert bring(sends, takes, held)[1] == ["anchor"]
+    assert bring(sends, takes, refusal)[1] == ["snapshot"]
     assert same(dict(takes.tensors()), weights)
 
 
@@ -147,7 +148,7 @@ def test_junk_is_refused(junk: bytes) -> None:
     assert receiver().take(junk).refused is not None
 
 
-def test_one_receiver_of_two_that_lost_the_thread_gets_an_anchor_and_the_other_a_patch() -> None:
+def test_one_receiver_of_two_that_fell_behind_gets_a_snapshot_and_the_other_a_patch() -> None:
     weights = state(tied=True)
     kept = mask(weights, 0.2)
     sends, one, two = sender(kept=kept, fingerprint="m"), receiver(), receiver()
@@ -157,11 +158,11 @@ def test_one_receiver_of_two_that_lost_the_thread_gets_an_anchor_and_the_other_a
         if version == 3:
             two = receiver()  # started anew
         sends.prepare(weights.items(), version)
-        kinds = [bring(sends, r, r.held())[1] for r in (one, two)]
+        kinds = [bring(sends, r, r.state())[1] for r in (one, two)]
         sends.commit()
         assert same(dict(one.tensors()), weights)
         assert same(dict(two.tensors()), weights)
-    assert kinds == [["patch"], ["anchor"]]
+    assert kinds == [["patch"], ["snapshot"]]
     train(weights, 0.3, 9, kept)
     assert push(sends, two, weights, 4) == ["mask", "patch"]
 
@@ -170,21 +171,21 @@ def test_a_version_that_not_everybody_took_is_not_the_base() -> None:
     sends, one, two, weights = sender(), receiver(), receiver(), state(tied=True)
     sends.prepare(weights.items(), 0)
     for r in (one, two):
-        bring(sends, r, r.held())
+        bring(sends, r, r.state())
     sends.commit()
     train(weights, 0.02, 1)
     sends.prepare(weights.items(), 1)
-    bring(sends, one, one.held())  # the other one is away: no commit
+    bring(sends, one, one.state())  # the other one is away: no commit
     train(weights, 0.02, 2)
     sends.prepare(weights.items(), 2)
-    assert bring(sends, one, one.held())[1] == ["anchor"]
-    assert bring(sends, two, two.held())[1] == ["patch"]
+    assert bring(sends, one, one.state())[1] == ["snapshot"]
+    assert bring(sends, two, two.state())[1] == ["patch"]
     sends.commit()
     assert same(dict(one.tensors()), weights)
     assert same(dict(two.tensors()), weights)
 
 
-def test_an_engine_that_failed_to_load_asks_for_an_anchor() -> None:
+def test_an_engine_that_failed_to_load_asks_for_a_snapshot() -> None:
     fails = [False]
 
     def load(tensors, changes, version) -> None:
@@ -195,14 +196,14 @@ def test_an_engine_that_failed_to_load_asks_for_an_anchor() -> None:
     push(sends, takes, weights, 0)
     train(weights, 0.02, 1)
     sends.prepare(weights.items(), 1)
-    message = sends.next_for(takes.held())
+    message = sends.next_for(takes.state())
     assert message is not None
     fails[0] = True
     with pytest.raises(RuntimeError, match="out of memory"):
         takes.take(message)
-    assert takes.held().version is None
+    assert takes.state().version is None
     fails[0] = False
-    assert bring(sends, takes, takes.held())[1] == ["anchor"]
+    assert bring(sends, takes, takes.state())[1] == ["snapshot"]
     assert same(dict(takes.tensors()), weights)
 
 
@@ -212,7 +213,7 @@ def test_a_second_sender_does_not_patch_what_the_first_one_sent() -> None:
     other = {n: t.clone() for n, t in weights.items()}
     train(other, 0.5, 1)
     second = sender()
-    assert push(second, takes, other, 0) == ["anchor"]
+    assert push(second, takes, other, 0) == ["snapshot"]
     assert same(dict(takes.tensors()), other)
 
 
@@ -227,10 +228,10 @@ def test_a_mask_of_the_same_name_from_a_second_sender_is_another_mask() -> None:
         assert same(dict(takes.tensors()), weights)
 
 
-def test_a_frozen_weight_that_moves_is_found_by_the_next_anchor() -> None:
+def test_a_frozen_weight_that_moves_is_found_by_the_next_snapshot() -> None:
     weights = state(tied=True)
     kept = mask(weights, 0.2)
-    sends, takes = sender(kept=kept, fingerprint="m", anchor_every=2), receiver()
+    sends, takes = sender(kept=kept, fingerprint="m", snapshot_every=2), receiver()
     push(sends, takes, weights, 0)
     weights[FROZEN].view(-1)[5] += 1
     push(sends, takes, weights, 1)  # only kept coordinates are compared
@@ -239,9 +240,9 @@ def test_a_frozen_weight_that_moves_is_found_by_the_next_anchor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "words"),
+    ("kept", "message"),
     [
-        ({"nobody": torch.tensor([1])}, "nobody, which the student has not"),
+        ({"nobody": torch.tensor([1])}, "nobody, which is no weight of the student"),
         ({"w": torch.tensor([1.0])}, "allowed are flat int32 or int64"),
         ({"w": torch.tensor([3, 2])}, "must rise"),
         ({"w": torch.tensor([2, 2])}, "must rise"),
@@ -249,10 +250,10 @@ def test_a_frozen_weight_that_moves_is_found_by_the_next_anchor() -> None:
         ({"w": torch.tensor([-1])}, "lie within its 6 weights"),
     ],
 )
-def test_a_mask_that_does_not_fit_is_refused(kept: Weights, words: str) -> None:
+def test_a_mask_that_does_not_fit_is_refused(kept: Weights, message: str) -> None:
     sends = sender(kept=kept, fingerprint="m")
     sends.prepare({"w": torch.zeros(6)}.items(), 0)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         sends.commit()
 
 
@@ -279,7 +280,7 @@ def test_masked_patches_stay_within_their_bytes(density: float, share: float) ->
     push(sends, takes, weights, 1)
     changed = train(weights, share, 2, kept)
     sends.prepare(weights.items(), 2)
-    message = sends.next_for(takes.held())
+    message = sends.next_for(takes.state())
     assert message is not None
     in_mask = sum(map(len, kept.values()))
     assert len(message) <= 1.01 * min(2.6 * changed, 2 * in_mask)
@@ -292,6 +293,6 @@ def test_unmasked_patches_stay_within_their_bytes(share: float) -> None:
     push(sends, takes, weights, 0)
     changed = train(weights, share, 1)
     sends.prepare(weights.items(), 1)
-    message = sends.next_for(takes.held())
+    message = sends.next_for(takes.state())
     assert message is not None
     assert len(message) <= 2.6 * changed * 1.01
