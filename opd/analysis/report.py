@@ -133,15 +133,24 @@ def _draw_figures(measured: Sequence[Row], found: dict[str, Any], out: Path) -> 
             "cannot lower it, so low values are learned structure.",
         ),
     ]
-    if any("spectrum" in row["bf16"] for row in rows):
-        path = figures.spectra(rows, out / "spectra.png")
-        caption = (
-            "Singular values of the update of three matrices: the most concentrated, the median, "
-            "the least. Values above the dashed edge exceed those of an even random update of "
-            "this norm; values under the dotted edge cannot be distinguished from rounding."
-        )
-        made.append(ReportFigure(title="Spectra of the update", path=path, caption=caption))
-    return made + _overlap_figure(measured, out) + _prune_figure(found["prune"], out)
+    return [
+        *made,
+        *_spectra_figure(rows, out),
+        *_overlap_figure(measured, out),
+        *_prune_figure(found["prune"], out),
+    ]
+
+
+def _spectra_figure(rows: Sequence[Row], out: Path) -> list[ReportFigure]:
+    if not any("spectrum" in row["bf16"] for row in rows):
+        return []
+    path = figures.spectra(rows, out / "spectra.png")
+    caption = (
+        "Singular values of the update of three matrices: the most concentrated, the median, "
+        "the least. Values above the dashed edge exceed those of an even random update of "
+        "this norm; values under the dotted edge cannot be distinguished from rounding."
+    )
+    return [ReportFigure(title="Spectra of the update", path=path, caption=caption)]
 
 
 def _overlap_figure(rows: Sequence[Row], out: Path) -> list[ReportFigure]:

@@ -47,23 +47,23 @@ def spectral(base: torch.Tensor, trained: torch.Tensor, stored: bool = False) ->
     u1, s1, _ = np.linalg.svd(w1, full_matrices=False)
     s = np.linalg.svd(d, compute_uv=False)
     p, total = s[s > 0] / s.sum(), (d**2).sum()
-    told: dict[str, Any] = {f"energy_{k}": (s[:k] ** 2).sum() / total for k in (1, 8, 16)}
-    told["stable_rank"] = total / s[0] ** 2
-    told["effective_rank"] = math.exp(-(p * np.log(p)).sum())
-    told |= {f"numerical_rank_{t}": (s > float(t) * s[0]).sum() for t in ("1e-6", "1e-5", "1e-4")}
-    told["drift"] = np.linalg.norm(s1 - s0) / np.linalg.norm(s0)
-    told["drift_of_update"] = np.linalg.norm(s1 - s0) / math.sqrt(total)
+    found: dict[str, Any] = {f"energy_{k}": (s[:k] ** 2).sum() / total for k in (1, 8, 16)}
+    found["stable_rank"] = total / s[0] ** 2
+    found["effective_rank"] = math.exp(-(p * np.log(p)).sum())
+    found |= {f"numerical_rank_{t}": (s > float(t) * s[0]).sum() for t in ("1e-6", "1e-5", "1e-4")}
+    found["drift"] = np.linalg.norm(s1 - s0) / np.linalg.norm(s0)
+    found["drift_of_update"] = np.linalg.norm(s1 - s0) / math.sqrt(total)
     for kind in ("projection", "left", "right", "rotation"):
-        told[kind] = {}
+        found[kind] = {}
     for key, share in SHARES.items():
         k = max(1, math.floor(share * min(w0.shape)))
         u, v = u0[:, :k], v0[:k].T
-        told["projection"][key] = ((u.T @ d @ v) ** 2).sum() / total
-        told["left"][key] = ((u.T @ d) ** 2).sum() / total
-        told["right"][key] = ((d @ v) ** 2).sum() / total
+        found["projection"][key] = ((u.T @ d @ v) ** 2).sum() / total
+        found["left"][key] = ((u.T @ d) ** 2).sum() / total
+        found["right"][key] = ((d @ v) ** 2).sum() / total
         cosines = np.linalg.svd(u.T @ u1[:, :k], compute_uv=False)
-        told["rotation"][key] = np.sqrt(np.clip(1 - cosines**2, 0, 1)).mean()
-    return told
+        found["rotation"][key] = np.sqrt(np.clip(1 - cosines**2, 0, 1)).mean()
+    return found
 
 
 def coverage(base: torch.Tensor, trained: torch.Tensor, stored: bool = False) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def coverage(base: torch.Tensor, trained: torch.Tensor, stored: bool = False) ->
     d = np.abs(difference(base, trained, stored)).ravel()
     w0 = (base.float() if stored else base.bfloat16()).double().numpy()
     u, s, v = np.linalg.svd(w0, full_matrices=False)
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, share in SHARES.items():
         k, n = max(1, math.floor(share * min(w0.shape))), math.ceil(share * w0.size)
         rebuilt = np.abs((u[:, :k] * s[:k]) @ v[:k]).ravel()
@@ -84,14 +84,14 @@ def coverage(base: torch.Tensor, trained: torch.Tensor, stored: bool = False) ->
             "principal_not_low": principal & ~low,
             "nonprincipal_or_low": ~principal | low,
         }
-        told[key] = {
+        found[key] = {
             name: {
                 c: (mask & (d > float(c))).sum() / max(1, (d > float(c)).sum())
                 for c in ("0", "1e-5")
             }
             for name, mask in masks.items()
         }
-    return told
+    return found
 
 
 def paper(

@@ -120,8 +120,8 @@ def test_what_needs_whole_spectra_is_left_out_and_said(tmp_path: Path) -> None:
         paper["coverage"]["principal"]["10%"]["1e-5"],
     ):
         assert left_out["mean"] is None
-    said = next(line for line in interpret(found) if "spectrum=fast" in line)
-    assert said in (tmp_path / "out/report.md").read_text()
+    sentence = next(line for line in interpret(found) if "spectrum=fast" in line)
+    assert sentence in (tmp_path / "out/report.md").read_text()
     from pyarrow import parquet
 
     columns = parquet.read_table(tmp_path / "out/tensors.parquet").column_names

@@ -1,4 +1,4 @@
-"""Taking back moves: exactly as many as asked, the right ones, and honest intervals."""
+"""Reverting changes: exactly as many as requested, the right ones, and honest intervals."""
 
 from pathlib import Path
 

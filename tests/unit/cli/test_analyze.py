@@ -99,18 +99,18 @@ def test_missing_and_misshapen_tensors_are_rows() -> None:
 def test_another_architecture_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     stored(Path("foreign"), {"transformer.h.0.attn.c_attn.weight": torch.ones(4, 4)})
     assert analyze("trained=foreign") == 2
-    said = capsys.readouterr().err
-    assert said.startswith("opd: no tensor of foreign compares with one of base")
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("opd: no tensor of foreign compares with one of base")
+    assert error.count("\n") == 1
 
 
 def test_a_shard_cut_short_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     file = Path("trained/model.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     assert analyze("trained=trained") == 2
-    said = capsys.readouterr().err
-    assert "model.safetensors cannot be read" in said
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "model.safetensors cannot be read" in error
+    assert error.count("\n") == 1
 
 
 def test_unknown_keys_and_missing_ones_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
