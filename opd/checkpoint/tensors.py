@@ -77,7 +77,7 @@ class Checkpoint(Mapping[str, Stored]):
 def open_checkpoint(model: str) -> Checkpoint:
     """The weights of a model folder or Hub id: safetensors, ``pytorch_model*.bin`` or FSDP shards.
 
-    Raises ValueError when there are none, or when a shard is cut short or missing.
+    Raises ValueError when there are none, or when a shard is truncated or missing.
     """
     folder = model_folder(model)
     files = weight_files(folder)
@@ -98,7 +98,7 @@ def open_checkpoint(model: str) -> Checkpoint:
 
 
 def open_tensors(file: Path) -> Checkpoint:
-    """The tensors of one safetensors file. Raises ValueError when it is missing or cut short."""
+    """The tensors of one safetensors file. Raises ValueError when it is missing or truncated."""
     if not file.is_file():
         raise ValueError(f"there is no file {file}: expected a safetensors file")
     return Checkpoint(str(file), _read_file(file))
