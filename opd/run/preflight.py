@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from opd.config.functions import load_function
 from opd.config.launch import LaunchEngine, merged_deepspeed
 from opd.config.loss import FunctionLossConfig
+from opd.config.mask import DiscoverMaskConfig, MaskRule, active_mask
 from opd.config.optim import clipped_warmup
 from opd.config.reward import GroupRewardConfig
 from opd.config.rollout import ServerRolloutConfig, VllmEngineConfig, training_sampling
@@ -82,10 +83,7 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
         transport = _fitting_transport(config, tokenizer, prompts)
     if isinstance(config.teacher, SelfTeacherConfig):
         _teachers_prompts_fit(prompts, config.teacher.max_model_len or tokenizer.max_length)
-    if isinstance(config.reward, GroupRewardConfig):
-        reward_function(config.reward, config.eval)
-    if isinstance(config.loss, FunctionLossConfig):
-        load_function("loss.path", config.loss.path)
+    _require_functions(config)
     require_mask_fits(recipe, folder)
     require_servers_fit(config, tokenizer.stop_ids, prompts.max_length)
     return Preflight(
@@ -95,6 +93,17 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
         transport=transport,
         findings=tuple(found),
     )
+
+
+def _require_functions(config: Config) -> None:
+    """ValueError when a function or class of the user's own cannot be loaded."""
+    if isinstance(config.reward, GroupRewardConfig):
+        reward_function(config.reward, config.eval)
+    if isinstance(config.loss, FunctionLossConfig):
+        load_function("loss.path", config.loss.path)
+    mask = active_mask(config)
+    if isinstance(mask, DiscoverMaskConfig) and mask.rule == MaskRule.function and mask.function:
+        load_function("mask.function", mask.function)
 
 
 def _adjustments(config: Config) -> list[str]:
