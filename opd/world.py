@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """The processes that train together; ``device`` is this one's."""
+    """The processes (ranks) that train together; ``device`` is this rank's."""
 
     rank: int
     size: int
@@ -20,29 +20,29 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes files and talks to people."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sums over ranks in float64; every rank passes the same names."""
+        """Sums over ranks in float64; every rank passes the same names. Collective."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def max(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Maxima over ranks."""
+        """Maxima over ranks; every rank passes the same names. Collective."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def add_up(self, tensor: torch.Tensor) -> None:
-        """Sum over ranks, in place; every rank passes the same shape."""
+        """Sum over ranks, in place; every rank passes the same shape. Collective."""
         if self.size > 1:
             dist.all_reduce(tensor)
 
     def barrier(self) -> None:
-        """Wait for everybody."""
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave; only after success, since a failing peer must not be waited for."""
+        """Leave the process group; only after success, because a failed rank must not be waited for."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -60,7 +60,7 @@ class World:
 def join_world() -> World:
     """Join the process group that the launcher described in the environment (torchrun's names).
 
-    Without these names this is a world of one. CUDA ranks talk by nccl, others by gloo.
+    Without these names the world has one rank. CUDA ranks communicate by nccl, others by gloo.
     """
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -34,17 +34,17 @@ def chunked_loss(
     teacher_spec: HeadSpec | None = None,
     chunk: int | None = None,
 ) -> LossOutput:
-    """``loss`` of head_logps(hidden_ND, weight_VD), with its gradient to both.
+    """``loss`` of head_logps(hidden_ND, weight_VD), with gradients for both tensors.
 
-    Each chunk of ``chunk`` tokens (default: 256 MiB of one [C, V] tensor) makes its logits, its
-    loss and its gradients in the forward pass and forgets the logits; what stays until the one
-    backward pass is the gradient itself, float32: [N, D] and [V, D]. float32 throughout, whatever
-    the dtypes, under autocast too; the gradients come out in the dtypes of their tensors. Without
-    grad mode only values are made.
+    Each chunk of ``chunk`` tokens (default: 256 MiB of one [C, V] tensor) computes its logits, its
+    loss and its gradients in the forward pass and drops the logits. Only the gradients, float32
+    [N, D] and [V, D], are kept until the one backward pass. All arithmetic is float32, whatever the
+    dtypes, also under autocast; the gradients are returned in the dtypes of their tensors. Without
+    grad mode only values are computed.
 
     ``batch.teacher_hidden_ND`` becomes the chunk's ``teacher_logp_NV`` through ``teacher_head_VD``,
     at the same temperature. Student and teacher are distributions over the first
-    ``spec.vocab_size`` ids; ValueError when the teacher has fewer. To the loss's own metrics come
+    ``spec.vocab_size`` ids; ValueError when the teacher has fewer. The metrics are the loss's own,
     ``student/entropy``, the mass outside the common ids (``student/outside_mass``,
     ``teacher/outside_mass``) and those of ``mismatch_metrics``. N = 0 gives total 0, still connected to
     both tensors.
@@ -59,7 +59,7 @@ def chunked_loss(
     grad_hidden = torch.zeros_like(hidden_ND, dtype=torch.float32) if needs_hidden else None
     grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
-        for rows in _cuts(hidden_ND.shape[0], spec, chunk):
+        for rows in _chunk_slices(hidden_ND.shape[0], spec, chunk):
             part = _with_teacher(
                 batch.rows(rows.start, rows.stop), spec, temperature, teacher_head_VD, teacher_spec
             )
@@ -67,8 +67,8 @@ def chunked_loss(
             first_C1 = logits_CV[:, :1].clone()
             logp_CV = normalise(logits_CV, spec, temperature)
             del logits_CV  # as large as anything here
-            own = _outside(hidden_ND[rows], weight_VD, logp_CV, spec, temperature)
-            out, grad_CV = _value_and_gradient(logp_CV, part, loss, needs, own)
+            outside = _outside(hidden_ND[rows], weight_VD, logp_CV, spec, temperature)
+            out, grad_CV = _value_and_gradient(logp_CV, part, loss, needs, outside)
             if grad_CV is not None:
                 grad_CV = normalise_backward(grad_CV, logp_CV, first_C1, spec, temperature)
                 del logp_CV, part
@@ -93,44 +93,45 @@ def chunked_logps(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> torch.Tensor:
-    """Log-probs [N] float32 of ``target_N``; no gradient."""
+    """Log-probs [N] float32 of ``target_N`` at ``temperature``; no gradient."""
     logp_N = torch.empty(target_N.shape, device=hidden_ND.device)
-    for rows in _cuts(hidden_ND.shape[0], spec, chunk):
+    for rows in _chunk_slices(hidden_ND.shape[0], spec, chunk):
         logp_CV = head_logps(hidden_ND[rows], weight_VD, spec, temperature)
         logp_N[rows] = _at_target(logp_CV, target_N[rows])
     return logp_N
 
 
-def _cuts(tokens: int, spec: HeadSpec, chunk: int | None) -> Iterator[slice]:
-    """Slices of at most ``chunk`` rows; of no tokens one empty slice, which names every metric."""
+def _chunk_slices(tokens: int, spec: HeadSpec, chunk: int | None) -> Iterator[slice]:
+    """Slices of at most ``chunk`` rows; without tokens one empty slice, so that all metrics are named."""
     step = chunk or chunk_rows(spec.vocab_size)
     for start in range(0, max(tokens, 1), step):
         yield slice(start, min(start + step, tokens))
 
 
 def _at_target(logp_CV: torch.Tensor, target_C: torch.Tensor) -> torch.Tensor:
+    """Log-probs [C] of the targets."""
     return logp_CV.gather(-1, target_C[:, None]).squeeze(-1)
 
 
 def _with_teacher(
-    part: Batch,
+    chunk: Batch,
     spec: HeadSpec,
     temperature: float,
     teacher_head_VD: torch.Tensor | None,
     teacher_spec: HeadSpec | None,
 ) -> Batch:
-    """The chunk with the teacher's distribution, if any, over the student's ids."""
-    if part.teacher_hidden_ND is not None:
+    """The chunk with the teacher's distribution, if there is one, over the student's ids."""
+    if chunk.teacher_hidden_ND is not None:
         assert teacher_head_VD is not None, "the teacher's hidden states need the teacher's head"
         _check_teacher_ids(teacher_head_VD.shape[0], spec)
-        over = replace(teacher_spec or spec, vocab_size=spec.vocab_size)
-        logp_CV = head_logps(part.teacher_hidden_ND, teacher_head_VD, over, temperature)
-    elif part.teacher_logp_NV is not None:
-        _check_teacher_ids(part.teacher_logp_NV.shape[1], spec)
-        logp_CV = part.teacher_logp_NV[:, : spec.vocab_size].float()
+        common = replace(teacher_spec or spec, vocab_size=spec.vocab_size)
+        logp_CV = head_logps(chunk.teacher_hidden_ND, teacher_head_VD, common, temperature)
+    elif chunk.teacher_logp_NV is not None:
+        _check_teacher_ids(chunk.teacher_logp_NV.shape[1], spec)
+        logp_CV = chunk.teacher_logp_NV[:, : spec.vocab_size].float()
     else:
-        return part
-    return replace(part, teacher_logp_NV=logp_CV)
+        return chunk
+    return replace(chunk, teacher_logp_NV=logp_CV)
 
 
 def _check_teacher_ids(found: int, spec: HeadSpec) -> None:
@@ -143,31 +144,32 @@ def _check_teacher_ids(found: int, spec: HeadSpec) -> None:
 
 def _value_and_gradient(
     logp_CV: torch.Tensor,
-    part: Batch,
+    chunk: Batch,
     loss: Loss,
-    needs: bool,
-    own: dict[str, torch.Tensor],
+    needs_gradient: bool,
+    outside: dict[str, torch.Tensor],
 ) -> tuple[LossOutput, torch.Tensor | None]:
-    """The chunk's loss and metrics, detached, and the gradient with respect to its log-probs.
+    """The chunk's loss and metrics, detached, and the gradient [C, V] with respect to its log-probs.
 
-    ``own`` are sums about the student that its log-probs do not tell.
+    ``outside`` are sums of the student that cannot be computed from its log-probs.
     """
-    with torch.set_grad_enabled(needs):
-        leaf_CV = logp_CV.detach().requires_grad_(needs)
-        out = loss(leaf_CV, part)
-        grad_CV = torch.autograd.grad(out.total, leaf_CV)[0] if needs else None
-    gaps = mismatch_metrics(_at_target(logp_CV, part.target_N), part)
-    own = {"student/entropy": -logp_CV.exp().mul_(logp_CV).sum(), **own}
-    outside_N = logp_CV.new_zeros(0) if part.teacher_outside_N is None else part.teacher_outside_N
-    theirs = {"teacher/outside_mass": outside_N.sum()}
-    counted = {"teacher/outside_mass": logp_CV.new_tensor(float(len(outside_N)))}
-    said = LossOutput(
+    with torch.set_grad_enabled(needs_gradient):
+        leaf_CV = logp_CV.detach().requires_grad_(needs_gradient)
+        out = loss(leaf_CV, chunk)
+        grad_CV = torch.autograd.grad(out.total, leaf_CV)[0] if needs_gradient else None
+    mismatch = mismatch_metrics(_at_target(logp_CV, chunk.target_N), chunk)
+    student = {"student/entropy": -logp_CV.exp().mul_(logp_CV).sum(), **outside}
+    outside_N = logp_CV.new_zeros(0) if chunk.teacher_outside_N is None else chunk.teacher_outside_N
+    teacher = {"teacher/outside_mass": outside_N.sum()}
+    measured = {"teacher/outside_mass": logp_CV.new_tensor(float(len(outside_N)))}
+    own = {name: value.detach() for name, value in out.sums.items()}
+    output = LossOutput(
         total=out.total.detach(),
-        sums=gaps.sums | own | theirs | {name: value.detach() for name, value in out.sums.items()},
-        maxima=gaps.maxima | {name: value.detach() for name, value in out.maxima.items()},
-        counts=gaps.counts | counted | out.counts,
+        sums=mismatch.sums | student | teacher | own,
+        maxima=mismatch.maxima | {name: value.detach() for name, value in out.maxima.items()},
+        counts=mismatch.counts | measured | out.counts,
     )
-    return said, grad_CV
+    return output, grad_CV
 
 
 def _outside(
@@ -177,7 +179,10 @@ def _outside(
     spec: HeadSpec,
     temperature: float,
 ) -> dict[str, torch.Tensor]:
-    """The sum of what the student gives to ids that the teacher lacks, where there are any."""
+    """``student/outside_mass``: the sum of the student's mass on ids that the teacher lacks.
+
+    Empty where there are none.
+    """
     if weight_VD.shape[0] <= spec.vocab_size:
         return {}
     mass_C = outside_mass(hidden_CD, weight_VD, logp_CV, spec, temperature)
@@ -192,9 +197,9 @@ def _add_products(
     grad_hidden_ND: torch.Tensor | None,
     grad_weight_VD: torch.Tensor | None,
 ) -> None:
-    """Carry the logits' gradient on to hidden states and matrix, a block of ids at a time.
+    """Add the gradients of hidden states and matrix, a block of ids at a time.
 
-    On CUDA half-precision operands meet a gradient rounded to their dtype, as in any
+    On CUDA the logits' gradient is rounded to the dtype of half-precision operands, as in any
     mixed-precision backward pass; the sums are float32.
     """
     if grad_CV.is_cuda and hidden_ND.dtype == weight_VD.dtype:

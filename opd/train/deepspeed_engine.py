@@ -1,9 +1,9 @@
-"""DeepSpeed through accelerate drives forward, backward and step.
+"""The training engine on DeepSpeed, through accelerate.
 
-It takes gradients of a loss that is already divided by the global token count, so that the
-parameters see the sum over micro-batches and ranks. DeepSpeed averages over ranks: the loss is
-multiplied by their number, once, in ``DeepSpeedEngine.backward``. It would divide by accumulation
-steps: accumulation steps are set to 1 and the boundary is set by hand.
+The loss is already divided by the global token count, so gradients must be summed over micro-batches
+and ranks. DeepSpeed averages over ranks: the loss is multiplied by their number, once, in
+``DeepSpeedEngine.backward``. DeepSpeed would also divide by accumulation steps: these are set to 1,
+and the accumulation boundary is set by hand.
 """
 
 import os
@@ -20,7 +20,10 @@ from opd.world import World
 
 
 class DeepSpeedEngine:
-    """ZeRO 0-3 on any number of ranks."""
+    """Implements ``TrainingEngine`` with ZeRO stages 0 to 3, on any number of ranks.
+
+    ``config`` is a DeepSpeed config (see ``merged_deepspeed``); ``zero_optimization.stage`` is set.
+    """
 
     def __init__(
         self,
@@ -42,7 +45,7 @@ class DeepSpeedEngine:
         )
         self._engine, wrapped = accelerator.prepare(student, optimizer)
         if self._zero == 0 and "bf16" in config:
-            # its set-up takes a step on zero gradients, which leaves Adam's counter at 1
+            # DeepSpeed's set-up takes a step on zero gradients, which leaves Adam's counter at 1
             optimizer.state.clear()
         self._optimizer = wrapped.optimizer
         self._linked = False
@@ -64,7 +67,7 @@ class DeepSpeedEngine:
         return plain_norm if norm is None else float(norm)
 
     def _plain_grad_norm(self) -> float:
-        """Stage 0 in fp32 leaves gradients in place and reports no norm of its own."""
+        """The norm where DeepSpeed reports none: stage 0 in fp32, which leaves gradients in place."""
         grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads)) if grads else float("nan")
 
@@ -105,43 +108,46 @@ class DeepSpeedEngine:
     def full_state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        assert self._zero, "stage 0 does not say what its optimizer holds"
+        assert self._zero, "stage 0 gives no access to optimizer states"
         if key != "master":
             self._link_states()
-        found: Any = (
+        state: Any = (
             safe_get_full_fp32_param(parameter)
             if key == "master"
             else safe_get_full_optimizer_state(parameter, key)
         )
-        assert found is not None, f"the optimizer holds no {key}"
-        return found
+        assert state is not None, f"the optimizer has no state {key}"
+        return state
 
     def full_states(
         self, parameters: Sequence[torch.nn.Parameter], keys: Sequence[str]
     ) -> list[list[torch.Tensor]]:
         if self._zero == 3 or not parameters or not keys:
             return [[self.full_state(p, k).reshape(-1) for k in keys] for p in parameters]
-        assert self._zero, "stage 0 does not say what its optimizer holds"
+        assert self._zero, "stage 0 gives no access to optimizer states"
         if any(key != "master" for key in keys):
             self._link_states()
         sizes = [p.numel() for p in parameters for _ in keys]
         gathered = torch.zeros(sum(sizes), device=self._world.device)
         parts = iter(gathered.split(sizes))
         states = [[next(parts) for _ in keys] for _ in parameters]
-        for parameter, found in zip(parameters, states, strict=True):
+        for parameter, targets in zip(parameters, states, strict=True):
             mapping: Any = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
             if mapping is None:
-                continue  # another rank holds all of it
+                continue  # all of it is on another rank
             own = mapping.lp_fragment_address
-            for key, part in zip(keys, found, strict=True):
-                held = mapping.get_hp_fragment(None if key == "master" else key)
-                part[own.start : own.start + own.numel].copy_(held)
+            for key, target in zip(keys, targets, strict=True):
+                fragment = mapping.get_hp_fragment(None if key == "master" else key)
+                target[own.start : own.start + own.numel].copy_(fragment)
         self._world.add_up(gathered)
         return states
 
     def _link_states(self) -> None:
-        """Stages 1 and 2 tie parameters to their states within the first step, after its first group,
-        so that vectors have none, and not at all after a load: tie them all, once they are there."""
+        """Give every parameter access to its optimizer states, once these exist.
+
+        Stages 1 and 2 do so in the first step after the first parameter group only, so that vectors
+        have no states, and after a load not at all.
+        """
         if not self._linked and self._zero < 3:
             optimizer = self._engine.optimizer
             optimizer._hp_optimizer_states_linked = False
@@ -152,8 +158,8 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_grad
 
         assert self._zero, "stage 0 averages gradients inside the step"
-        found: Any = safe_get_full_grad(parameter)
-        return found
+        gradient: Any = safe_get_full_grad(parameter)
+        return gradient
 
     def save(self, folder: str) -> None:
         self._engine.save_checkpoint(folder, tag="deepspeed", exclude_frozen_parameters=True)
@@ -169,7 +175,10 @@ class DeepSpeedEngine:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """DeepSpeed unpickles its files freely; inside, only tensors and plain classes of its own load."""
+    """Inside, DeepSpeed's checkpoint files may hold only tensors and a few plain classes of its own.
+
+    DeepSpeed would unpickle anything.
+    """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

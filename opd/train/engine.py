@@ -1,4 +1,4 @@
-"""What the learner needs of a training engine."""
+"""The training engine, as the learner uses it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,27 +11,30 @@ from opd.interfaces import Loss
 
 
 class TrainingEngine(Protocol):
-    """What the learner needs of an engine."""
+    """Runs the student forward and backward, and steps its optimizer.
+
+    "collective" means that every rank calls the method, with the same parameters in the same order.
+    """
 
     def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
-        """Run the student; with no loss, ``total`` holds the targets' log-probs [N]."""
+        """Run the student; without a loss, ``total`` holds the targets' log-probs [N]."""
         ...
 
     def backward(self, total: torch.Tensor, *, last: bool) -> None:
-        """Add the gradient of ``total``; ``last`` ends the step's accumulation."""
+        """Accumulate the gradient of ``total``; ``last`` marks the step's last micro-batch."""
         ...
 
     def step(self, lr: float) -> float:
-        """Clip, take one optimizer step, clear gradients; the gradient norm before clipping."""
+        """Clip, take one optimizer step, clear gradients; returns the gradient norm before clipping."""
         ...
 
     @contextmanager
     def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-        """Inside, each parameter holds its full tensor."""
+        """Inside, each parameter holds its full tensor; collective."""
         ...
 
     def parts(self, parameter: torch.nn.Parameter) -> list[tuple[torch.Tensor, int]]:
-        """What this rank holds of a parameter: flat, writable, and the coordinate each starts at."""
+        """This rank's parts of a parameter: flat writable views, each with its first coordinate."""
         ...
 
     def rewrite(
@@ -41,7 +44,7 @@ class TrainingEngine(Protocol):
         ...
 
     def full_state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-        """The float32 master ("master") or the optimizer's state ``key``, in full; collective."""
+        """The float32 master ("master") or the optimizer's state ``key``, whole; collective."""
         ...
 
     def full_states(
@@ -51,14 +54,16 @@ class TrainingEngine(Protocol):
         ...
 
     def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """What the step will see of a trained parameter, before clipping; after the last backward
-        and before the step; collective."""
+        """The gradient of a trained parameter before clipping, whole; collective.
+
+        To be called between the step's last ``backward`` and ``step``.
+        """
         ...
 
     def save(self, folder: str) -> None:
-        """Weights that are trained, masters and optimizer state of this rank."""
+        """Write trained weights, masters and optimizer state of this rank into ``folder``; collective."""
         ...
 
     def load(self, folder: str) -> None:
-        """Undo of ``save``."""
+        """Restore what ``save`` wrote, on as many ranks; collective."""
         ...

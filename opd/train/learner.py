@@ -1,4 +1,4 @@
-"""The student in training: one optimizer step from what the teacher said, and its weights.
+"""The student in training: one optimizer step from scored rollouts, and the student's weights.
 
 Losses are sums over tokens; they are divided here, once, by a count over all ranks.
 """
@@ -30,12 +30,14 @@ class StudentLearner:
     """Implements ``Learner`` and ``StudentScorer`` over a training engine.
 
     Args:
-        model: the transformers (or peft) model inside the engine; its weights are handed over.
-        parameter_mask: what of it is trained.
-        discount: fills ``Batch.future_N`` when above 0.
+        engine: runs the student, a module around ``model``.
+        model: the transformers (or peft) model inside the engine.
+        train: ``max_tokens_per_micro_batch`` is used.
+        parameter_mask: which coordinates of the model are trained.
+        discount: of the teacher's return; fills ``Batch.future_N`` when above 0.
         reduction: which tokens count, and what a step's sum is divided by.
-        teachers: the names that prompts may give; each gets metrics of its own.
-        recorder: looks at the weights before and after each optimizer step.
+        teachers: names of teachers that prompts may give; each has metrics of its own.
+        recorder: measures the weights before and after each optimizer step.
     """
 
     def __init__(
@@ -58,12 +60,12 @@ class StudentLearner:
         self._engine = engine
         self._model = model
         self._loss = loss
-        self._confinement = parameter_mask
+        self._parameter_mask = parameter_mask
         self._train = train
         self._learning_rate = learning_rate
         self._pad_id = pad_id
         self._discount = discount
-        self._reckoning = reduction
+        self._reduction = reduction
         self._teachers = teachers
         self._world = world
         self._progress = progress
@@ -71,49 +73,48 @@ class StudentLearner:
         self.version = 0
 
     def step(self, scored: Sequence[ScoredRollout]) -> StepReport:
-        """One optimizer step on this rank's ``scored``; metrics are per token over all ranks."""
+        """One optimizer step on this rank's ``scored``; metrics are per token over all ranks. Collective."""
         self._model.train()
-        counted = self._counted(scored, self._reckoning)
+        counts = self._token_counts(scored, self._reduction)
         totals = Totals(self._teachers)
-        batches = self._batches(scored, self._reckoning, discount=self._discount)
+        batches = self._batches(scored, self._reduction, discount=self._discount)
         with self._progress.track("learn", len(batches)) as advance:
             for number, batch in enumerate(batches, start=1):
                 out = self._engine.forward(batch, self._loss)
-                self._engine.backward(
-                    out.total / counted["denominator"], last=number == len(batches)
-                )
+                total = out.total / counts["denominator"]
+                self._engine.backward(total, last=number == len(batches))
                 totals.add(out, batch)
                 advance(1)
         lr = self._learning_rate(self.version)
         self._recorder.before_step(self.version)
         norm = self._engine.step(lr)
-        self._confinement.write_back(self._engine)
+        self._parameter_mask.write_back(self._engine)
         self.version += 1
-        metrics = totals.per_token(self._world, **counted)
-        metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": counted["tokens"]}
-        metrics |= self._rewards(scored) | self._confinement.metrics()
+        metrics = totals.per_token(self._world, **counts)
+        metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": counts["tokens"]}
+        metrics |= self._rewards(scored) | self._parameter_mask.metrics()
         metrics |= self._recorder.after_step(self.version, lr=lr, norm=norm)
         return StepReport(version=self.version, metrics=metrics)
 
     def measure(self, scored: Sequence[ScoredRollout], loss: Loss) -> dict[str, float]:
-        """The loss's metrics per token over all ranks; nothing moves."""
-        counted = self._counted(scored, TOKEN_MEAN)
+        """The loss's metrics per token over all ranks; no weight changes. Collective."""
+        counts = self._token_counts(scored, TOKEN_MEAN)
         totals = Totals()
         self._model.eval()
         with torch.no_grad():
             for batch in self._batches(scored, TOKEN_MEAN):
                 totals.add(self._engine.forward(batch, loss), batch)
-        return totals.per_token(self._world, **counted)
+        return totals.per_token(self._world, **counts)
 
     def logps(self, rollouts: Sequence[Rollout]) -> list[FloatArray]:
-        """The learner's log-probs [T] of each rollout's tokens."""
+        """The learner's log-probs [T] of each rollout's tokens, in the order given; collective."""
         scored = [ScoredRollout(rollout=r) for r in rollouts]
-        order = {id(s): place for place, s in enumerate(scored)}
-        found: list[FloatArray | None] = [None] * len(scored)
+        row = {id(s): number for number, s in enumerate(scored)}
+        logps: list[FloatArray | None] = [None] * len(scored)
         self._model.eval()
         with torch.no_grad():
             batches = self._batches(scored, TOKEN_MEAN)
-            # dummys have no group: they are run for their collectives alone
+            # dummy micro-batches have no group: they run for their collectives only
             for group, batch in zip_longest(self._groups(scored), batches, fillvalue=[]):
                 assert isinstance(batch, Batch)
                 logp_N = self._engine.forward(batch, None).total.float().cpu().numpy()
@@ -121,8 +122,8 @@ class StudentLearner:
                     continue
                 ends = np.cumsum([len(s.rollout.token_ids) for s in group])[:-1]
                 for item, part in zip(group, np.split(logp_N, ends), strict=True):
-                    found[order[id(item)]] = part
-        return [part for part in found if part is not None]
+                    logps[row[id(item)]] = part
+        return [part for part in logps if part is not None]
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full tensors under their Hugging Face names, adapters merged, layer by layer; collective."""
@@ -131,45 +132,48 @@ class StudentLearner:
     def scores(
         self, kind: MaskScores, base: Mapping[str, Stored]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the run saw of every weight (see ``opd.train.mask_scores``); collective."""
+        """(name, score) of every weight (see ``opd.train.mask_scores``); collective."""
         yield from scores(causal_lm(self._model), self._engine, kind, base)
 
     def save(self, folder: str) -> None:
-        """Trained weights, masters, optimizer state, version, mask, record and dropout's random state."""
+        """Write weights, optimizer, version, mask, record and dropout's random state; collective."""
         self._engine.save(folder)
         state = {
             "version": self.version,
             "torch_rng": torch.get_rng_state(),
-            "mask": self._confinement.mask,
+            "mask": self._parameter_mask.mask,
             "record": self._recorder.state(),
         }
         torch.save(state, f"{folder}/rank_{self._world.rank}.pt")
 
     def load(self, folder: str) -> None:
-        """Undo of ``save``, on as many ranks; ValueError when another mask was trained."""
+        """Restore what ``save`` wrote, on as many ranks; collective.
+
+        Raises ValueError when another mask was trained.
+        """
         state = torch.load(f"{folder}/rank_{self._world.rank}.pt", weights_only=True)
-        if state["mask"] != self._confinement.mask:
+        if state["mask"] != self._parameter_mask.mask:
             raise ValueError(
-                f"the checkpoint {folder} was trained with another mask: go on with the mask of the "
-                "run, or start another run.dir"
+                f"the checkpoint {folder} was trained with another mask: resume with the mask of the "
+                "run, or use another run.dir"
             )
         self._recorder.resume(state.get("record"), folder)
         self._engine.load(folder)
-        self._confinement.write_back(self._engine)
+        self._parameter_mask.write_back(self._engine)
         self.version = state["version"]
         torch.set_rng_state(state["torch_rng"])
 
-    def _counted(
+    def _token_counts(
         self, scored: Sequence[ScoredRollout], reduction: LossReduction
     ) -> dict[str, float]:
-        """The tokens of all ranks that are learned from, and what the loss is divided by."""
+        """Over all ranks: ``tokens`` that are learned from, ``denominator`` of the loss."""
         own = float(sum(map(reduction.kept, scored)))
         return self._world.sum({"tokens": own, "denominator": reduction.denominator(scored)})
 
     def _rewards(self, scored: Sequence[ScoredRollout]) -> dict[str, float]:
-        """The mean over all ranks, where somebody gave rewards."""
-        given = [s.reward for s in scored if s.reward is not None]
-        sums = self._world.sum({"reward": math.fsum(given), "count": float(len(given))})
+        """The mean over all ranks, if any rollout has a reward."""
+        rewards = [s.reward for s in scored if s.reward is not None]
+        sums = self._world.sum({"reward": math.fsum(rewards), "count": float(len(rewards))})
         return {"reward/mean": sums["reward"] / sums["count"]} if sums["count"] else {}
 
     def _groups(self, scored: Sequence[ScoredRollout]) -> list[list[ScoredRollout]]:
@@ -178,7 +182,10 @@ class StudentLearner:
     def _batches(
         self, scored: Sequence[ScoredRollout], reduction: LossReduction, *, discount: float = 0.0
     ) -> list[Batch]:
-        """As many micro-batches as the busiest rank has: collectives must match, so dummys fill up."""
+        """This rank's micro-batches, followed by dummy micro-batches of no tokens.
+
+        Every rank runs as many as the busiest one, because collectives must match.
+        """
         batches = [self._collated(group, reduction, discount) for group in self._groups(scored)]
         most = int(self._world.max({"batches": float(len(batches))})["batches"])
         dummy = self._collated(list(scored[:1]), reduction, discount).rows(0, 0)
@@ -191,9 +198,9 @@ class StudentLearner:
 
 
 class Totals:
-    """Sums and maxima of losses over micro-batches; ranks are joined at the end.
+    """Sums and maxima of metrics over the micro-batches of a rank; ranks are reduced at the end.
 
-    Of each of ``teachers`` the sums are kept apart too, as ``teacher/<name>/<metric>``.
+    Sums of each of ``teachers`` are also kept separately, as ``teacher/<name>/<metric>``.
     """
 
     def __init__(self, teachers: Sequence[str] = ()) -> None:
@@ -203,25 +210,25 @@ class Totals:
         self._maxima: dict[str, float] = {}
 
     def add(self, out: LossOutput, batch: Batch) -> None:
-        """One micro-batch more."""
+        """Add a micro-batch."""
         sums = {name: float(value) for name, value in out.sums.items()}
-        for name, value in {**sums, "loss/total": float(out.total)}.items():
+        for name, value in {**sums, "loss/total": float(out.total.detach())}.items():
             self._sums[name] += value
         for name, value in out.counts.items():
             self._counts[name] += float(value)
         for name, value in out.maxima.items():
             self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(value))
         for teacher in self._teachers:
-            is_theirs = batch.teacher == teacher
+            scored_it = batch.teacher == teacher
             for name, value in sums.items():
                 if name.startswith(("loss/", "teacher/")):
-                    theirs = f"teacher/{teacher}/{name.rpartition('/')[2]}"
-                    self._sums[theirs] += value if is_theirs else 0.0
-                    counted = float(out.counts.get(name, batch.tokens))
-                    self._counts[theirs] += counted if is_theirs else 0.0
+                    key = f"teacher/{teacher}/{name.rpartition('/')[2]}"
+                    self._sums[key] += value if scored_it else 0.0
+                    count = float(out.counts.get(name, batch.tokens))
+                    self._counts[key] += count if scored_it else 0.0
 
     def per_token(self, world: World, *, tokens: float, denominator: float) -> dict[str, float]:
-        """Means over the tokens of all ranks, and maxima; what nothing was counted of is left out."""
+        """Means over the tokens of all ranks, and maxima; metrics with a count of 0 are left out."""
         counts = world.sum(self._counts)
         sums = world.sum(self._sums)
         total = sums.pop("loss/total")

@@ -1,4 +1,4 @@
-"""What a run saw of every weight: the scores that live mask rules rank by."""
+"""Scores of every weight from training: what the mask rules rank by that need a run."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,10 +12,10 @@ from opd.train.weights import named_weights
 
 
 class SquaredGradients(torch.optim.Optimizer):
-    """Moves nothing: sums the squares of each step's gradient in ``state[p]["squares"]``, float32.
+    """Changes no weight: sums the squares of each step's gradient in ``state[p]["squares"]``, float32.
 
-    After one step the square roots are the first gradient's magnitudes; over several, their sum is
-    the diagonal of the empirical Fisher matrix up to a factor.
+    After one step the square roots are the magnitudes of the first gradient. Over several steps the
+    sum is the diagonal of the empirical Fisher matrix up to a factor.
     """
 
     def __init__(self, parameters: Any) -> None:
@@ -42,9 +42,9 @@ def scores(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, float32 score in the weight's shape) of every weight; collective.
 
-    early_delta: |W - W0| of the float32 masters. adam_saliency: |m| / sqrt(v), which is 1 where the
-    gradient kept its sign and 0 where there was none. fisher: sum of squared gradients.
-    first_gradient: its root.
+    early_delta: |W - W0| of the float32 masters; ``base`` gives W0. adam_saliency: |m| / (sqrt(v) +
+    ``eps``), which is 1 where the gradient kept its sign and 0 where there was none. fisher: the sum
+    of squared gradients. first_gradient: the root of that sum.
     """
     for name, parameter in named_weights(causal):
         match kind:
@@ -59,5 +59,5 @@ def scores(
             case MaskScores.first_gradient:
                 score = engine.full_state(parameter, "squares").sqrt()
             case MaskScores.none:
-                raise AssertionError("no scores were asked for")
+                raise AssertionError("no scores were requested")
         yield name, score.float().cpu()

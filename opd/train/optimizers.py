@@ -1,4 +1,4 @@
-"""Optimizers of torch, and the learning rate of every step."""
+"""Optimizers of torch, and the learning rate of each step."""
 
 import math
 from dataclasses import KW_ONLY, dataclass
@@ -10,9 +10,10 @@ from opd.train.compact import matrices_and_vectors
 
 
 def build_optimizer(student: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Matrices with ``config.weight_decay``, vectors without; the learning rate is set step by step.
+    """An optimizer of the trained parameters: matrices with ``config.weight_decay``, vectors without.
 
-    It starts at 0 so that a training engine's warm-up step on zero gradients moves nothing.
+    The learning rate is set before each step. It starts at 0, so that an engine's set-up step on zero
+    gradients changes nothing.
     """
     matrices, vectors = matrices_and_vectors(student)
     groups = [

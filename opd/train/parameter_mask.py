@@ -1,4 +1,4 @@
-"""What may learn: everything, or the coordinates of a mask, held compactly or restored."""
+"""Which coordinates are trained: all, or those of a mask, stored compactly or restored after a step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from torch.nn.utils import parametrize
 from opd.mask.mask import Mask
 from opd.train.compact import MaskedWeight
 from opd.train.engine import TrainingEngine
-from opd.train.weights import layer_of, named_weights
+from opd.train.weights import layer_key, named_weights
 
 
 class ParameterMask(Protocol):
-    """What may learn, and how it is kept to that.
+    """Restricts training to some coordinates of a model.
 
     ``mask`` is the fingerprint of the mask, "" when there is none.
     """
@@ -24,20 +24,20 @@ class ParameterMask(Protocol):
     mask: str
 
     def metrics(self) -> dict[str, float]:
-        """Figures that every step reports."""
+        """Metrics that every step reports."""
         ...
 
     def gradients(self) -> list[torch.Tensor]:
-        """Gradients of what may learn, in the order of the parameters' names; for the norm."""
+        """Gradients of trained coordinates, in the order of the parameters, for the gradient norm."""
         ...
 
     def write_back(self, engine: TrainingEngine) -> None:
-        """Bring the weights in order after an optimizer step or a load; collective."""
+        """Make the model's weights agree with the mask after an optimizer step or a load; collective."""
         ...
 
 
 class DenseTraining:
-    """Everything that asks for a gradient learns."""
+    """Implements ``ParameterMask``: every parameter that requires a gradient is trained."""
 
     def __init__(self, model: nn.Module) -> None:
         self.mask = ""
@@ -55,7 +55,7 @@ class DenseTraining:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _MaskedParameter:
-    """A parameter that learns: its name, what is trained, and where that is written back."""
+    """A trained parameter: its dense name, what the optimizer trains, and where that is written back."""
 
     name: str
     trained: nn.Parameter
@@ -63,35 +63,35 @@ class _MaskedParameter:
 
 
 class SparseTraining:
-    """Implements ``ParameterMask`` on a causal language model, in place.
+    """Implements ``ParameterMask`` by changing a causal language model in place (see ``MaskedWeight``).
 
-    Parameters of which nothing is kept are frozen; those that are kept whole train as they are.
+    Parameters of which nothing is kept are frozen; those that are kept whole are trained as they are.
     Raises ValueError when the mask names other parameters than the model has.
     """
 
     def __init__(self, causal: nn.Module, mask: Mask) -> None:
         self.mask = mask.fingerprint()
-        self._held = list(_confined(causal, mask))
+        self._trained = list(_masked_parameters(causal, mask))
         self._density = mask.density
 
     def metrics(self) -> dict[str, float]:
         return {"mask/density": self._density}
 
     def gradients(self) -> list[torch.Tensor]:
-        return [h.trained.grad for h in self._held if h.trained.grad is not None]
+        return [p.trained.grad for p in self._trained if p.trained.grad is not None]
 
     @torch.no_grad()
     def write_back(self, engine: TrainingEngine) -> None:
-        """Write the trained values into the dense weights, a layer's at a time."""
-        for _, layer in groupby(self._held, key=lambda h: layer_of(h.name)):
-            held = [h for h in layer if h.masked is not None]
-            with engine.gathered([h.trained for h in held]):
-                for each in held:
-                    assert each.masked is not None
-                    _write_back(each.trained, each.masked, engine)
+        """Write the trained values into the dense weights, a layer at a time."""
+        for _, layer in groupby(self._trained, key=lambda p: layer_key(p.name)):
+            compact = [(p.trained, p.masked) for p in layer if p.masked is not None]
+            with engine.gathered([values for values, _ in compact]):
+                for values, masked in compact:
+                    _write_back(values, masked, engine)
 
 
 def _write_back(values: torch.Tensor, masked: MaskedWeight, engine: TrainingEngine) -> None:
+    """Write all values [kept] into this rank's parts of the dense weight."""
     index = masked.index
     for part, start in engine.parts(masked.frozen):
         low, high = 0, len(index)
@@ -101,13 +101,14 @@ def _write_back(values: torch.Tensor, masked: MaskedWeight, engine: TrainingEngi
         part[index[low:high].long() - start] = values[low:high].to(part.dtype)
 
 
-def _confined(causal: nn.Module, mask: Mask) -> Iterator[_MaskedParameter]:
+def _masked_parameters(causal: nn.Module, mask: Mask) -> Iterator[_MaskedParameter]:
+    """Freeze, parametrize or leave each weight of the model; yields those that are trained."""
     weights = list(named_weights(causal))
     mask.require_parameters({name: tuple(weight.shape) for name, weight in weights})
-    ends: dict[int, list[tuple[nn.Module, str]]] = {}
+    uses: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in causal.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            ends.setdefault(id(parameter), []).append((module, leaf))
+            uses.setdefault(id(parameter), []).append((module, leaf))
     for name, parameter in weights:
         index = mask.indices[name]
         if len(index) == 0:
@@ -116,16 +117,17 @@ def _confined(causal: nn.Module, mask: Mask) -> Iterator[_MaskedParameter]:
             yield _MaskedParameter(name=name, trained=parameter, masked=None)
         else:
             masked = MaskedWeight(parameter, index)
-            for module, leaf in ends[id(parameter)]:
+            for module, leaf in uses[id(parameter)]:
                 parametrize.register_parametrization(module, leaf, masked, unsafe=True)
             yield _MaskedParameter(name=name, trained=parameter, masked=masked)
 
 
 class RestoredTraining:
-    """Implements ``ParameterMask`` as the paper does it: the slow reference for ``SparseTraining``.
+    """Implements ``ParameterMask`` as the paper does: the slow reference for ``SparseTraining``.
 
-    Off-mask gradients become zero before they are reduced, and after each step off-mask coordinates
-    get their old values back, masters included; gradients, optimizer state and masters stay dense.
+    Off-mask gradients are set to zero before they are reduced. After each step off-mask coordinates
+    get their initial values back, masters included. Gradients, optimizer state and masters stay dense.
+    Raises ValueError when the mask names other parameters than the model has.
     Source: "Dense Supervision, Sparse Updates", section on masked retraining.
     """
 
@@ -153,17 +155,19 @@ class RestoredTraining:
 
 
 class _Restored:
+    """A weight, its initial values, and which of its coordinates are trained."""
+
     def __init__(self, parameter: nn.Parameter, index: torch.Tensor) -> None:
         self.parameter = parameter
         self.base = parameter.detach().clone()
         kept = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
         kept[index.long()] = True
         self.kept = kept.view(parameter.shape)
-        parameter.register_hook(self._without_the_rest)
+        parameter.register_hook(self._masked_gradient)
 
-    def _without_the_rest(self, grad: torch.Tensor) -> torch.Tensor:
+    def _masked_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         return torch.where(self.kept, grad, torch.zeros_like(grad))
 
     def restored(self, weight: torch.Tensor) -> torch.Tensor:
-        """``weight`` with the base's values off the mask."""
+        """``weight`` with the initial values off the mask."""
         return torch.where(self.kept, weight, self.base.to(weight.dtype))

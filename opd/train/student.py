@@ -1,6 +1,6 @@
 """The module that the training engine wraps: decoder, chunked head and loss in one forward.
 
-The head is applied inside, so that ZeRO-3's gathers and hooks on weights see it.
+The head is applied inside the module, so that ZeRO-3's gathers and the hooks on weights cover it.
 """
 
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from opd.train.chunked import chunked_logps, chunked_loss
 
 
 class Student(nn.Module):
-    """A causal language model that answers with a loss instead of logits.
+    """A causal language model that returns a loss instead of logits.
 
     Args:
         model: a transformers causal language model, plain or wrapped by peft.
         spec: its head; ids beyond ``spec.vocab_size`` get no probability.
-        temperature: the engine's, so that log-probs are of the same distribution.
-        chunk_bytes: largest float32 [C, V] tensor that exists at once.
-        teacher_head: gives the head [V, D] of ``Batch.teacher`` once a batch carries its
+        temperature: the rollout engine's, so that log-probs are of the same distribution.
+        chunk_bytes: size of the largest float32 [C, V] tensor that exists at once.
+        teacher_head: returns the head [V, D] of ``Batch.teacher``; called for batches with
             ``teacher_hidden_ND``.
-        sequence_gaps: fill ``Batch.sequence_gap_N``, at the price of the head once more.
+        sequence_gaps: fill ``Batch.sequence_gap_N``, which applies the head a second time.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Student(nn.Module):
     def forward(
         self, batch: Batch, loss: Loss | None
     ) -> tuple[torch.Tensor, *tuple[dict[str, torch.Tensor], ...]]:
-        """(total, sums, maxima, counts) of ``loss``; without one, the targets' log-probs [N] as total."""
+        """(total, sums, maxima, counts) of ``loss``; without a loss, total is the targets' log-probs [N]."""
         causal = causal_lm(self.model)
         hidden_BTD = causal.model(
             input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
@@ -89,16 +89,16 @@ class Student(nn.Module):
             teacher_head_VD=None
             if batch.teacher_hidden_ND is None
             else self._teacher_head(batch.teacher),
-            # its scale is in the matrix already, and capped heads send log-probs instead
+            # the matrix is already scaled, and teachers with capped logits send log-probs instead
             teacher_spec=HeadSpec(vocab_size=self.spec.vocab_size),
             chunk=self.chunk,
         )
 
 
 class TeacherHeads:
-    """The heads [V, D] of teachers by name, on ``device``; the ``most`` used last are kept.
+    """A cache of teachers' heads [V, D] by name, on ``device``; the ``most`` used last are kept.
 
-    ``teacher`` gives them; None where no hidden states come.
+    ``teacher`` returns the heads; it is None where no teacher sends hidden states.
     """
 
     def __init__(self, teacher: Teacher | None, most: int, device: torch.device) -> None:
@@ -108,7 +108,7 @@ class TeacherHeads:
         self._kept: dict[str | None, torch.Tensor] = {}
 
     def __call__(self, name: str | None) -> torch.Tensor:
-        assert self._teacher is not None, "hidden states come from a teacher"
+        assert self._teacher is not None, "only a teacher sends hidden states"
         head_VD = self._kept.pop(name, None)
         if head_VD is None:
             head_VD = torch.from_numpy(self._teacher.head(name)).to(self._device)
@@ -118,13 +118,16 @@ class TeacherHeads:
         return head_VD
 
     def forget(self) -> None:
-        """The teacher's weights have moved."""
+        """Empty the cache, after the teacher's weights have changed."""
         self._kept.clear()
 
 
 def with_sequence_gaps(batch: Batch, logp_N: torch.Tensor) -> Batch:
-    """Each token told the mean over its completion of learner less engine log-prob."""
-    assert batch.sequence_N is not None, "collate says which completion a token belongs to"
+    """The batch with ``sequence_gap_N``: the mean over a token's completion of learner less engine log-prob.
+
+    ``logp_N`` are the learner's log-probs of the targets.
+    """
+    assert batch.sequence_N is not None, "collate fills sequence_N"
     rows = batch.input_ids_BT.shape[0]
     gap_N = logp_N - batch.engine_logp_N
     sums_B = gap_N.new_zeros(rows).index_add_(0, batch.sequence_N, gap_N)
@@ -133,7 +136,7 @@ def with_sequence_gaps(batch: Batch, logp_N: torch.Tensor) -> Batch:
 
 
 def causal_lm(model: Any) -> Any:
-    """The transformers model itself, out of a peft wrapper if there is one."""
+    """The transformers model itself, without the peft wrapper if there is one."""
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model

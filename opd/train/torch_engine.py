@@ -1,4 +1,4 @@
-"""Plain torch in one process drives forward, backward and step."""
+"""The training engine on plain torch, in one process."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,9 +13,9 @@ from opd.train.student import Student
 
 
 class TorchEngine:
-    """One process without DeepSpeed. bf16 keeps fp32 weights and computes under autocast.
+    """Implements ``TrainingEngine`` in one process without DeepSpeed.
 
-    ``gradients`` lists those that count for the norm.
+    ``gradients`` returns those that the norm counts. bf16 keeps fp32 weights and computes under autocast.
     """
 
     def __init__(

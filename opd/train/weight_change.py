@@ -1,4 +1,4 @@
-"""What changed between two tensors: on the bf16 grid, in size, and along which directions."""
+"""The difference of two tensors: on the bf16 grid, in size, and in its strongest directions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,19 +6,20 @@ from dataclasses import dataclass
 import torch
 
 THRESHOLDS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
-"""Sizes of a difference up to which it counts as none."""
+"""Bounds up to which a difference counts as zero."""
 ULPS = (0, 1, 2, 4, 8, 16)
-"""Upper ends of the bins of ``ulp_counts``; one more bin holds what is beyond."""
+"""Upper ends of the bins of ``ulp_counts``; one more bin holds everything above."""
 BLOCK, ROUNDS = 16, 6
-"""Directions that are iterated together, and how often."""
+"""Power iteration: directions that are iterated together, and the number of iterations."""
 
 
 def ulp_distance(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """How many bf16 numbers lie on the way from one to the other, int32; 0.0 and -0.0 are one."""
+    """Steps on the bf16 grid from one number to the other, int32; 0.0 and -0.0 are the same number."""
     return (_rank(after) - _rank(before)).abs()
 
 
 def _rank(values: torch.Tensor) -> torch.Tensor:
+    """The position of each number on the bf16 grid, int32; 0 is 0."""
     bits = values.bfloat16().contiguous().view(torch.int16).int()
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
@@ -43,10 +44,10 @@ def energy(values: torch.Tensor) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Top:
-    """The strongest directions of a matrix [m, n].
+    """The strongest directions of a matrix D [m, n].
 
-    ``left`` [m, k] holds the leading left singular vectors. ``stable_rank`` is ‖D‖F² / s1² with s1
-    as found, which is s1 or less; the true one is not below ``stable_rank_least``.
+    ``left`` [m, k] holds the leading left singular vectors. ``stable_rank`` is ‖D‖F² / s1² with the
+    estimate of s1, which is at most s1; the true stable rank is at least ``stable_rank_least``.
     """
 
     left: torch.Tensor
@@ -55,10 +56,11 @@ class Top:
 
 
 def top_directions(matrix: torch.Tensor, k: int) -> Top | None:
-    """Block power iteration in float32 from a start that is the same for every shape; None for zeros.
+    """The ``k`` strongest directions by block power iteration in float32; None for a matrix of zeros.
 
-    The lower bound is certain where s1² <= ‖QQᵀD‖2² + ‖D - QQᵀD‖F² decides; where the residual
-    ‖DDᵀu - s1²u‖ is smaller it holds if u has found the largest singular value and not another.
+    Matrices of one shape start from the same random block. The lower bound is certain where it
+    follows from s1² <= ‖QQᵀD‖2² + ‖D - QQᵀD‖F²; where the residual ‖DDᵀu - s1²u‖ is smaller, it holds
+    if u belongs to the largest singular value and not to another one.
     Source: Halko, Martinsson and Tropp, "Finding structure with randomness" (2011), section 4.
     """
     norm = energy(matrix) ** 0.5
@@ -94,6 +96,6 @@ def packed(flags: torch.Tensor) -> torch.Tensor:
 
 
 def unpacked(bits: torch.Tensor, length: int) -> torch.Tensor:
-    """Undo of ``packed``."""
+    """The ``length`` booleans that ``packed`` made bits of."""
     shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
     return (bits.unsqueeze(1) >> shifts & 1).bool().view(-1)[:length]

@@ -1,4 +1,4 @@
-"""The student's weights as a Hugging Face checkpoint names them: loaded, handed over, exported."""
+"""The student's weights under their Hugging Face names: loaded, listed, gathered, exported."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -39,7 +39,7 @@ def load_student(model: str, config: StudentConfig, *, dtype: torch.dtype) -> to
 
 
 def with_lora(student: Any, config: LoraConfig) -> torch.nn.Module:
-    """The student frozen under fresh low-rank adapters, which start at zero."""
+    """The student, frozen, with new low-rank adapters (Hu et al., LoRA), which start at zero."""
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -61,11 +61,12 @@ def with_lora(student: Any, config: LoraConfig) -> torch.nn.Module:
 def full_weights(model: torch.nn.Module, gathered: Gathered) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, full tensor) of each weight once, tied ones under the input's name, adapters merged.
 
-    Tensors are gathered a decoder layer at a time, so that the parts of a fused module arrive
-    together; a consumer may keep a tensor past its turn. Every rank must exhaust the iterator.
+    Tensors are gathered a decoder layer at a time, so that the parts of a fused module come
+    together. A consumer may keep a tensor after the iterator has moved on. Every rank must exhaust the
+    iterator.
     """
     modules = list(_weight_modules(causal_lm(model)))
-    for _, layer in groupby(modules, key=lambda m: layer_of(m[0])):
+    for _, layer in groupby(modules, key=lambda m: layer_key(m[0])):
         owned = list(layer)
         with torch.no_grad(), gathered([p for _, m in owned for p in _parameters(m)]):
             for name, module in owned:
@@ -79,8 +80,8 @@ def named_weights(causal: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Param
             yield f"{name}.{leaf}", parameter
 
 
-def layer_of(name: str) -> str:
-    """The key of weights that are handled together: up to the first number in the name."""
+def layer_key(name: str) -> str:
+    """The key of weights that are gathered together: the name up to the layer's number."""
     head, dot, _ = name.partition(".layers.")
     return f"{head}{dot}{name[len(head) + len(dot) :].split('.')[0]}" if dot else name
 
@@ -104,6 +105,7 @@ def _weight_modules(causal: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _parameters(module: Any) -> list[torch.nn.Parameter]:
+    """Parameters that a module owns itself; of a peft layer, those of its adapters too."""
     from peft.tuners.lora import LoraLayer
 
     if isinstance(module, LoraLayer):
@@ -112,6 +114,7 @@ def _parameters(module: Any) -> list[torch.nn.Parameter]:
 
 
 def _module_weights(name: str, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a module's weights, adapters merged."""
     from peft.tuners.lora import Linear as LoraLinear
 
     if not isinstance(module, LoraLinear):
@@ -133,7 +136,7 @@ def export(
     tokenizer: Any,
     folder: Path,
 ) -> None:
-    """A plain Hugging Face checkpoint that transformers and vLLM load; shards of at most 5 GB."""
+    """Write a plain Hugging Face checkpoint that transformers and vLLM load; shards of at most 5 GB."""
     causal = causal_lm(model)
     state = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from opd.checkpoint.names import place
 from opd.tracking.jsonl import WEIGHTS, WeightRecord, read_lines
 from opd.tracking.report import write_report
 from opd.tracking.weight_panels import weight_panels
-from opd.train.record_row import changes, columns, row_of
+from opd.train.record_row import build_row, changes, columns
 from tests.unit.tracking.made_runs import make_run
 
 NAMES = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight")
@@ -22,7 +22,7 @@ def made_row(step):
         now[:8] += step / 1000
         found, changed = changes(start, now)
         measured.append(dict.fromkeys(columns([]), 0.0) | found | {"ever": float(changed.sum())})
-    return row_of([place(name) for name in NAMES], measured, None, [])
+    return build_row([place(name) for name in NAMES], measured, None, [])
 
 
 def test_a_report_shows_recorded_weights_and_is_silent_without(tmp_path):

@@ -171,7 +171,7 @@ class MomentumLeaks(RestoredTraining):
         for each in self._restored:
             each.parameter._backward_hooks.clear()  # pyright: ignore
             each.parameter.register_hook(
-                lambda g, e=each: g if not self.steps else e._without_the_rest(g)
+                lambda g, e=each: g if not self.steps else e._masked_gradient(g)
             )
 
     def gradients(self) -> list[torch.Tensor]:
@@ -209,7 +209,7 @@ class NormLeaks(RestoredTraining):
 
     def _seen(self, grad: torch.Tensor, each: Any) -> torch.Tensor:
         self._whole[id(each)] = torch.where(grad.isfinite(), grad, 0.0)
-        return each._without_the_rest(grad)
+        return each._masked_gradient(grad)
 
     def gradients(self) -> list[torch.Tensor]:
         return list(self._whole.values())
