@@ -49,5 +49,5 @@ def test_a_broken_model_is_the_base_again_when_all_its_moves_are_back(
     summary = json.loads((tmp_path / "pruned" / "summary.json").read_text())
     assert summary["prune"]["curves"] == pruned["curves"]
     page = (tmp_path / "pruned" / "report.html").read_text()
-    assert "Which moves the model needs" in page
+    assert "Which changes the model needs" in page
     assert f"{base['accuracy']:.3f} ({base['low']:.3f} to {base['high']:.3f})" in page
