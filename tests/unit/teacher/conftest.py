@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opd.teacher.vocabulary import Vocabulary, vocabulary_of
+from opd.teacher.vocabulary import Vocabulary, read_vocabulary
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,4 +45,4 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def student(checkpoint: Path) -> Vocabulary:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
-    return vocabulary_of(tokenizer, matrix_size=97)
+    return read_vocabulary(tokenizer, matrix_size=97)

@@ -1,15 +1,16 @@
-"""A verifier beside the teacher: groups, spread, and rewards that are no numbers."""
+"""A reward beside the teacher: groups, spread, and rewards that are no numbers."""
 
 import numpy as np
 import pytest
 
+from opd.config.functions import load_function
 from opd.evaluate.grade import grader
-from opd.evaluate.reward import grade_reward, named_function
+from opd.evaluate.reward import grade_reward
 from opd.teacher.no_teacher import NoTeacher
 from opd.teacher.rewarded import RewardedTeacher, advantage
 from opd.types import FinishReason, Prompt, Rollout
 
-NOBODY = NoTeacher(vocab_size=10, max_length=100)
+NO_TEACHER = NoTeacher(vocab_size=10, max_length=100)
 
 
 def rollout(uid: str, token: int) -> Rollout:
@@ -24,7 +25,7 @@ def rollout(uid: str, token: int) -> Rollout:
 
 def test_a_group_is_one_prompt_and_advantages_are_the_textbooks() -> None:
     written = [rollout("a", 1), rollout("b", 2), rollout("a", 0), rollout("b", 2), rollout("a", 0)]
-    judge = RewardedTeacher(NOBODY, lambda r: float(r.token_ids[0]), scale=True)
+    judge = RewardedTeacher(NO_TEACHER, lambda r: float(r.token_ids[0]), scale_rewards=True)
     scored = judge.score(written)
     assert [s.rollout for s in scored] == written
     assert [s.reward for s in scored] == [1.0, 2.0, 0.0, 2.0, 0.0]
@@ -36,11 +37,11 @@ def test_a_group_is_one_prompt_and_advantages_are_the_textbooks() -> None:
 
 
 def test_without_scale_the_advantage_is_the_distance_from_the_mean() -> None:
-    assert advantage(1.0, [1.0, 0.0, 0.0, 0.0], scale=False) == 0.75
+    assert advantage(1.0, [1.0, 0.0, 0.0, 0.0], scale_rewards=False) == 0.75
 
 
 def test_a_reward_that_is_no_number_is_refused_by_name() -> None:
-    judge = RewardedTeacher(NOBODY, lambda r: float("nan"), scale=True)
+    judge = RewardedTeacher(NO_TEACHER, lambda r: float("nan"), scale_rewards=True)
     with pytest.raises(ValueError, match="prompt a is nan"):
         judge.score([rollout("a", 1)])
 
@@ -50,8 +51,8 @@ def test_a_grader_rewards_right_answers_and_no_answer_gets_nothing() -> None:
     assert (reward("1+2#3", "3"), reward("1+2#4", "3"), reward("3", None)) == (1.0, 0.0, 0.0)
 
 
-def test_a_function_is_found_by_name_or_refused_in_a_sentence() -> None:
-    assert callable(named_function("math:hypot"))
+def test_a_function_is_found_by_name_or_refused_by_name() -> None:
+    assert callable(load_function("reward.function", "math:hypot"))
     for wrong in ("math", "math:nothing", "no_such_module:f", "math:pi"):
         with pytest.raises(ValueError, match=rf"reward\.function={wrong}"):
-            named_function(wrong)
+            load_function("reward.function", wrong)

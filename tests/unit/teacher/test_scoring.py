@@ -1,4 +1,4 @@
-"""The head's answers against their definitions, computed the plain way."""
+"""The scores against their definitions, computed directly."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def target_N() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
-def test_answers_do_not_depend_on_the_chunk(
+def test_scores_do_not_depend_on_the_chunk(
     rows: int,
     monkeypatch: pytest.MonkeyPatch,
     hidden_ND: torch.Tensor,
@@ -36,34 +36,34 @@ def test_answers_do_not_depend_on_the_chunk(
     monkeypatch.setattr(scoring, "chunk_rows", lambda *_: rows)
     spec = HeadSpec(vocab_size=V, softcap=3.0, scale=0.5)
     named_NK = torch.randint(-1, V, (N, 4), generator=torch.Generator().manual_seed(3))
-    pieces = ScoreOptions(top_k=3, named_ids_NK=named_NK, full_logps=True, temperature=0.7)
-    said = score_hidden(hidden_ND, weight_VD, spec, target_N, pieces)
+    options = ScoreOptions(top_k=3, named_ids_NK=named_NK, full_logps=True, temperature=0.7)
+    scores = score_hidden(hidden_ND, weight_VD, spec, target_N, options)
     logits_NV = 3.0 * torch.tanh(0.5 * hidden_ND @ weight_VD[:V].T / 3.0)
     true_NV = torch.log_softmax(logits_NV / 0.7, dim=-1)
-    torch.testing.assert_close(said.full_logp_NV, true_NV)
-    torch.testing.assert_close(said.logp_N, true_NV[torch.arange(N), target_N])
+    torch.testing.assert_close(scores.full_logp_NV, true_NV)
+    torch.testing.assert_close(scores.logp_N, true_NV[torch.arange(N), target_N])
     for n in range(N):
-        wanted = set(true_NV[n].topk(3).indices.tolist()) | set(named_NK[n].tolist()) - {-1}
-        ids = said.support_ids_NK[n]
-        assert sorted(ids[ids >= 0].tolist()) == sorted(wanted)
-        torch.testing.assert_close(said.support_logp_NK[n][ids >= 0], true_NV[n][ids[ids >= 0]])
-        inside = true_NV[n][list(wanted)].exp().sum()
-        torch.testing.assert_close(said.support_tail_N[n].exp() + inside, torch.tensor(1.0))
+        expected = set(true_NV[n].topk(3).indices.tolist()) | set(named_NK[n].tolist()) - {-1}
+        ids = scores.support_ids_NK[n]
+        assert sorted(ids[ids >= 0].tolist()) == sorted(expected)
+        torch.testing.assert_close(scores.support_logp_NK[n][ids >= 0], true_NV[n][ids[ids >= 0]])
+        inside = true_NV[n][list(expected)].exp().sum()
+        torch.testing.assert_close(scores.support_tail_N[n].exp() + inside, torch.tensor(1.0))
 
 
 def test_hidden_and_folded_head_give_the_full_distribution(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, target_N: torch.Tensor
 ) -> None:
     spec = HeadSpec(vocab_size=V, scale=0.25)
-    said = score_hidden(
+    scores = score_hidden(
         hidden_ND,
         weight_VD,
         spec,
         target_N,
         ScoreOptions(full_logps=True, hidden=True, temperature=2.0),
     )
-    again_NV = said.hidden_ND @ folded_head(weight_VD, spec).T / 2.0
-    torch.testing.assert_close(torch.log_softmax(again_NV, dim=-1), said.full_logp_NV)
+    again_NV = scores.hidden_ND @ folded_head(weight_VD, spec).T / 2.0
+    torch.testing.assert_close(torch.log_softmax(again_NV, dim=-1), scores.full_logp_NV)
 
 
 def test_a_confident_teacher_keeps_its_tail() -> None:
@@ -78,7 +78,7 @@ def test_nothing_lies_outside_the_whole_vocabulary() -> None:
     assert tail_logps(logp_NV, torch.full((2, 3), -1)).tolist() == [0.0, 0.0]
 
 
-def test_a_union_keeps_each_id_once_and_unused_places_unused() -> None:
+def test_a_union_keeps_each_id_once_and_unused_columns_unused() -> None:
     first_NK = torch.tensor([[4, 2], [0, 1]])
     second_NK = torch.tensor([[2, -1, 4, 7], [-1, -1, 3, 3]])
     united_NK = union_ids([first_NK, second_NK])

@@ -1,4 +1,4 @@
-"""The arithmetic of transports agrees with the bytes, and what is cheapest travels."""
+"""The predicted cost of a transport agrees with its bytes, and the cheapest one is chosen."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from opd.config.student import DType
+from opd.config.teacher import LocalTeacherConfig
 from opd.teacher.backend_torch import TorchBackend
-from opd.teacher.response import answer, hidden_of
-from opd.teacher.transport import arithmetic, bytes_per_target, transports
+from opd.teacher.response import compute_hidden, score_request
+from opd.teacher.transport import bytes_per_target, describe_costs, transports
 from opd.teacher.wire import (
     Want,
     WireRequest,
-    answer_bytes,
-    read_answer,
     read_request,
+    read_response,
     request_bytes,
+    response_bytes,
 )
 from opd.types import ScoreRequest, TeacherInfo
 
@@ -34,20 +35,20 @@ BIG = TeacherInfo(
 
 @pytest.fixture(scope="module")
 def backend(checkpoint: Path) -> TorchBackend:
-    return TorchBackend(str(checkpoint), dtype=DType.float32)
+    return TorchBackend(str(checkpoint), LocalTeacherConfig(dtype=DType.float32))
 
 
-def _request(vocab_size: int, **asked) -> WireRequest:
+def _request(vocab_size: int, **fields) -> WireRequest:
     return WireRequest(
         token_ids=np.arange(40, dtype=np.int32),
         lengths=np.array([25, 15], np.int32),
         starts=np.array([3, 1], np.int32),
         vocab_size=vocab_size,
-        **asked,
+        **fields,
     )
 
 
-ASKED = {
+CASES = {
     "sampled": {},
     "top-k": {"top_k": 5},
     "union": {"top_k": 5, "named_ids": np.tile(np.arange(4, dtype=np.int32), (36, 1))},
@@ -58,13 +59,13 @@ ASKED = {
 
 
 @pytest.mark.parametrize("vocab_size", [97, 91])
-@pytest.mark.parametrize("asked", ASKED)
-def test_predicted_bytes_are_those_of_a_real_answer(
-    asked: str, vocab_size: int, backend: TorchBackend
+@pytest.mark.parametrize("case", CASES)
+def test_predicted_bytes_are_those_of_a_real_response(
+    case: str, vocab_size: int, backend: TorchBackend
 ) -> None:
-    request = read_request(request_bytes(_request(vocab_size, **ASKED[asked])))
-    (hidden_ND,) = hidden_of(backend, [request])
-    body = answer_bytes(answer(backend, request, hidden_ND))
+    request = read_request(request_bytes(_request(vocab_size, **CASES[case])))
+    (hidden_ND,) = compute_hidden(backend, [request])
+    body = response_bytes(score_request(backend, request, hidden_ND))
     payload = len(body) - 8 - int.from_bytes(body[:8], "little")
     predicted = bytes_per_target(
         backend.info,
@@ -74,29 +75,29 @@ def test_predicted_bytes_are_those_of_a_real_answer(
         vocab_size=vocab_size,
     )
     assert payload == 36 * predicted
-    if asked == "half":
+    if case == "half":
         assert predicted <= 2 * backend.info.hidden_size + 64
-        bits = read_answer(body).hidden
+        bits = read_response(body).hidden
         assert bits is not None
         assert bits.dtype == np.uint16
         assert torch.equal(torch.from_numpy(bits).view(torch.bfloat16), hidden_ND.bfloat16())
 
 
 def test_mass_outside_the_common_ids_is_that_of_the_whole_softmax(backend: TorchBackend) -> None:
-    (hidden_ND,) = hidden_of(backend, [_request(97)])
-    said = answer(backend, _request(91, temperature=0.5), hidden_ND)
+    (hidden_ND,) = compute_hidden(backend, [_request(97)])
+    response = score_request(backend, _request(91, temperature=0.5), hidden_ND)
     whole_NV = torch.softmax(hidden_ND @ backend.head_VD.T / 0.5, dim=-1)
-    assert said.outside == pytest.approx(whole_NV[:, 91:].sum(1).numpy(), rel=1e-4)
-    assert answer(backend, _request(97), hidden_ND).outside is None
+    assert response.outside == pytest.approx(whole_NV[:, 91:].sum(1).numpy(), rel=1e-4)
+    assert score_request(backend, _request(97), hidden_ND).outside is None
 
 
-def test_the_cheapest_exact_transport_travels_and_says_so() -> None:
+def test_the_cheapest_exact_transport_is_chosen_and_described() -> None:
     whole = ScoreRequest(full=True)
     chosen, other = transports(BIG, whole, vocab_size=151936, hidden_dtype=DType.auto)
     assert (chosen.want, chosen.hidden_dtype) == (Want.hidden, DType.bfloat16)
     assert (chosen.bytes_per_token, other.bytes_per_token) == (8196, 607748)
-    said = arithmetic(BIG, whole, vocab_size=151936, hidden_dtype=DType.auto)
-    assert said == (
+    line = describe_costs(BIG, whole, vocab_size=151936, hidden_dtype=DType.auto)
+    assert line == (
         "hidden states in bfloat16, 8,196 bytes a token; log-probs of the whole vocabulary would be "
         "607,748, 74.2 times as much"
     )

@@ -1,4 +1,4 @@
-"""Whose ids mean the same."""
+"""Teachers whose ids mean the student's tokens, and others."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,8 @@ from opd.teacher.vocabulary import (
     common_vocab_size,
     fingerprint,
     fits,
+    read_vocabulary,
     require_fit,
-    vocabulary_of,
 )
 from opd.types import TeacherInfo
 
@@ -40,7 +40,7 @@ def _info(tokenizer: PreTrainedTokenizerFast, rows: int) -> TeacherInfo:
 def test_one_family_padded_differently_fits_at_the_smaller_size() -> None:
     tokenizer = _tokenizer(["a", "b", "c"])
     info = _info(tokenizer, rows=152064)
-    student = vocabulary_of(tokenizer, matrix_size=151936)
+    student = read_vocabulary(tokenizer, matrix_size=151936)
     assert fits(info, student) is None
     assert common_vocab_size(151936, info) == 151936
     assert require_fit(info, student) == 151936
@@ -49,16 +49,16 @@ def test_one_family_padded_differently_fits_at_the_smaller_size() -> None:
 
 def test_the_same_words_under_other_ids_do_not_fit() -> None:
     info = _info(_tokenizer(["a", "b", "c"]), rows=3)
-    student = vocabulary_of(_tokenizer(["a", "c", "b"]), matrix_size=3)
+    student = read_vocabulary(_tokenizer(["a", "c", "b"]), matrix_size=3)
     with pytest.raises(ValueError, match="another tokenizer"):
         require_fit(info, student)
 
 
 def test_a_head_smaller_than_the_tokenizer_does_not_fit() -> None:
     tokenizer = _tokenizer(["a", "b", "c"])
-    said = fits(_info(tokenizer, rows=2), vocabulary_of(tokenizer, 3))
-    assert said is not None
-    assert "output rows for 2 only" in said
+    reason = fits(_info(tokenizer, rows=2), read_vocabulary(tokenizer, 3))
+    assert reason is not None
+    assert "output rows for 2 only" in reason
 
 
 def test_fingerprint_is_that_of_the_checkpoint(checkpoint: Path, student: Vocabulary) -> None:

@@ -1,21 +1,18 @@
-"""What is written is what is read, and rollouts are cut into requests that fit."""
+"""Requests and responses survive the wire, and rollouts are grouped into requests that fit."""
 
 import numpy as np
 import pytest
-from opd.serving.options import arguments_of
-from opd.teacher.options import BackendName, TeacherServerOptions, parse
 
-from opd.config.student import DType
-from opd.teacher.batches import by_tokens
+from opd.teacher.batches import group_by_tokens
 from opd.teacher.wire import (
     Want,
     WireResponse,
-    answer_bytes,
-    read_answer,
     read_request,
+    read_response,
     request_bytes,
-    request_of,
-    scored_of,
+    response_bytes,
+    scored_rollouts,
+    wire_request_from,
 )
 from opd.types import FinishReason, Prompt, Rollout, ScoreRequest
 
@@ -34,9 +31,9 @@ def _rollout(prompt: int, count: int, support: int = 0) -> Rollout:
 
 
 def test_a_request_survives_the_wire() -> None:
-    wanted = ScoreRequest(top_k=3, rollout_support=True, temperature=0.1 + 0.2)
-    sent = request_of(
-        [_rollout(2, 3, 4), _rollout(1, 2, 2)], wanted, want=Want.hidden, vocab_size=4
+    request = ScoreRequest(top_k=3, rollout_support=True, temperature=0.1 + 0.2)
+    sent = wire_request_from(
+        [_rollout(2, 3, 4), _rollout(1, 2, 2)], request, want=Want.hidden, vocab_size=4
     )
     got = read_request(request_bytes(sent))
     assert (got.top_k, got.want, got.temperature, got.vocab_size) == (3, Want.hidden, 0.1 + 0.2, 4)
@@ -46,21 +43,23 @@ def test_a_request_survives_the_wire() -> None:
 
 
 def test_student_ids_that_the_teacher_lacks_are_left_out() -> None:
-    sent = request_of(
+    sent = wire_request_from(
         [_rollout(1, 1, 5)], ScoreRequest(rollout_support=True), want=Want.logps, vocab_size=3
     )
     assert sent.named_ids.tolist() == [[0, 1, 2, -1, -1]]
 
 
-def test_an_answer_survives_the_wire_and_is_cut_by_rollout() -> None:
-    said = WireResponse(
+def test_a_response_survives_the_wire_and_is_split_by_rollout() -> None:
+    response = WireResponse(
         logps=np.arange(5, dtype=np.float32),
         support_ids=np.arange(10, dtype=np.int32).reshape(5, 2),
         support_logps=np.full((5, 2), -np.inf, np.float32),
         support_tail=np.zeros(5, np.float32),
         hidden=np.ones((5, 3), np.float32),
     )
-    first, second = scored_of([_rollout(9, 2), _rollout(1, 3)], read_answer(answer_bytes(said)))
+    first, second = scored_rollouts(
+        [_rollout(9, 2), _rollout(1, 3)], read_response(response_bytes(response))
+    )
     assert first.logps.tolist() == [0, 1]
     assert second.support.ids.tolist() == [[4, 5], [6, 7], [8, 9]]
     assert np.isneginf(second.support.logps).all()
@@ -75,20 +74,6 @@ def test_an_answer_survives_the_wire_and_is_cut_by_rollout() -> None:
 )
 def test_groups_keep_order_and_bounds(tokens: int, targets: int | None, sizes: list[int]) -> None:
     rollouts = [_rollout(3, 2), _rollout(3, 2), _rollout(6, 2), _rollout(3, 2)]
-    groups = by_tokens(rollouts, tokens, targets=targets)
+    groups = group_by_tokens(rollouts, tokens, targets=targets)
     assert [len(group) for group in groups] == sizes
     assert [rollout for group in groups for rollout in group] == rollouts
-
-
-def test_options_survive_the_command_line() -> None:
-    told = TeacherServerOptions(
-        model="a folder/x",
-        port_file="p",
-        backend=BackendName.torch,
-        dtype=DType.bfloat16,
-        max_length=9,
-        gpu_memory_fraction=0.25,
-        exit_with_parent=True,
-    )
-    assert parse(arguments_of(told)) == told
-    assert parse(["--model", "m"]) == TeacherServerOptions(model="m")

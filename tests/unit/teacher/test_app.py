@@ -1,4 +1,4 @@
-"""The server refuses what it must, and client and launcher behave when it fails."""
+"""The server refuses bad requests, and client and launcher report its failures."""
 
 import os
 import re
@@ -14,10 +14,10 @@ from threading import Thread
 import httpx
 import numpy as np
 import pytest
-from opd.serving.options import arguments_of
-from opd.teacher.options import BackendName, TeacherServerOptions
 
+from opd.config.arguments import as_arguments
 from opd.config.student import DType
+from opd.config.teacher import ServerTeacherConfig, TeacherBackend, TeacherServerConfig
 from opd.run.teacher_servers import running_teacher
 from opd.serving.app import MEDIA_TYPE
 from opd.serving.child import RunningService
@@ -29,13 +29,13 @@ from opd.types import FinishReason, Prompt, Rollout, ScoreRequest
 VOCAB = 97
 
 
-def _options(model: Path, **changed) -> TeacherServerOptions:
-    return TeacherServerOptions(
+def _config(model: Path, **changed) -> TeacherServerConfig:
+    return TeacherServerConfig(
         model=str(model),
-        backend=BackendName.torch,
+        backend=TeacherBackend.torch,
         dtype=DType.float32,
-        max_body_bytes=8192,
-        max_answer_bytes=4000,
+        max_request_bytes=8192,
+        max_response_bytes=4000,
         **changed,
     )
 
@@ -43,7 +43,7 @@ def _options(model: Path, **changed) -> TeacherServerOptions:
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     log = tmp_path_factory.mktemp("log") / "teacher.log"
-    with running_teacher(_options(checkpoint), log_path=log, wait_s=120) as running:
+    with running_teacher(_config(checkpoint), log_path=log, wait_s=120) as running:
         yield running
 
 
@@ -59,8 +59,15 @@ def rollout() -> Rollout:
 
 
 def _post(server: RunningService, body: bytes, **headers: str) -> httpx.Response:
-    told = {"Authorization": f"Bearer {server.token}", "Content-Type": MEDIA_TYPE} | headers
-    return httpx.post(f"{server.url}/score", content=body, headers=told, timeout=60)
+    headers = {"Authorization": f"Bearer {server.token}", "Content-Type": MEDIA_TYPE} | headers
+    return httpx.post(f"{server.url}/score", content=body, headers=headers, timeout=60)
+
+
+def _client(
+    url: str, student: Vocabulary, *, token: str | None = None, **settings
+) -> ServerTeacher:
+    config = ServerTeacherConfig(**settings)
+    return ServerTeacher(url, config, request=ScoreRequest(), student=student, token=token)
 
 
 def _request(**changed) -> bytes:
@@ -102,21 +109,21 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("fault", MALFORMED)
-def test_malformed_requests_are_answered_400_with_one_sentence(
+def test_malformed_requests_are_refused_with_400_and_one_line(
     fault: str, server: RunningService
 ) -> None:
-    body, sentence = MALFORMED[fault]
+    body, reason = MALFORMED[fault]
     response = _post(server, body)
     assert response.status_code == 400, response.text
-    assert re.search(sentence, response.text), response.text
+    assert re.search(reason, response.text), response.text
     assert len(response.text) < 300
 
 
-def test_a_wrong_or_missing_token_is_answered_401(server: RunningService) -> None:
-    for header in ("Bearer wrong", "", "Bearer \u00e9"):
-        told = {"Authorization": header.encode("latin-1")}
+def test_a_wrong_or_missing_token_is_refused_with_401(server: RunningService) -> None:
+    for value in ("Bearer wrong", "", "Bearer \u00e9"):
+        headers = {"Authorization": value.encode("latin-1")}
         for method, path in (("POST", "/score"), ("GET", "/info"), ("GET", "/head?start=0&stop=1")):
-            assert httpx.request(method, server.url + path, headers=told).status_code == 401
+            assert httpx.request(method, server.url + path, headers=headers).status_code == 401
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
@@ -127,35 +134,35 @@ def test_size_limits_and_content_type_are_kept(server: RunningService) -> None:
     response = _post(server, _request(token_ids=np.ones(60, np.int32), lengths=_ids(60), top_k=20))
     assert response.status_code == 413
     assert "at most 4000" in response.text
-    held = {"Authorization": f"Bearer {server.token}"}
-    assert httpx.get(f"{server.url}/head?start=0&stop=98", headers=held).status_code == 400
-    assert httpx.get(f"{server.url}/head?start=0&stop=97", headers=held).status_code == 413
-    assert httpx.get(f"{server.url}/head?start=90&stop=97", headers=held).status_code == 200
+    key = {"Authorization": f"Bearer {server.token}"}
+    assert httpx.get(f"{server.url}/head?start=0&stop=98", headers=key).status_code == 400
+    assert httpx.get(f"{server.url}/head?start=0&stop=97", headers=key).status_code == 413
+    assert httpx.get(f"{server.url}/head?start=90&stop=97", headers=key).status_code == 200
 
 
 def test_a_token_is_demanded_beyond_loopback(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPD_TEACHER_TOKEN", raising=False)
-    command = arguments_of(_options(checkpoint, host="0.0.0.0"))
+    command = as_arguments(_config(checkpoint, host="0.0.0.0"))
     ended = subprocess.run(
-        [sys.executable, "-m", "opd.teacher.server", *command], capture_output=True, text=True
+        [sys.executable, "-m", "opd.run.serve", "teacher", *command], capture_output=True, text=True
     )
     assert ended.returncode != 0
     assert "OPD_TEACHER_TOKEN" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_the_client_tries_again_after_failures_that_may_pass(
+def test_the_client_retries_after_transient_failures(
     server: RunningService, student: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opd.serving.client.FIRST_PAUSE_S", 0.01)
-    answers = [503, 500, 200]
+    monkeypatch.setattr("opd.serving.client.FIRST_BACKOFF_S", 0.01)
+    statuses = [503, 500, 200]
     info = httpx.get(f"{server.url}/info", headers={"Authorization": f"Bearer {server.token}"})
 
     class Flaky(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            status = answers.pop(0)
+            status = statuses.pop(0)
             self.send_response(status)
             self.end_headers()
             self.wfile.write(info.content if status == 200 else b"busy")
@@ -166,12 +173,12 @@ def test_the_client_tries_again_after_failures_that_may_pass(
     with HTTPServer(("127.0.0.1", 0), Flaky) as flaky:
         Thread(target=flaky.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{flaky.server_port}"
-        teacher = ServerTeacher(url, wanted=ScoreRequest(), student=student, retries=2, timeout=10)
+        teacher = _client(url, student, retries=2, timeout=10)
         assert teacher.info().vocab_size == VOCAB
-        assert answers == []
-        answers[:] = [500, 500]
+        assert statuses == []
+        statuses[:] = [500, 500]
         with pytest.raises(ConnectionError, match=r"failed 2 times.*HTTP 500: busy"):
-            ServerTeacher(url, wanted=ScoreRequest(), student=student, retries=1, timeout=10)
+            _client(url, student, retries=1, timeout=10)
         flaky.shutdown()
 
 
@@ -182,23 +189,21 @@ def test_a_killed_server_gives_a_clear_error(
     rollout: Rollout,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("opd.serving.client.FIRST_PAUSE_S", 0.01)
-    options = _options(checkpoint)
-    with running_teacher(options, log_path=tmp_path / "log", wait_s=120) as running:
-        served = ServerTeacher(
-            running.url, token=running.token, wanted=ScoreRequest(), student=student, retries=2
-        )
+    monkeypatch.setattr("opd.serving.client.FIRST_BACKOFF_S", 0.01)
+    config = _config(checkpoint)
+    with running_teacher(config, log_path=tmp_path / "log", wait_s=120) as running:
+        served = _client(running.url, student, token=running.token, retries=2)
         assert len(served.score([rollout])) == 1
         os.kill(running.pid, signal.SIGKILL)
         with pytest.raises(ConnectionError, match=r"failed 3 times.*is it running"):
             served.score([rollout])
 
 
-def test_a_server_that_cannot_start_shows_its_last_words(tmp_path: Path) -> None:
-    options = _options(tmp_path / "nothing")
+def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    config = _config(tmp_path / "nothing")
     with (
         pytest.raises(RuntimeError, match="ended while starting"),
-        running_teacher(options, log_path=tmp_path / "log", wait_s=120),
+        running_teacher(config, log_path=tmp_path / "log", wait_s=120),
     ):
         pass
 
@@ -207,15 +212,15 @@ def test_a_server_ends_when_the_process_that_started_it_dies(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     port_file = tmp_path / "port"
-    told = arguments_of(_options(checkpoint, port_file=str(port_file), exit_with_parent=True))
+    words = as_arguments(_config(checkpoint, port_file=str(port_file), exit_with_parent=True))
     starter = subprocess.Popen(
         [
             sys.executable,
             "-c",
             "import subprocess, sys, time;"
-            "p = subprocess.Popen([sys.executable, '-m', 'opd.teacher.server', *sys.argv[1:]]);"
+            "p = subprocess.Popen([sys.executable, '-m', 'opd.run.serve', 'teacher', *sys.argv[1:]]);"
             "time.sleep(600)",
-            *told,
+            *words,
         ]
     )
     deadline = time.monotonic() + 120
@@ -225,12 +230,12 @@ def test_a_server_ends_when_the_process_that_started_it_dies(
     assert httpx.get(url).text == "ok"
     starter.kill()
     starter.wait()
-    while _answers(url) and time.monotonic() < deadline:
+    while _is_up(url) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not _answers(url)
+    assert not _is_up(url)
 
 
-def _answers(url: str) -> bool:
+def _is_up(url: str) -> bool:
     try:
         return httpx.get(url).is_success
     except httpx.TransportError:

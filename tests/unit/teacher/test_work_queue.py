@@ -1,4 +1,4 @@
-"""Requests that wait together are answered together, and a failure stays with its own."""
+"""Requests that wait together are scored together, and a failure stays with its own request."""
 
 import threading
 from collections.abc import Sequence
@@ -53,28 +53,28 @@ def _request(length: int) -> WireRequest:
 
 def test_waiting_requests_share_a_call_up_to_the_token_bound() -> None:
     backend = GatedBackend()
-    work = WorkQueue(lambda: backend, group_tokens=9)
+    work = WorkQueue(lambda: backend, max_waiting_tokens=9)
     first = work.submit(_request(3))
     assert backend.entered.wait(10)
     rest = [work.submit(_request(n)) for n in (3, 4, 2, 3, 100)]
     backend.gate.set()
-    answers = [done.result(10) for done in (first, *rest)]
+    responses = [done.result(10) for done in (first, *rest)]
     assert backend.calls == [1, 3, 1, 1]
-    assert [len(answer.logps) for answer in answers] == [2, 2, 3, 1, 2, 99]
+    assert [len(response.logps) for response in responses] == [2, 2, 3, 1, 2, 99]
 
 
 def test_a_failing_call_fails_its_requests_and_the_next_one_works() -> None:
     backend = GatedBackend()
     backend.gate.set()
-    work = WorkQueue(lambda: backend, group_tokens=9)
+    work = WorkQueue(lambda: backend, max_waiting_tokens=9)
     with pytest.raises(RuntimeError, match="seven"):
         work.submit(_request(8)).result(10)
     assert len(work.submit(_request(3)).result(10).logps) == 2
 
 
-def test_what_loading_raises_reaches_who_waits_for_the_backend() -> None:
+def test_backend_raises_what_loading_raised() -> None:
     def build() -> GatedBackend:
         raise ValueError("no such model")
 
     with pytest.raises(ValueError, match="no such model"):
-        WorkQueue(build, group_tokens=9).backend()
+        WorkQueue(build, max_waiting_tokens=9).backend()
