@@ -1,13 +1,11 @@
 """Streaming selection agrees with sorting everything, and breaks ties at random."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import torch
 
 from opd.checkpoint import chunks as chunks_module
-from opd.checkpoint.chunks import Chunk, in_order
+from opd.checkpoint.chunks import Chunk
 from opd.mask import file as mask_file
 from opd.mask.top_k import Selection, TopKQuery, sortable, tiebreak
 
@@ -115,8 +113,3 @@ def test_large_tensors_get_int64_coordinates(monkeypatch: pytest.MonkeyPatch) ->
     for name, index in selection.select(query, selection.find_threshold(query)):
         assert index.dtype == torch.int64
         assert (np.flatnonzero(narrow[name]) == index.numpy()).all()
-
-
-def test_threads_answer_in_order() -> None:
-    with ThreadPoolExecutor(2) as pool:
-        assert list(in_order(pool, lambda n: n * n, range(50))) == [n * n for n in range(50)]
