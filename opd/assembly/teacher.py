@@ -94,7 +94,7 @@ def build_teachers(
         # float32: nothing is sent
         teachers = _local_clients(backend, limit, DType.float32, requests, student, progress)
     else:
-        teachers = _clients(config.teacher, student, requests, world, progress)
+        teachers = build_clients(config.teacher, student, requests, world, progress)
     training, whole, sampled = teachers
     members = config.teacher.members if isinstance(config.teacher, PoolTeacherConfig) else ()
     heads = TeacherHeads(whole, max(1, len(members)), world.device)
@@ -111,7 +111,7 @@ def _no_teacher(tokenizer: StudentTokenizer) -> NoTeacher:
     return NoTeacher(vocab_size=tokenizer.vocab_size, max_length=tokenizer.max_length)
 
 
-def _clients(
+def build_clients(
     config: TeacherConfig,
     student: Vocabulary,
     requests: Sequence[ScoreRequest],

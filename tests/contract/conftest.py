@@ -1,4 +1,4 @@
-"""One vLLM engine a tied and an untied model, shared by the tests of this folder."""
+"""One vLLM engine for a tied and one for an untied model, shared by the tests of this folder."""
 
 from pathlib import Path
 
@@ -7,7 +7,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from vllm import LLM
 
-from opd.rollout.vllm import VllmSettings, start_llm
+from opd.config.rollout import VllmEngineConfig
+from opd.config.student import DType
+from opd.rollout.vllm import start_llm
 
 VOCAB = 97
 
@@ -41,15 +43,13 @@ def engine_pair(
     """A running engine and the transformers model that it was started from, both float32."""
     folder = tmp_path_factory.mktemp(request.param)
     model = tiny(folder, tied=request.param == "tied")
-    settings = VllmSettings(
-        model=str(folder),
-        dtype="float32",
-        max_length=64,
+    llm = start_llm(
+        str(folder),
+        VllmEngineConfig(kv_cache_memory_bytes=32 << 20),
+        dtype=DType.float32,
+        max_model_len=64,
         seed=0,
-        gpu_memory_fraction=0.3,
-        kv_cache_mib=32,
-        eager=True,
-        sleep=False,
-        trust_remote_code=False,
+        sleeps=False,
+        device=torch.device("cpu"),
     )
-    return start_llm(settings, torch.device("cpu")), model
+    return llm, model

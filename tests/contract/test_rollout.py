@@ -1,4 +1,4 @@
-"""What a rollout engine promises, asked of vLLM and of transformers."""
+"""The contract of a rollout engine, for vLLM and for transformers."""
 
 import numpy as np
 import pytest
@@ -55,11 +55,11 @@ def test_logps_are_those_of_the_sampled_distribution(
 
 
 def test_rollouts_come_grouped_by_prompt_in_order(engine: RolloutEngine) -> None:
-    asked = prompts()
-    written = engine.generate(asked, Sampling(n=3, max_tokens=8))
-    assert [r.prompt.uid for r in written] == [p.uid for p in asked for _ in range(3)]
-    assert [r.sample for r in written] == [0, 1, 2] * len(asked)
-    assert len({r.token_ids.tobytes() for r in written}) > len(asked)
+    given = prompts()
+    written = engine.generate(given, Sampling(n=3, max_tokens=8))
+    assert [r.prompt.uid for r in written] == [p.uid for p in given for _ in range(3)]
+    assert [r.sample for r in written] == [0, 1, 2] * len(given)
+    assert len({r.token_ids.tobytes() for r in written}) > len(given)
 
 
 def test_one_seed_draws_the_same_and_another_seed_does_not(engine: RolloutEngine) -> None:
@@ -85,7 +85,7 @@ def test_vllm_draws_do_not_depend_on_the_order_of_requests(
         assert rollout.token_ids.tolist() == expected.token_ids.tolist()
 
 
-def test_more_prompt_tokens_than_one_engine_step_takes_are_no_trouble(
+def test_more_prompt_tokens_than_one_engine_step_takes_change_nothing(
     engine_pair: tuple[LLM, Qwen3ForCausalLM],
 ) -> None:
     engine = VllmRollouts(engine_pair[0], stop_ids=STOP, progress=SilentProgress(), sleeps=False)
@@ -103,13 +103,13 @@ def test_more_prompt_tokens_than_one_engine_step_takes_are_no_trouble(
 def test_a_completion_ends_with_its_first_stop_token(engine: RolloutEngine) -> None:
     written = engine.generate(prompts(), Sampling(n=40, max_tokens=30))
     stopped = [r for r in written if r.finish_reason == FinishReason.stop]
-    cut = [r for r in written if r.finish_reason == FinishReason.length]
+    truncated = [r for r in written if r.finish_reason == FinishReason.length]
     assert stopped
-    assert cut
+    assert truncated
     for rollout in stopped:
         assert rollout.token_ids[-1] in STOP
         assert not np.isin(rollout.token_ids[:-1], STOP).any()
-    for rollout in cut:
+    for rollout in truncated:
         assert len(rollout.token_ids) == 30
         assert not np.isin(rollout.token_ids[:-1], STOP).any()
 

@@ -1,4 +1,4 @@
-"""A rollout server writes what an engine in this process writes, and lives through being killed."""
+"""A rollout server generates what an engine in this process does, and recovers from being killed."""
 
 import os
 import signal
@@ -14,18 +14,20 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from opd.rollout.options import TOKEN_VARIABLE, EngineName, RolloutServerOptions
-from opd.serving.options import arguments_of
+from safetensors.numpy import save
 from safetensors.torch import load_file
 
+from opd.config.arguments import as_arguments
+from opd.config.rollout import RolloutBackend, RolloutServerConfig, VllmEngineConfig
 from opd.config.student import DType
-from opd.rollout.client import REMEDY, WHAT, ServerRollouts
-from opd.rollout.vllm import VllmRollouts, VllmSettings, start_llm
+from opd.rollout.client import NAME, REMEDY, ServerRollouts
+from opd.rollout.vllm import VllmRollouts, start_llm
+from opd.rollout.wire import TOKEN_VARIABLE
 from opd.serving.child import RunningService, running_service
 from opd.serving.client import ServiceClient
 from opd.sync.colocated import VllmWeights
 from opd.sync.remote import ServerWeights
-from opd.sync.sparse import WeightSender
+from opd.sync.sender import WeightSender
 from opd.tracking.console import SilentProgress
 from opd.types import FinishReason, Prompt, Rollout, Sampling
 from opd.world import World
@@ -35,13 +37,14 @@ MAX_LENGTH = 64
 STOP = [1]
 
 
-def options(model: Path, **changed) -> RolloutServerOptions:
-    told = {"dtype": DType.float32, "max_length": MAX_LENGTH, "kv_cache_mib": 32}
-    return RolloutServerOptions(model=str(model), **(told | changed))
-
-
 def command(model: Path, **changed) -> list[str]:
-    return ["-m", "opd.run.serve", *arguments_of(options(model, **changed))]
+    small = {
+        "dtype": DType.float32,
+        "max_model_len": MAX_LENGTH,
+        "kv_cache_memory_bytes": 32 << 20,
+    }
+    config = RolloutServerConfig(model=str(model), **(small | changed))
+    return ["-m", "opd.run.serve", "rollout", *as_arguments(config)]
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +62,11 @@ def server(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def service(url: str, token: str | None, retries: int = 8) -> ServiceClient:
-    return ServiceClient(url, what=WHAT, remedy=REMEDY, token=token, timeout=120, retries=retries)
+    return ServiceClient(url, name=NAME, remedy=REMEDY, token=token, timeout=120, retries=retries)
 
 
 def connected(client: ServiceClient) -> tuple[ServerRollouts, ServerWeights]:
-    sender = WeightSender(dtype=torch.float32, anchor_every=50)
+    sender = WeightSender(dtype=torch.float32, snapshot_every=50)
     engine = ServerRollouts(client, run=sender.run, progress=SilentProgress())
     return engine, ServerWeights([client], sender, mark=engine.mark, world=WORLD)
 
@@ -76,7 +79,7 @@ def prompts() -> list[Prompt]:
     ]
 
 
-def weights_of(quickstart: Path) -> dict[str, torch.Tensor]:
+def read_weights(quickstart: Path) -> dict[str, torch.Tensor]:
     found = load_file(quickstart / "student" / "model.safetensors")
     return {name: t.float() for name, t in found.items() if name != "lm_head.weight"}
 
@@ -88,35 +91,32 @@ def disturb(weights: dict[str, torch.Tensor], seed: int) -> None:
         tensor += torch.randn(tensor.shape, generator=generator) * 0.1 * moved
 
 
-def test_the_server_writes_what_an_engine_in_this_process_writes(
+def test_the_server_generates_what_an_engine_in_this_process_does(
     server: RunningService, quickstart: Path
 ) -> None:
     engine, sync = connected(service(server.url, server.token))
-    settings = VllmSettings(
-        model=str(quickstart / "student"),
-        dtype="float32",
-        max_length=MAX_LENGTH,
+    llm = start_llm(
+        str(quickstart / "student"),
+        VllmEngineConfig(kv_cache_memory_bytes=32 << 20),
+        dtype=DType.float32,
+        max_model_len=MAX_LENGTH,
         seed=0,
-        gpu_memory_fraction=0.3,
-        kv_cache_mib=32,
-        eager=True,
-        sleep=False,
-        trust_remote_code=False,
+        sleeps=False,
+        device=torch.device("cpu"),
     )
-    llm = start_llm(settings, torch.device("cpu"))
     stop_ids = service(server.url, server.token).send("GET", "/info").json()["stop_ids"]
     local = VllmRollouts(llm, stop_ids=stop_ids, progress=SilentProgress(), sleeps=False)
     dense = VllmWeights(llm, wake=local.wake, mark=local.mark)
-    weights = weights_of(quickstart)
+    weights = read_weights(quickstart)
     for version in (3, 4, 9):
         disturb(weights, version)
-        told = sync.push(weights.items(), version)
+        sparse = sync.push(weights.items(), version)
         whole = dense.push(weights.items(), version)
-        assert (told["sync/bytes"] < 0.3 * whole["sync/bytes"]) == (version > 3)
+        assert (sparse["sync/bytes"] < 0.3 * whole["sync/bytes"]) == (version > 3)
         sampling = Sampling(n=3, max_tokens=20, seed=version, support_k=4)
-        for asked in (sampling, Sampling(temperature=0, max_tokens=9)):
-            one, two = engine.generate(prompts(), asked), local.generate(prompts(), asked)
-            assert len(one) == len(two) == 6 * asked.n
+        for each in (sampling, Sampling(temperature=0, max_tokens=9)):
+            one, two = engine.generate(prompts(), each), local.generate(prompts(), each)
+            assert len(one) == len(two) == 6 * each.n
             for a, b in zip(one, two, strict=True):
                 assert_same(a, b)
                 assert a.version == version
@@ -137,21 +137,25 @@ def test_no_prompts_no_rollouts(server: RunningService) -> None:
     assert connected(service(server.url, server.token))[0].generate([], Sampling()) == []
 
 
-def test_other_weights_than_those_asked_for_do_not_write(server: RunningService) -> None:
+def test_other_weights_than_those_requested_do_not_generate(server: RunningService) -> None:
     engine, _ = connected(service(server.url, server.token, retries=0))
     engine.mark(12)
-    with pytest.raises(ConnectionError, match=r"asked for version 12 of run \w+, here is version"):
+    with pytest.raises(
+        ConnectionError, match=r"requested is version 12 of run \w+, here is version"
+    ):
         engine.generate(prompts(), Sampling(max_tokens=4))
 
 
-def test_too_long_is_refused_with_a_sentence(server: RunningService, quickstart: Path) -> None:
+def test_too_long_is_refused_with_both_lengths(server: RunningService, quickstart: Path) -> None:
     engine, sync = connected(service(server.url, server.token))
-    sync.push(weights_of(quickstart).items(), 0)
+    sync.push(read_weights(quickstart).items(), 0)
     with pytest.raises(ValueError, match=r"can reach 70 tokens, this server takes 64"):
         engine.generate(prompts(), Sampling(max_tokens=60))
 
 
-def test_doors_are_shut_without_token_type_or_sense(server: RunningService) -> None:
+def test_endpoints_refuse_a_missing_token_a_wrong_type_and_a_malformed_body(
+    server: RunningService,
+) -> None:
     assert httpx.get(f"{server.url}/health").text == "ok"
     assert httpx.get(f"{server.url}/info").status_code == 401
     for path in ("/weights", "/generate"):
@@ -159,31 +163,37 @@ def test_doors_are_shut_without_token_type_or_sense(server: RunningService) -> N
     key = {"Authorization": f"Bearer {server.token}"}
     assert httpx.post(f"{server.url}/generate", content=b"x", headers=key).status_code == 415
     typed = key | {"Content-Type": "application/octet-stream"}
-    said = httpx.post(f"{server.url}/generate", content=b"x" * 99, headers=typed)
-    assert said.status_code == 400
-    said = httpx.post(f"{server.url}/weights", content=b"x" * 99, headers=typed)
-    assert "checksum" in said.json()["refused"]
+    malformed = {
+        b"x" * 99: "at most 16777216 are read",
+        save({"token_ids": np.zeros(3, np.int32)}): "the body is not an opd rollout request",
+    }
+    for body, reason in malformed.items():
+        response = httpx.post(f"{server.url}/generate", content=body, headers=typed)
+        assert response.status_code == 400
+        assert reason in response.text
+    response = httpx.post(f"{server.url}/weights", content=b"x" * 99, headers=typed)
+    assert "checksum" in response.json()["refused"]
 
 
-def test_a_server_killed_while_a_run_wants_rollouts_comes_back_and_they_are_the_same(
+def test_a_server_killed_and_restarted_generates_the_same_rollouts(
     quickstart: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opd.serving.client.LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr("opd.serving.client.MAX_BACKOFF_S", 0.5)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
 
     def start() -> subprocess.Popen[bytes]:
-        arguments = command(quickstart / "student", engine=EngineName.transformers, port=port)
+        arguments = command(quickstart / "student", backend=RolloutBackend.transformers, port=port)
         return subprocess.Popen(
-            [sys.executable, *arguments, "--exit-with-parent"],
+            [sys.executable, *arguments, "exit_with_parent=true"],
             env=os.environ | {TOKEN_VARIABLE: "secret"},
         )
 
     running = [start()]
     try:
         engine, sync = connected(service(f"http://127.0.0.1:{port}", "secret", retries=200))
-        weights = weights_of(quickstart)
+        weights = read_weights(quickstart)
         sync.push(weights.items(), 0)
         disturb(weights, 1)
         sync.push(weights.items(), 1)

@@ -1,14 +1,17 @@
-"""After sparse pushes the engine says what it says after dense ones, fused and tied weights included."""
+"""Sparse pushes leave the engine as dense ones do, fused and tied weights included."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
-from test_sync import disturb, parts
 from transformers import Qwen3ForCausalLM
 from vllm import LLM
 
-from opd.sync.in_place import loaded_whole
-from opd.sync.sparse import WeightReceiver, WeightSender
+from opd.sync.in_place import load_all
+from opd.sync.receiver import WeightReceiver
+from opd.sync.sender import WeightSender
 from opd.train.weights import full_weights
+from tests.contract.test_sync import disturb, parts
 
 EXACT = 1e-4
 
@@ -22,9 +25,7 @@ def disturb_some(model: Qwen3ForCausalLM, share: float, only: str = "") -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.3 * moved)
 
 
-def weights_of(model: Qwen3ForCausalLM):
-    from contextlib import nullcontext
-
+def current_weights(model: Qwen3ForCausalLM):
     return full_weights(model, lambda parameters: nullcontext())
 
 
@@ -35,17 +36,17 @@ def test_sparse_pushes_leave_no_gap(
     model, engine, dense, check = parts(engine_pair, bound=EXACT)
     kept = None
     if masked:
-        kept = {name: torch.arange(t.numel()) for name, t in weights_of(model)}
+        kept = {name: torch.arange(t.numel()) for name, t in current_weights(model)}
     sender = WeightSender(
-        dtype=torch.float32, anchor_every=4, kept=kept, fingerprint="all" if masked else None
+        dtype=torch.float32, snapshot_every=4, kept=kept, fingerprint="all" if masked else None
     )
-    receiver = WeightReceiver(loaded_whole(dense))
+    receiver = WeightReceiver(load_all(dense))
 
     def push(version: int) -> None:
-        sender.prepare(weights_of(model), version)
-        held = receiver.held()
-        while (message := sender.next_for(held)) is not None:
-            held = receiver.take(message)
+        sender.prepare(current_weights(model), version)
+        state = receiver.state()
+        while (message := sender.next_for(state)) is not None:
+            state = receiver.take(message)
         sender.commit()
 
     push(1)
@@ -55,7 +56,7 @@ def test_sparse_pushes_leave_no_gap(
         assert check.verify()["sync/gap_max"] < EXACT, only
         assert engine.generate(check._prompts, check._sampling)[0].version == version
         after_sparse = engine.generate(check._prompts, check._sampling)
-        dense.push(weights_of(model), version)
+        dense.push(current_weights(model), version)
         after_dense = engine.generate(check._prompts, check._sampling)
         for one, two in zip(after_sparse, after_dense, strict=True):
             assert one.token_ids.tolist() == two.token_ids.tolist()
@@ -67,16 +68,16 @@ def test_a_version_that_was_prepared_and_not_sent_is_noticed(
 ) -> None:
     model, _, dense, check = parts(engine_pair, bound=EXACT)
     sender, receiver = (
-        WeightSender(dtype=torch.float32, anchor_every=9),
-        WeightReceiver(loaded_whole(dense)),
+        WeightSender(dtype=torch.float32, snapshot_every=9),
+        WeightReceiver(load_all(dense)),
     )
-    sender.prepare(weights_of(model), 0)
-    message = sender.next_for(receiver.held())
+    sender.prepare(current_weights(model), 0)
+    message = sender.next_for(receiver.state())
     assert message is not None
     receiver.take(message)
     sender.commit()
     check.verify()
     disturb(model, 0.05)
-    sender.prepare(weights_of(model), 1)
+    sender.prepare(current_weights(model), 1)
     with pytest.raises(RuntimeError, match="does not hold the learner's weights"):
         check.verify()

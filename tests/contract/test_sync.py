@@ -20,7 +20,7 @@ from opd.world import World
 WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
-class PlainReader:
+class TransformersScorer:
     """Log-probs straight from transformers."""
 
     def __init__(self, model: Qwen3ForCausalLM) -> None:
@@ -42,11 +42,11 @@ def parts(
 ) -> tuple[Qwen3ForCausalLM, VllmRollouts, VllmWeights, SyncCheck]:
     llm, model = engine_pair
     engine = VllmRollouts(llm, stop_ids=[3], progress=SilentProgress(), sleeps=False)
-    asked = [Prompt(uid=str(i), token_ids=np.array([7 + i, 9, 11], np.int32)) for i in range(4)]
+    prompts = [Prompt(uid=str(i), token_ids=np.array([7 + i, 9, 11], np.int32)) for i in range(4)]
     check = SyncCheck(
         engine,
-        PlainReader(model),  # pyright: ignore[reportArgumentType]
-        asked,
+        TransformersScorer(model),  # pyright: ignore[reportArgumentType]
+        prompts,
         Sampling(max_tokens=16),
         bound=bound,
         world=WORLD,
@@ -68,10 +68,10 @@ def test_five_pushes_leave_no_gap(engine_pair: tuple[LLM, Qwen3ForCausalLM]) -> 
     model, engine, sync, check = parts(engine_pair, bound=1e-4)
     for version in range(1, 6):
         disturb(model, 0.05)
-        told = push(model, sync, version)
+        pushed = push(model, sync, version)
         metrics = check.verify()
         assert metrics["sync/gap_max"] < 1e-4
-        assert told["sync/bytes"] == 4 * sum(p.numel() for p in model.parameters())
+        assert pushed["sync/bytes"] == 4 * sum(p.numel() for p in model.parameters())
         written = engine.generate(
             [Prompt(uid="v", token_ids=np.array([9], np.int32))], Sampling(max_tokens=2)
         )

@@ -1,4 +1,4 @@
-"""A teacher behind HTTP and one in this process say the same, and it is what transformers say."""
+"""Remote and local teachers return the same scores, and they are those of transformers."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from opd.teacher.options import TeacherServerOptions
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -19,14 +18,15 @@ from transformers import (
 )
 
 from opd.config.student import DType
+from opd.config.teacher import LocalTeacherConfig, ServerTeacherConfig, TeacherServerConfig
 from opd.run.teacher_servers import running_teacher
 from opd.serving.app import MEDIA_TYPE
 from opd.serving.child import RunningService
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.client import ServerTeacher
 from opd.teacher.local import LocalTeacher
-from opd.teacher.vocabulary import Vocabulary, vocabulary_of
-from opd.teacher.wire import Want, read_answer, request_bytes, request_of
+from opd.teacher.vocabulary import Vocabulary, read_vocabulary
+from opd.teacher.wire import Want, read_response, request_bytes, wire_request_from
 from opd.types import FinishReason, Prompt, Rollout, ScoredRollout, ScoreRequest
 
 VOCAB, TOKENS, WIDTH, MAX_LENGTH = 97, 90, 64, 256
@@ -74,25 +74,28 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _checkpoint(tmp_path_factory.mktemp("tied"), tied=True)
 
 
-def _options(model: Path, **changed) -> TeacherServerOptions:
+def _config(model: Path, dtype: DType = DType.float32) -> TeacherServerConfig:
     # 48 tokens a step, so that long sequences are prefilled in chunks
-    return TeacherServerOptions(
-        model=str(model),
-        **{"dtype": DType.float32, "batch_tokens": 48, "kv_cache_bytes": 64 << 20} | changed,
+    return TeacherServerConfig(
+        model=str(model), dtype=dtype, max_num_batched_tokens=48, kv_cache_memory_bytes=64 << 20
     )
+
+
+def _backend(model: Path, dtype: DType = DType.float32, tokens: int = 8192) -> TorchBackend:
+    return TorchBackend(str(model), LocalTeacherConfig(dtype=dtype, max_num_batched_tokens=tokens))
 
 
 @pytest.fixture(scope="session")
 def server(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     log = tmp_path_factory.mktemp("log") / "teacher.log"
-    with running_teacher(_options(untied), log_path=log, wait_s=300) as running:
+    with running_teacher(_config(untied), log_path=log, wait_s=300) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def student(untied: Path) -> Vocabulary:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(untied)
-    return vocabulary_of(tokenizer, matrix_size=VOCAB)
+    return read_vocabulary(tokenizer, matrix_size=VOCAB)
 
 
 @pytest.fixture(scope="session")
@@ -137,14 +140,15 @@ def truth(untied: Path) -> Truth:
 
 
 def _client(
-    server: RunningService, wanted: ScoreRequest, student: Vocabulary, **changed
+    server: RunningService, request: ScoreRequest, student: Vocabulary, **changed
 ) -> ServerTeacher:
+    config = ServerTeacherConfig(timeout=60)
     return ServerTeacher(
-        server.url, token=server.token, wanted=wanted, student=student, timeout=60, **changed
+        server.url, config, request=request, student=student, token=server.token, **changed
     )
 
 
-ASKED = {
+REQUESTS = {
     "sampled": ScoreRequest(),
     "top-k": ScoreRequest(top_k=5, temperature=0.7),
     "named ids": ScoreRequest(rollout_support=True),
@@ -154,53 +158,51 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("asked", ASKED)
-def test_server_and_local_teacher_both_say_what_transformers_say(
-    asked: str,
+@pytest.mark.parametrize("name", REQUESTS)
+def test_server_and_local_teacher_both_score_as_transformers_does(
+    name: str,
     server: RunningService,
     untied: Path,
     student: Vocabulary,
     rollouts: list[Rollout],
     truth: Truth,
 ) -> None:
-    wanted = ASKED[asked]
-    local = LocalTeacher(
-        TorchBackend(str(untied), dtype=DType.float32, batch_tokens=128),
-        wanted=wanted,
-        student=student,
-    )
-    served = _client(server, wanted, student, batch_tokens=150)
+    request = REQUESTS[name]
+    local = LocalTeacher(_backend(untied, tokens=128), request=request, student=student)
+    served = _client(server, request, student, batch_tokens=150)
     assert local.info() == served.info()
     for teacher in (local, served):
         for rollout, scored in zip(rollouts, teacher.score(rollouts), strict=True):
             assert scored.rollout is rollout
-            _require_true(scored, truth.logps(rollout, wanted.temperature), wanted, teacher.head)
+            _require_true(scored, truth.logps(rollout, request.temperature), request, teacher.head)
 
 
-def _require_true(scored: ScoredRollout, true_TV: torch.Tensor, wanted: ScoreRequest, head) -> None:
+def _require_true(
+    scored: ScoredRollout, true_TV: torch.Tensor, request: ScoreRequest, head
+) -> None:
     targets = torch.from_numpy(scored.rollout.token_ids.astype(np.int64))
     assert scored.logps == pytest.approx(
         true_TV.gather(1, targets[:, None])[:, 0].numpy(), abs=EXACT
     )
-    if wanted.top_k or wanted.rollout_support:
-        _require_true_support(scored, true_TV, wanted)
+    if request.top_k or request.rollout_support:
+        _require_true_support(scored, true_TV, request)
     else:
         assert scored.support is None
-    if wanted.full:  # 64 hidden < 97 ids
+    if request.full:  # 64 hidden < 97 ids
         full_TV = torch.log_softmax(
-            torch.from_numpy(scored.hidden @ head().T) / wanted.temperature, dim=-1
+            torch.from_numpy(scored.hidden @ head().T) / request.temperature, dim=-1
         )
         assert (full_TV - true_TV).abs().max() < EXACT
-    assert (scored.hidden is not None) == wanted.full
+    assert (scored.hidden is not None) == request.full
     assert scored.full_logps is None
 
 
 def _require_true_support(
-    scored: ScoredRollout, true_TV: torch.Tensor, wanted: ScoreRequest
+    scored: ScoredRollout, true_TV: torch.Tensor, request: ScoreRequest
 ) -> None:
     for t, true_V in enumerate(true_TV):
-        expected = set(true_V.topk(wanted.top_k).indices.tolist())
-        if wanted.rollout_support:
+        expected = set(true_V.topk(request.top_k).indices.tolist())
+        if request.rollout_support:
             expected |= set(scored.rollout.support_ids[t].tolist()) - {-1}
         ids, logps = scored.support.ids[t], scored.support.logps[t]
         used = ids >= 0
@@ -223,17 +225,15 @@ def test_ids_beyond_the_smaller_matrix_get_no_probability(
     rollout = _rollout(random, random.integers(0, TOKENS, 4), 12)
     rollout.token_ids[:] %= TOKENS
     true_TV = truth.logps(rollout, 1.0, TOKENS + 2)
-    for wanted in (ScoreRequest(full=True), ScoreRequest(rollout_support=True)):
-        local = LocalTeacher(
-            TorchBackend(str(untied), dtype=DType.float32), wanted=wanted, student=smaller
-        )
-        for teacher in (local, _client(server, wanted, smaller)):
+    for request in (ScoreRequest(full=True), ScoreRequest(rollout_support=True)):
+        local = LocalTeacher(_backend(untied), request=request, student=smaller)
+        for teacher in (local, _client(server, request, smaller)):
             (scored,) = teacher.score([rollout])
             picked = true_TV.gather(
                 1, torch.from_numpy(rollout.token_ids.astype(np.int64))[:, None]
             )
             assert scored.logps == pytest.approx(picked[:, 0].numpy(), abs=EXACT)
-            if wanted.full:
+            if request.full:
                 head = teacher.head()
                 assert head.shape == (TOKENS + 2, WIDTH)
                 full_TV = torch.log_softmax(torch.from_numpy(scored.hidden @ head.T), dim=-1)
@@ -243,33 +243,33 @@ def test_ids_beyond_the_smaller_matrix_get_no_probability(
                 assert (scored.support.ids == np.where(kept, rollout.support_ids, -1)).all()
 
 
-def test_full_distribution_of_a_narrow_vocabulary_travels_as_log_probs(
+def test_full_distribution_of_a_narrow_vocabulary_is_sent_as_log_probs(
     server: RunningService, student: Vocabulary, rollouts: list[Rollout], truth: Truth
 ) -> None:
-    request = request_of(rollouts[:3], ScoreRequest(), want=Want.full_logps, vocab_size=VOCAB)
+    request = wire_request_from(
+        rollouts[:3], ScoreRequest(), want=Want.full_logps, vocab_size=VOCAB
+    )
     response = httpx.post(
         f"{server.url}/score",
         content=request_bytes(request),
         headers={"Authorization": f"Bearer {server.token}", "Content-Type": MEDIA_TYPE},
     )
     true_NV = torch.cat([truth.logps(r, 1.0) for r in rollouts[:3]])
-    assert (torch.tensor(read_answer(response.content).full_logps) - true_NV).abs().max() < EXACT
+    assert (torch.tensor(read_response(response.content).full_logps) - true_NV).abs().max() < EXACT
 
 
 def test_tied_head_in_bfloat16_stays_within_rounding(
     tied: Path, tmp_path: Path, student: Vocabulary, rollouts: list[Rollout]
 ) -> None:
     true = Truth(AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32).eval())
-    short = ScoreRequest(full=True)
-    options = _options(tied, dtype=DType.bfloat16)
-    with running_teacher(options, log_path=tmp_path / "log", wait_s=300) as running:
-        served = _client(running, short, student)
+    whole = ScoreRequest(full=True)
+    config = _config(tied, DType.bfloat16)
+    with running_teacher(config, log_path=tmp_path / "log", wait_s=300) as running:
+        served = _client(running, whole, student)
         head, scored = served.head(), served.score(rollouts)
-    local = LocalTeacher(
-        TorchBackend(str(tied), dtype=DType.bfloat16), wanted=short, student=student
-    )
-    for said, its_head in ((scored, head), (local.score(rollouts), local.head())):
-        states = [torch.from_numpy(s.hidden).view(torch.bfloat16).float() for s in said]
+    local = LocalTeacher(_backend(tied, DType.bfloat16), request=whole, student=student)
+    for each, its_head in ((scored, head), (local.score(rollouts), local.head())):
+        states = [torch.from_numpy(s.hidden).view(torch.bfloat16).float() for s in each]
         full = [torch.log_softmax(state @ torch.from_numpy(its_head).T, -1) for state in states]
         error = torch.cat(full) - torch.cat([true.logps(r, 1.0) for r in rollouts])
         assert error.abs().max() < BF16
@@ -295,7 +295,7 @@ def test_another_tokenizer_is_refused_with_the_reason(server: RunningService) ->
         _client(server, ScoreRequest(), stranger)
 
 
-def test_rollouts_without_the_asked_support_are_refused(
+def test_rollouts_without_the_requested_support_are_refused(
     server: RunningService, student: Vocabulary, rollouts: list[Rollout]
 ) -> None:
     bare = Rollout(

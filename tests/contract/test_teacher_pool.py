@@ -1,4 +1,4 @@
-"""Many teachers, several servers, prompts of their own: the scores are each one's own, in order."""
+"""Several teachers, servers and prompt formats: each rollout gets its own teacher's scores, in order."""
 
 import os
 import signal
@@ -14,27 +14,33 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from opd.teacher.options import BackendName, TeacherServerOptions
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opd import build
+from opd.assembly.teacher import build_clients
 from opd.config.schema import Config
 from opd.config.student import DType
-from opd.config.teacher import PoolTeacherConfig
+from opd.config.teacher import (
+    LocalTeacherConfig,
+    PoolTeacherConfig,
+    ServerTeacherConfig,
+    TeacherBackend,
+    TeacherServerConfig,
+)
 from opd.run.teacher_servers import running_teacher, started_teachers
 from opd.serving.child import RunningService
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.client import ServerTeacher
+from opd.teacher.connect import teacher_infos
 from opd.teacher.local import LocalTeacher
 from opd.teacher.pool import BalancedTeacher, RoutedTeacher
-from opd.teacher.vocabulary import Vocabulary, vocabulary_of
+from opd.teacher.vocabulary import Vocabulary, read_vocabulary
 from opd.tracking.console import SilentProgress
 from opd.types import FinishReason, Prompt, Rollout, ScoredRollout, ScoreRequest
 from opd.world import World
 
 VOCAB, EXACT, TOKEN = 97, 1e-4, "shared"
-WANTED = ScoreRequest(top_k=3, temperature=0.8)
+REQUEST = ScoreRequest(top_k=3, temperature=0.8)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,14 +80,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def student(folders: dict[str, Path]) -> Vocabulary:
-    return vocabulary_of(PreTrainedTokenizerFast.from_pretrained(folders["addition"]), VOCAB)
+    return read_vocabulary(PreTrainedTokenizerFast.from_pretrained(folders["addition"]), VOCAB)
 
 
 @pytest.fixture(scope="module")
 def local(folders: dict[str, Path], student: Vocabulary) -> dict[str, LocalTeacher]:
     return {
         name: LocalTeacher(
-            TorchBackend(str(folder), dtype=DType.float32), wanted=WANTED, student=student
+            TorchBackend(str(folder), LocalTeacherConfig(dtype=DType.float32)),
+            request=REQUEST,
+            student=student,
         )
         for name, folder in folders.items()
     }
@@ -93,12 +101,12 @@ def servers(folders: dict[str, Path], tmp_path: Path) -> Iterator[dict[str, list
     with ExitStack() as stack:
 
         def started(name: str, number: int) -> RunningService:
-            options = TeacherServerOptions(
-                model=str(folders[name]), backend=BackendName.torch, dtype=DType.float32
+            config = TeacherServerConfig(
+                model=str(folders[name]), backend=TeacherBackend.torch, dtype=DType.float32
             )
             log = tmp_path / f"{name}_{number}.log"
             return stack.enter_context(
-                running_teacher(options, log_path=log, token=TOKEN, wait_s=300)
+                running_teacher(config, log_path=log, token=TOKEN, wait_s=300)
             )
 
         yield {
@@ -107,9 +115,11 @@ def servers(folders: dict[str, Path], tmp_path: Path) -> Iterator[dict[str, list
         }
 
 
-def _client(url: str, student: Vocabulary, **changed) -> ServerTeacher:
-    told = {"wanted": WANTED, "timeout": 60, "retries": 1, "batch_tokens": 60} | changed
-    return ServerTeacher(url, student=student, token=TOKEN, **told)
+def _client(url: str, student: Vocabulary) -> ServerTeacher:
+    config = ServerTeacherConfig(timeout=60, retries=1)
+    return ServerTeacher(
+        url, config, request=REQUEST, student=student, token=TOKEN, batch_tokens=60
+    )
 
 
 def _balanced(services: list[RunningService], student: Vocabulary) -> BalancedTeacher:
@@ -169,23 +179,23 @@ def test_a_server_that_is_killed_costs_retries_and_no_samples(
         teacher.score(rollouts[:3])
 
 
-def test_a_server_that_was_away_is_asked_again(
+def test_a_server_that_was_away_is_tried_again(
     servers: dict[str, list[RunningService]], student: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opd.teacher.pool.REST_S", 0.0)
+    monkeypatch.setattr("opd.teacher.pool.COOLDOWN_S", 0.0)
     up, late = (s.url for s in servers["addition"])
-    asked: list[str] = []
+    attempts: list[str] = []
 
     def away() -> ServerTeacher:
-        asked.append("late")
-        if len(asked) < 3:
+        attempts.append("late")
+        if len(attempts) < 3:
             raise ConnectionError("not yet")
         return _client(late, student)
 
     teacher = BalancedTeacher([partial(_client, up, student), away])
     rollouts = _rollouts(60, [None])
     assert len(teacher.score(rollouts)) == 60
-    assert len(asked) == 3
+    assert len(attempts) == 3
 
 
 def test_each_prompt_is_scored_by_the_teacher_that_it_names(
@@ -214,8 +224,8 @@ def test_servers_of_different_teachers_do_not_share_a_name(
     student: Vocabulary,
     tmp_path: Path,
 ) -> None:
-    shorter = TeacherServerOptions(
-        model=str(folders["spelling"]), backend=BackendName.torch, max_length=64
+    shorter = TeacherServerConfig(
+        model=str(folders["spelling"]), backend=TeacherBackend.torch, max_model_len=64
     )
     with (
         running_teacher(shorter, log_path=tmp_path / "log", token=TOKEN, wait_s=300) as other,
@@ -242,7 +252,7 @@ def test_the_teacher_sees_its_own_prompt(
         served.score([replace(plain, prompt=too_long)])
 
 
-def test_a_run_brings_its_pool_along(
+def test_a_run_starts_its_pool(
     folders: dict[str, Path],
     student: Vocabulary,
     local: dict[str, LocalTeacher],
@@ -254,21 +264,22 @@ def test_a_run_brings_its_pool_along(
         "sums": str(folders["addition"]),
         "spelling": str(folders["spelling"]),
     }
-    config = PoolTeacherConfig(members=members, backend="torch", dtype=DType.float32)
+    config = PoolTeacherConfig(members=members, backend=TeacherBackend.torch, dtype=DType.float32)
     quiet = SilentProgress()
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     rollouts = _rollouts(20, ["sums", "spelling", "addition"])
     with pytest.raises(ValueError, match="start one with `opd teacher`"):
-        build.build_teacher(config, student, [WANTED], world, quiet)
+        build_clients(config, student, [REQUEST], world, quiet)
     with started_teachers(Config(teacher=config), tmp_path) as started:
         for name, value in started.environment.items():
             monkeypatch.setenv(name, value)
         assert len(list(tmp_path.glob("*.log"))) == 2, "the same weights are served once"
-        _, teacher = build.build_teacher(config, student, [ScoreRequest(), WANTED], world, quiet)
+        _, teacher = build_clients(config, student, [ScoreRequest(), REQUEST], world, quiet)
         found = teacher.score(rollouts)
-        told = OverridesParser.create().parse_overrides(started.settings)
-        named = replace(config, members={o.key_or_group.split(".")[2]: o.value() for o in told})
-        assert [i.vocab_size for i in build.teacher_infos(named, student)] == [VOCAB] * 3
+        overrides = OverridesParser.create().parse_overrides(started.settings)
+        urls = {o.key_or_group.split(".")[2]: o.value() for o in overrides}
+        named = replace(config, members=urls)
+        assert [i.vocab_size for i in teacher_infos(named, student)] == [VOCAB] * 3
     names = {"sums": "addition"}
     expected = [
         local[names.get(str(r.prompt.teacher), str(r.prompt.teacher))].score([r])[0]

@@ -1,4 +1,4 @@
-"""One tokenizer, matrices of different sizes: common ids are scored, the rest is reported."""
+"""One tokenizer, matrices of different sizes: common ids are scored, the mass of others reported."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,23 +8,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from opd.teacher.options import BackendName, TeacherServerOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.batch import collate
+from opd.config.loss import DivergenceLossConfig
 from opd.config.student import DType
+from opd.config.teacher import (
+    LocalTeacherConfig,
+    ServerTeacherConfig,
+    TeacherBackend,
+    TeacherServerConfig,
+)
 from opd.head import HeadSpec
 from opd.losses.divergence import Divergence
 from opd.run.teacher_servers import running_teacher
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.client import ServerTeacher
 from opd.teacher.local import LocalTeacher
-from opd.teacher.vocabulary import Vocabulary, vocabulary_of
+from opd.teacher.vocabulary import Vocabulary, read_vocabulary
 from opd.train.chunked import chunked_loss
 from opd.types import DivergenceKind, FinishReason, Prompt, Rollout, ScoreRequest
 
 ORIGINAL = Path(__file__).parents[2] / "recipes" / "quickstart" / "teacher"
 SMALL, LARGE, EXACT = 32, 48, 1e-4
+WHOLE = ScoreRequest(full=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,10 +55,14 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _backend(folder: Path) -> TorchBackend:
+    return TorchBackend(str(folder), LocalTeacherConfig(dtype=DType.float32))
+
+
 def _student(folder: Path, rows: int, added: tuple[str, ...] = ()) -> Vocabulary:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(list(added))
-    return vocabulary_of(tokenizer, rows)
+    return read_vocabulary(tokenizer, rows)
 
 
 def _rollout() -> Rollout:
@@ -73,38 +84,34 @@ def _truth(folder: Path, rollout: Rollout) -> torch.Tensor:
     return torch.softmax(logits[len(rollout.prompt.token_ids) - 1 : -1], dim=-1)
 
 
-def test_a_larger_teacher_says_what_lies_outside(padded: Path, tmp_path: Path) -> None:
+def test_a_larger_teacher_reports_the_mass_outside(padded: Path, tmp_path: Path) -> None:
     student, rollout = _student(ORIGINAL, SMALL), _rollout()
     whole_TV = _truth(padded, rollout)
     outside = whole_TV[:, SMALL:].sum(1).numpy()
     assert outside.max() > 1e-6
-    options = TeacherServerOptions(
-        model=str(padded), backend=BackendName.torch, dtype=DType.float32
+    config = TeacherServerConfig(
+        model=str(padded), backend=TeacherBackend.torch, dtype=DType.float32
     )
-    local = LocalTeacher(
-        TorchBackend(str(padded), dtype=DType.float32),
-        wanted=ScoreRequest(full=True),
-        student=student,
-    )
-    with running_teacher(options, log_path=tmp_path / "log", wait_s=300) as server:
+    local = LocalTeacher(_backend(padded), request=WHOLE, student=student)
+    with running_teacher(config, log_path=tmp_path / "log", wait_s=300) as server:
         served = ServerTeacher(
-            server.url, token=server.token, wanted=ScoreRequest(full=True), student=student
+            server.url,
+            ServerTeacherConfig(),
+            request=WHOLE,
+            student=student,
+            token=server.token,
         )
         assert served.info() == local.info()
-        answers = [*served.score([rollout]), *local.score([rollout])]
+        both = [*served.score([rollout]), *local.score([rollout])]
     common_TV = (whole_TV[:, :SMALL] / whole_TV[:, :SMALL].sum(1, keepdim=True)).log().numpy()
-    for scored in answers:
+    for scored in both:
         assert scored.outside == pytest.approx(outside, rel=1e-3, abs=1e-9)
         assert scored.full_logps == pytest.approx(common_TV, abs=EXACT)
 
 
 def test_a_smaller_teacher_leaves_the_students_padding_out() -> None:
     student, rollout = _student(ORIGINAL, LARGE), _rollout()
-    local = LocalTeacher(
-        TorchBackend(str(ORIGINAL), dtype=DType.float32),
-        wanted=ScoreRequest(full=True),
-        student=student,
-    )
+    local = LocalTeacher(_backend(ORIGINAL), request=WHOLE, student=student)
     (scored,) = local.score([rollout])
     assert local.vocab_size == SMALL
     assert scored.outside is None
@@ -113,7 +120,7 @@ def test_a_smaller_teacher_leaves_the_students_padding_out() -> None:
         hidden,
         weight,
         collate([scored], pad_id=0),
-        Divergence(kind=DivergenceKind.reverse_kl),
+        Divergence(DivergenceLossConfig(kind=DivergenceKind.reverse_kl)),
         HeadSpec(vocab_size=SMALL),
         chunk=5,
     )
@@ -123,16 +130,12 @@ def test_a_smaller_teacher_leaves_the_students_padding_out() -> None:
 
 
 def test_outside_mass_of_the_teacher_is_a_metric(padded: Path) -> None:
-    local = LocalTeacher(
-        TorchBackend(str(padded), dtype=DType.float32),
-        wanted=ScoreRequest(full=True),
-        student=_student(ORIGINAL, SMALL),
-    )
+    local = LocalTeacher(_backend(padded), request=WHOLE, student=_student(ORIGINAL, SMALL))
     (scored,) = local.score([_rollout()])
     assert scored.outside is not None
     batch = collate([scored], pad_id=0)
     hidden, weight = torch.randn(12, 8), torch.randn(SMALL, 8)
-    loss = Divergence(kind=DivergenceKind.reverse_kl)
+    loss = Divergence(DivergenceLossConfig(kind=DivergenceKind.reverse_kl))
     out = chunked_loss(hidden, weight, batch, loss, HeadSpec(vocab_size=SMALL), chunk=5)
     assert float(out.sums["teacher/outside_mass"]) == pytest.approx(scored.outside.sum(), rel=1e-5)
     assert out.counts["teacher/outside_mass"] == 12
@@ -140,10 +143,10 @@ def test_outside_mass_of_the_teacher_is_a_metric(padded: Path) -> None:
 
 
 def test_tokens_added_at_one_end_fit_and_others_are_refused(padded: Path) -> None:
-    backend = TorchBackend(str(padded), dtype=DType.float32)
+    backend = _backend(padded)
 
     def fitted(student: Vocabulary) -> int:
-        return LocalTeacher(backend, wanted=ScoreRequest(), student=student).vocab_size
+        return LocalTeacher(backend, request=ScoreRequest(), student=student).vocab_size
 
     assert fitted(_student(ORIGINAL, SMALL + 2, added=("<think>", "</think>"))) == SMALL + 2
     assert fitted(_student(ORIGINAL, 64, added=("<think>",))) == LARGE
