@@ -124,13 +124,13 @@ def _flat(node: Any, path: str = "") -> dict[str, Any]:
 
 
 def _git() -> str | None:
-    asked = subprocess.run(
+    described_commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"],
         capture_output=True,
         text=True,
         check=False,
     )
-    return asked.stdout.strip() or None
+    return described_commit.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

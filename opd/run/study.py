@@ -13,7 +13,7 @@ from opd.run.mask import RUN_MASK, RunJob
 from opd.run.recipe import Recipe, composed
 from opd.run.teacher_servers import started_teachers
 from opd.tracking.runs import RunRecord, read_run
-from opd.tracking.study_report import Arms, arms_table, measures_of, write_arms
+from opd.tracking.study_report import Arms, arms_table, study_measures, write_arms
 
 NO_RULE = (
     "mask.density=null",
@@ -37,7 +37,7 @@ class Job:
     overrides: list[str]
 
 
-def jobs_of(recipe: Recipe, folder: Path) -> list[Job]:
+def study_jobs(recipe: Recipe, folder: Path) -> list[Job]:
     """The runs in their order: what a later one needs, an earlier one leaves.
 
     Raises ValueError when an arm lacks the arm that its mask comes from.
@@ -65,7 +65,7 @@ def jobs_of(recipe: Recipe, folder: Path) -> list[Job]:
                 "mask.arms=[]",
                 f"seed={seed}",
                 f"mask.seed={seed}",
-                *_of_arm(arm, recipe, folder / f"seed_{seed}"),
+                *_arm_overrides(arm, recipe, folder / f"seed_{seed}"),
                 *(
                     []
                     if (arm, seed) == (arms[0], mask.seeds[0])
@@ -78,7 +78,7 @@ def jobs_of(recipe: Recipe, folder: Path) -> list[Job]:
     ]
 
 
-def _of_arm(arm: StudyArm, recipe: Recipe, seed_folder: Path) -> list[str]:
+def _arm_overrides(arm: StudyArm, recipe: Recipe, seed_folder: Path) -> list[str]:
     mask = recipe.config.mask
     assert isinstance(mask, StudyMaskConfig)
     like = seed_folder / StudyArm.discovered.value / RUN_MASK
@@ -98,12 +98,12 @@ def _of_arm(arm: StudyArm, recipe: Recipe, seed_folder: Path) -> list[str]:
 def run_study(recipe: Recipe, folder: Path, run: RunJob) -> None:
     """Every arm for every seed, then one table and one plot; what is finished is not run again."""
     console = Console()
-    jobs = jobs_of(recipe, folder)
+    jobs = study_jobs(recipe, folder)
     with _shared_teacher(recipe, folder / "logs") as teacher:
         for number, job in enumerate(jobs, start=1):
             console.rule(f"run {number} of {len(jobs)}: {job.arm.value}, seed {job.seed}")
             run(composed(recipe.path, [*job.overrides, *teacher]), job.folder)
-    arms = arms_of(recipe, jobs)
+    arms = study_arms(recipe, jobs)
     console.print(arms_table(arms))
     for difference in arms.differences():
         console.print(f"- {difference.sentence}", highlight=False)
@@ -111,14 +111,14 @@ def run_study(recipe: Recipe, folder: Path, run: RunJob) -> None:
         console.print(f"{path.suffix.removeprefix('.'):5} {path}", highlight=False)
 
 
-def arms_of(recipe: Recipe, jobs: list[Job]) -> Arms:
+def study_arms(recipe: Recipe, jobs: list[Job]) -> Arms:
     """What the runs left, by arm and seed; the mask is compared with each of the others."""
     runs: dict[str, dict[int, RunRecord]] = {}
     for job in jobs:
         runs.setdefault(job.arm.value, {})[job.seed] = read_run(job.folder)
     mask = StudyArm.discovered.value
     pairs = [(mask, arm) for arm in runs if arm != mask] if mask in runs else []
-    return Arms(runs=runs, measures=measures_of(recipe.config.eval.task), pairs=pairs)
+    return Arms(runs=runs, measures=study_measures(recipe.config.eval.task), pairs=pairs)
 
 
 def _title(recipe: Recipe) -> str:

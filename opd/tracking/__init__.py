@@ -1,1 +1,1 @@
-"""Where numbers go: run files, the terminal, Weights & Biases; and the reports read from them."""
+"""Trackers: run files, the terminal, Weights & Biases; and the reports made from the run files."""

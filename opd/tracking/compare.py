@@ -1,4 +1,4 @@
-"""Sets runs side by side: what differed, which was best at what."""
+"""Compares runs: the settings in which they differ, and the best run by each metric."""
 
 import csv
 import math
@@ -16,7 +16,7 @@ _NOT_SETTINGS = ("run.dir",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEntry:
-    """One run of a comparison: its name there and the settings in which the runs differ."""
+    """One run of a comparison: its name in it, and its values of the settings that differ."""
 
     run: RunRecord
     name: str
@@ -35,7 +35,7 @@ class RunEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunComparison:
-    """Runs, the best first, and the names of the settings in which they differ."""
+    """Runs, best first, and the names of the settings in which they differ."""
 
     entries: list[RunEntry]
     settings: list[str]
@@ -45,7 +45,7 @@ class RunComparison:
 def compare(folders: Sequence[str | Path]) -> RunComparison:
     """Read and rank runs: by final accuracy (mean over tasks), then held-out reverse KL, then loss.
 
-    A run that crashed before its first step is kept, last. Raises ``ValueError`` when a folder is
+    A run that crashed before its first step is kept at the end. Raises ``ValueError`` when a folder is
     not a run's, or no run has logged a step.
     """
     runs = [read_run(folder) for folder in folders]
@@ -82,10 +82,10 @@ def _rank(run: RunRecord) -> tuple[bool, float, float, float]:
 
 
 def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Setting to one value a run, where these differ.
+    """Setting -> its value in each run, for the settings in which the runs differ.
 
-    A key that some runs lack because they chose another option of its group tells nothing more
-    than the choice, unless the runs that have it differ in it.
+    A key that some runs lack because they chose another option of its group is left out, since the
+    choice explains it, unless the runs that have it differ in it.
     """
     choices = {
         group: [str(run.choices.get(group, "")) for run in runs]
@@ -95,9 +95,9 @@ def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     leaves = [flat(run.config) for run in runs]
     for key in sorted({key for each in leaves for key in each} - set(_NOT_SETTINGS)):
         values = [_typed(each[key]) if key in each else "" for each in leaves]
-        had = {_typed(each[key]) for each in leaves if key in each}
-        lacked = any(key not in each for each in leaves)
-        if len(had) > 1 or (lacked and key.split(".")[0] not in differing):
+        present = {_typed(each[key]) for each in leaves if key in each}
+        is_missing = any(key not in each for each in leaves)
+        if len(present) > 1 or (is_missing and key.split(".")[0] not in differing):
             differing[key] = values
     return differing
 
@@ -117,26 +117,26 @@ class _Score:
     step: int
 
 
-def sentences(comparison: RunComparison) -> list[str]:
-    """Plain sentences: which run did best on what, and what to beware of."""
-    said: list[str] = []
+def conclusions(comparison: RunComparison) -> list[str]:
+    """Sentences: the best run by each metric, and caveats."""
+    lines: list[str] = []
     for task in comparison.tasks:
         final = _scores(comparison, f"eval/{task}/accuracy")
         if final:
-            said.append(f"Best {task} accuracy: {_winner(final, max)}")
+            lines.append(f"Best {task} accuracy: {_describe_best(final, max)}")
             peak = max(_scores(comparison, f"eval/{task}/accuracy", max), key=lambda s: s.value)
             if peak.value > max(score.value for score in final):
-                said.append(
+                lines.append(
                     f"Highest {task} accuracy on the way, not kept to the end: "
                     f"{peak.entry.label}: {peak.value:.3f} at step {peak.step}."
                 )
         sampled = _scores(comparison, f"eval/{task}/mean_at_k")
         if sampled:
-            said.append(f"Best {task} mean@k: {_winner(sampled, max)}")
+            lines.append(f"Best {task} mean@k: {_describe_best(sampled, max)}")
         divergence = _scores(comparison, f"eval/{task}/reverse_kl")
         if divergence:
-            said.append(f"Lowest held-out reverse KL on {task}: {_winner(divergence, min)}")
-    return said + _cautions(comparison)
+            lines.append(f"Lowest held-out reverse KL on {task}: {_describe_best(divergence, min)}")
+    return lines + _caveats(comparison)
 
 
 def _scores(
@@ -153,35 +153,35 @@ def _scores(
     return scores
 
 
-def _winner(scores: list[_Score], better: Callable[..., Any]) -> str:
-    """``optim=adamw optim.lr=0.001: 0.930 at step 120; next: ...``; equals are named together."""
+def _describe_best(scores: list[_Score], better: Callable[..., Any]) -> str:
+    """``optim=adamw optim.lr=0.001: 0.930 at step 120; next: ...``; ties are named together."""
     best = better(score.value for score in scores)
     first = [score for score in scores if score.value == best]
     rest = [score for score in scores if score.value != best]
     if len(first) > 1:
         names = "; ".join(score.entry.label for score in first)
-        said = f"{len(first)} runs alike at {number(best)} ({names})"
+        text = f"{len(first)} runs alike at {number(best)} ({names})"
     else:
-        said = f"{first[0].entry.label}: {number(best)} at step {first[0].step}"
+        text = f"{first[0].entry.label}: {number(best)} at step {first[0].step}"
     if rest:
         second = better(rest, key=lambda score: score.value)
-        said += f"; next {second.entry.label}: {number(second.value)}"
-    return f"{said}."
+        text += f"; next {second.entry.label}: {number(second.value)}"
+    return f"{text}."
 
 
-def _cautions(comparison: RunComparison) -> list[str]:
-    broken = [entry for entry in comparison.entries if not entry.run.finished]
-    said = []
-    if broken:
-        listed = "; ".join(f"{entry.label} ({entry.run.status})" for entry in broken)
-        said.append(f"Not finished, so not comparable at the end: {listed}.")
+def _caveats(comparison: RunComparison) -> list[str]:
+    unfinished = [entry for entry in comparison.entries if not entry.run.finished]
+    lines = []
+    if unfinished:
+        listed = "; ".join(f"{entry.label} ({entry.run.status})" for entry in unfinished)
+        lines.append(f"Not finished, so not comparable at the end: {listed}.")
     if len(comparison.entries) > 1 and "seed" not in comparison.settings:
-        said.append("One seed for every setting: small differences may be chance.")
-    return said
+        lines.append("One seed for every setting: small differences may be chance.")
+    return lines
 
 
 def table(comparison: RunComparison) -> list[dict[str, str | float | int | None]]:
-    """One row a run, numbers as numbers: what the CSV file holds."""
+    """The rows of the CSV file, one for each run; numbers stay numbers."""
     rows = []
     for entry in comparison.entries:
         run = entry.run
@@ -214,12 +214,12 @@ def table(comparison: RunComparison) -> list[dict[str, str | float | int | None]
 def _without_empty_columns(
     rows: list[dict[str, str | float | int | None]],
 ) -> list[dict[str, str | float | int | None]]:
-    filled = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    return [{name: row[name] for name in filled} for row in rows]
+    kept = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    return [{name: row[name] for name in kept} for row in rows]
 
 
 def write_csv(comparison: RunComparison, path: Path) -> None:
-    """The table as CSV with a heading; an absent number is an empty cell."""
+    """The table as CSV with a header; a missing number is an empty cell."""
     rows = table(comparison)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))

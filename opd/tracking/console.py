@@ -1,4 +1,4 @@
-"""The terminal: live bars while a step runs, one aligned line when it is done."""
+"""The terminal: progress bars during a step, one aligned line after it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from opd.tracking.formatting import number, tasks_of
+from opd.tracking.formatting import evaluation_tasks, number
 
 _HEADER_EVERY = 20
 
@@ -32,7 +32,7 @@ class _Column:
     style: str = ""
 
 
-# With the step column in front this is 72 wide, so that a terminal of 80 never cuts it.
+# With the step column this is 72 wide, so that it fits a terminal of 80 columns.
 _COLUMNS = (
     _Column("loss/total", "loss", "", 8, "bold"),
     _Column("teacher/nll", "teacher", "nll", 7),
@@ -54,10 +54,10 @@ _EXTRAS = (
 
 
 class ConsoleTracker:
-    """A ``Tracker`` that prints one line a step and one line a task where a step was evaluated.
+    """A ``Tracker`` that prints one line for each step and one for each evaluated task.
 
-    Share ``console`` with ``ConsoleProgress``, so that lines appear above the live bars. Without a
-    terminal the same lines come out plain. The heading is repeated every 20 lines.
+    Share ``console`` with ``ConsoleProgress``, so that lines appear above the progress bars. Without a
+    terminal the lines are plain text. The heading is repeated every 20 lines.
     """
 
     def __init__(self, console: Console, steps: int) -> None:
@@ -68,20 +68,20 @@ class ConsoleTracker:
         self._teacher: dict[str, float] = {}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line for training, one for each evaluated task."""
+        """One line for the training step, one for each evaluated task."""
         if any(column.metric in metrics for column in _COLUMNS):
             if self._lines_since_heading >= _HEADER_EVERY:
                 self._print_heading()
             self._lines_since_heading += 1
             self._print(self._line(step, metrics))
-        for task in tasks_of(metrics):
+        for task in evaluation_tasks(metrics):
             self._print(self._evaluation(step, task, metrics))
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Transcripts are for files and reports, not for the terminal."""
+        """Transcripts are written to files and reports, not to the terminal."""
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Nothing to do: every line is printed at once."""
 
     def _print(self, line: Text) -> None:
         self._console.print(line, no_wrap=True, overflow="ignore", crop=False, soft_wrap=True)
@@ -105,10 +105,10 @@ class ConsoleTracker:
         return line
 
     def _evaluation(self, step: int, task: str, metrics: Mapping[str, float]) -> Text:
-        def said(name: str) -> float | None:
+        def metric(name: str) -> float | None:
             return metrics.get(f"eval/{task}/{name}")
 
-        accuracy, teacher = said("accuracy"), said("teacher_accuracy")
+        accuracy, teacher = metric("accuracy"), metric("teacher_accuracy")
         if teacher is not None:
             self._teacher[task] = teacher
         parts = []
@@ -118,7 +118,7 @@ class ConsoleTracker:
         if task in self._teacher:
             parts.append(f"teacher {self._teacher[task]:.3f}")
         for name, label in _EXTRAS:
-            value = said(name)
+            value = metric(name)
             if value is not None:
                 parts.append(f"{label} {number(value)}")
         line = Text(f"{step}/{self._steps}".rjust(_STEP_WIDTH), style="bold green")
@@ -131,9 +131,9 @@ class ConsoleTracker:
 
 
 class ConsoleProgress:
-    """A ``Progress``: bars with the time that is left, gone when done; nothing without a terminal.
+    """A ``Progress``: bars with the remaining time, removed when done; nothing without a terminal.
 
-    Contexts may be nested (steps outside, phases inside): the outermost starts the display.
+    Contexts may be nested (steps outside, phases inside); the outermost starts the display.
     """
 
     def __init__(self, console: Console) -> None:

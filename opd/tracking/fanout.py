@@ -7,7 +7,7 @@ from opd.interfaces import Tracker
 
 
 class Trackers:
-    """A ``Tracker`` that tells each of ``trackers`` in turn; with none of them it is silent."""
+    """A ``Tracker`` that forwards every call to each of ``trackers``; with none it does nothing."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers = trackers

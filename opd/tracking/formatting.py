@@ -1,4 +1,4 @@
-"""How numbers and metric names are written wherever people read them."""
+"""Numbers, durations and metric names as people read them."""
 
 import math
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def tasks_of(metrics: Iterable[str]) -> list[str]:
-    """The evaluation tasks that metric names ``eval/<task>/<what>`` speak of, in their order."""
+def evaluation_tasks(metrics: Iterable[str]) -> list[str]:
+    """The tasks in metric names ``eval/<task>/<metric>``, in the order of first appearance."""
     parts = (name.split("/") for name in metrics)
     return list(dict.fromkeys(p[1] for p in parts if p[0] == "eval" and len(p) == 3))

@@ -1,4 +1,4 @@
-"""The run's own record: metrics, samples and recorded weights, one JSON object a line."""
+"""The run's own files: metrics, samples and weight records, one JSON object a line."""
 
 import json
 import math
@@ -15,9 +15,9 @@ WEIGHTS = "weights.jsonl"
 class JsonlTracker:
     """A ``Tracker`` that appends to metrics.jsonl and samples.jsonl in ``folder``.
 
-    ``resume_step``: the run goes on after this step, so lines of later steps are dropped, as is a
-    last line that a crash left half written; None: the run starts anew and earlier lines go. A
-    number that is not finite is written as null, which strict JSON can hold.
+    ``resume_step``: the run resumes after this step, so lines of later steps are dropped, as is an
+    incomplete last line after a crash; None: the run starts from the beginning and all earlier lines
+    are dropped. A number that is not finite is written as null, because strict JSON has no nan.
     """
 
     def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
@@ -28,7 +28,7 @@ class JsonlTracker:
             _drop_after(self._folder / name, self._last)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One row for one step; training and evaluation of a step come in one call."""
+        """One row for one step; training and evaluation metrics of a step come in one call."""
         assert step > self._last, f"step {step} after step {self._last}: one line a step, in order"
         self._last = step
         row = {"step": step} | {name: _finite(value) for name, value in metrics.items()}
@@ -39,33 +39,35 @@ class JsonlTracker:
         _append(self._folder / SAMPLES, [{"step": step, **sample} for sample in samples])
 
     def close(self) -> None:
-        """Nothing is held back: each call leaves its lines in the file."""
+        """Nothing to do: each call has written its lines."""
 
 
 class WeightRecord:
-    """Appends to weights.jsonl in ``folder``; later lines than ``resume_step`` go, as above."""
+    """Appends to weights.jsonl in ``folder``; lines after ``resume_step`` are dropped, as above."""
 
     def __init__(self, folder: Path, resume_step: int | None = None) -> None:
         self._path = folder / WEIGHTS
         _drop_after(self._path, -1 if resume_step is None else resume_step)
 
     def append(self, step: int, row: Mapping[str, Any]) -> None:
-        """What was recorded of one step."""
+        """The record of one step."""
         _append(self._path, [{"step": step, **row}])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a half-written last line is left out, an absent file is empty.
+    """The objects of a .jsonl file; an incomplete last line is ignored, an absent file has none.
 
     Raises ``ValueError`` naming file and line when another line is not an object with a ``step``.
     """
     if not path.exists():
         return []
-    *whole, rest = path.read_bytes().split(b"\n")
-    rows = [_row(path, number, line) for number, line in enumerate(whole, start=1) if line.strip()]
+    *complete, rest = path.read_bytes().split(b"\n")
+    rows = [
+        _row(path, number, line) for number, line in enumerate(complete, start=1) if line.strip()
+    ]
     if rest.strip():
         try:
-            rows.append(_row(path, len(whole) + 1, rest))
+            rows.append(_row(path, len(complete) + 1, rest))
         except ValueError:
             return rows
     return rows
@@ -88,7 +90,7 @@ def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Rewrite ``path`` without the lines of later steps; whole or not at all."""
+    """Rewrite ``path`` without the lines of later steps, atomically."""
     if not path.exists():
         return
     scratch = path.with_name(f"{path.name}.part")

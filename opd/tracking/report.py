@@ -9,7 +9,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from opd.tracking.compare import RunComparison, compare, sentences, table, write_csv
+from opd.tracking.compare import RunComparison, compare, conclusions, table, write_csv
 from opd.tracking.formatting import duration, number
 from opd.tracking.panels import comparison_panels, other_panels, run_line, run_panels
 from opd.tracking.runs import RunRecord, read_started_run
@@ -53,7 +53,7 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, 
     rows = table(comparison)
     page = _template("compare.html.j2").render(
         title=f"{len(rows)} runs compared",
-        sentences=sentences(comparison),
+        conclusions=conclusions(comparison),
         panels=comparison_panels(comparison),
         legend=[run_line(index, entry, [], []) for index, entry in enumerate(comparison.entries)],
         settings=comparison.settings,
@@ -160,13 +160,13 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Telling:
+class Completion:
     """What the student wrote at one step."""
 
     step: int
     correct: bool
     tokens: list[Token]
-    completion: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +176,7 @@ class Transcript:
     task: str
     prompt: str
     answer: str
-    tellings: list[Telling]
+    completions: list[Completion]
 
 
 def _transcripts(run: RunRecord) -> list[Transcript]:
@@ -187,25 +187,25 @@ def _transcripts(run: RunRecord) -> list[Transcript]:
     transcripts = []
     for (task, _), samples in list(grouped.items())[:_TRANSCRIPTS]:
         last = samples[-1]
-        told = [samples[0], last] if last["step"] != samples[0]["step"] else [last]
+        shown = [samples[0], last] if last["step"] != samples[0]["step"] else [last]
         transcripts.append(
             Transcript(
                 task=task,
                 prompt=str(last.get("prompt", "")),
                 answer=str(last.get("answer", "")),
-                tellings=[_telling(sample) for sample in told],
+                completions=[_completion(sample) for sample in shown],
             )
         )
     return transcripts
 
 
-def _telling(sample: dict[str, Any]) -> Telling:
+def _completion(sample: dict[str, Any]) -> Completion:
     texts, gaps = sample.get("tokens") or [], sample.get("gap") or []
-    return Telling(
+    return Completion(
         step=sample["step"],
         correct=bool(sample.get("correct")),
         tokens=[_token(text, gap) for text, gap in zip(texts, gaps, strict=False)],
-        completion=str(sample.get("completion", "")),
+        text=str(sample.get("completion", "")),
     )
 
 

@@ -1,4 +1,4 @@
-"""Reads what a run left in its folder."""
+"""Reads the files of a run folder."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from opd.tracking.formatting import tasks_of
+from opd.tracking.formatting import evaluation_tasks
 from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
 
 CONFIG = "config.yaml"
@@ -16,7 +16,7 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One metric where it was logged; nan stands for a number that was not finite."""
+    """One metric at the steps where it was logged; nan stands for a number that was not finite."""
 
     steps: list[int]
     values: list[float]
@@ -44,7 +44,7 @@ class TaskResult:
 
     @property
     def gap_closed(self) -> float | None:
-        """(after - before) / (teacher - before); None unless the teacher was ahead."""
+        """(after - before) / (teacher - before); None unless the teacher was better at the start."""
         if self.teacher is None or self.teacher <= self.before:
             return None
         return (self.after - self.before) / (self.teacher - self.before)
@@ -52,7 +52,7 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """One run folder: its configuration, rows by step, transcripts, recordings of its weights."""
+    """One run folder: configuration, metrics by step, transcripts, weight records."""
 
     name: str
     folder: Path
@@ -65,7 +65,7 @@ class RunRecord:
     recorded: list[dict[str, Any]]
 
     def series(self, metric: str) -> Series:
-        """The metric over steps; empty when it was never logged."""
+        """The metric by step; empty when it was never logged."""
         rows = [row for row in self.rows if metric in row]
         return Series(
             steps=[row["step"] for row in rows],
@@ -81,7 +81,7 @@ class RunRecord:
     @property
     def tasks(self) -> list[str]:
         """The evaluation tasks."""
-        return tasks_of(self.metrics)
+        return evaluation_tasks(self.metrics)
 
     def result(self, task: str) -> TaskResult | None:
         """Accuracy before, after and at its best; None when the task was never graded."""
@@ -115,7 +115,7 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """The last step on record, 0 when there is none."""
+        """The last logged step, 0 when there is none."""
         return self.rows[-1]["step"] if self.rows else 0
 
     @property
@@ -138,7 +138,7 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its planned end."""
+        """Whether the run reached its planned last step."""
         return self.status == "finished"
 
 

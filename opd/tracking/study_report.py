@@ -108,7 +108,7 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean=mean, half=quantile * math.sqrt(variance / count))
 
 
-def measures_of(task: str) -> list[Measure]:
+def study_measures(task: str) -> list[Measure]:
     """Accuracy at the end, on the average over the evaluations, and reverse KL at the end."""
     accuracy, kl = f"eval/{task}/accuracy", f"eval/{task}/reverse_kl"
     return [
@@ -153,7 +153,7 @@ def _words(found: Interval) -> str:
 
 def write_arms(arms: Arms, folder: Path, title: str) -> list[Path]:
     """study.json, study.md and study.png in ``folder``; returns their paths."""
-    told: dict[str, Any] = {
+    results: dict[str, Any] = {
         "values": {
             arm: {measure.name: arms.values(arm, measure) for measure in arms.measures}
             for arm in arms.runs
@@ -170,7 +170,7 @@ def write_arms(arms: Arms, folder: Path, title: str) -> list[Path]:
         ],
     }
     paths = [folder / f"study.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(told, indent=1))
+    paths[0].write_text(json.dumps(results, indent=1))
     paths[1].write_text(_markdown(arms, title))
     _picture(arms, title, paths[2])
     return paths

@@ -1,4 +1,4 @@
-"""The same results as tables for the terminal."""
+"""The results of reports and comparisons as tables for the terminal."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from opd.tracking.runs import read_started_run
 
 
 def summary_table(folder: str | Path) -> Table:
-    """Before, after and teacher of every task of a finished run; without tasks, of the loss.
+    """Each task of a finished run before and after training, beside the teacher; without tasks, the loss.
 
     Raises ``ValueError`` when the folder is not a run's or has no steps yet.
     """

@@ -1,4 +1,4 @@
-"""Numbers to Weights & Biases, online or offline; the only place that imports wandb."""
+"""Weights & Biases, online or offline; the only place that imports wandb."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ class WandbTracker:
     """A ``Tracker`` that writes to one Weights & Biases run, the same one after a resume.
 
     The run's id is kept in ``folder``; offline runs are written there too and need no network
-    (``wandb sync`` sends them later). The step is an ordinary metric and the x axis of all others,
-    because wandb's own step counter cannot go back to the checkpoint that a run resumes from.
+    (``wandb sync`` uploads them later). The step is an ordinary metric and the x axis of all others,
+    because the step counter of wandb cannot go back to the checkpoint of a resumed run.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class WandbTracker:
         self._run.log({"step": step, "samples": table})
 
     def close(self) -> None:
-        """Send or write what is left."""
+        """Upload or write what is pending."""
         self._run.finish()
 
 

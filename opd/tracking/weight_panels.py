@@ -71,8 +71,8 @@ def weight_panels(rows: Sequence[Row]) -> list[Panel]:
 
 
 def _ranks(rows: Sequence[Row]) -> Panel:
-    def rank(told: Any, precision: str) -> float | None:
-        found = told[precision]["stable_rank"]
+    def rank(stats: Any, precision: str) -> float | None:
+        found = stats[precision]["stable_rank"]
         return found["mean"] if found else None
 
     lines = [
@@ -96,13 +96,13 @@ def _ranks(rows: Sequence[Row]) -> Panel:
 
 def _directions(rows: Sequence[Row]) -> Panel:
     to_end = rows[-1].get("similarity_to_end", {}) if rows else {}
-    known = {int(step): told for step, told in to_end.items() if told}
+    known = {int(step): stats for step, stats in to_end.items() if stats}
     lines = [
         _line(rows, "to the recording before", 0, lambda r: _similarity(r, "mean")),
         Line(
             label="to the end",
             xs=list(known),
-            ys=[told["mean"] for told in known.values()],
+            ys=[stats["mean"] for stats in known.values()],
             colour=1,
             marked=True,
         ),

@@ -15,14 +15,14 @@ from opd.config.mask import (
 )
 from opd.config.schema import problems
 from opd.run.recipe import composed, find_recipe
-from opd.run.study import jobs_of
+from opd.run.study import study_jobs
 
 RECIPE = find_recipe("quickstart_subnetwork")
 
 
 def test_every_job_is_a_valid_run_of_the_same_recipe() -> None:
     study = composed(RECIPE, ["mask.seeds=[3,4]", "mask.lr_scale=2"])
-    jobs = jobs_of(study, Path("out"))
+    jobs = study_jobs(study, Path("out"))
     assert [(job.seed, job.arm) for job in jobs] == [(s, a) for s in (3, 4) for a in StudyArm]
     for job in jobs:
         one = composed(RECIPE, job.overrides).config
@@ -42,7 +42,7 @@ def test_every_job_is_a_valid_run_of_the_same_recipe() -> None:
 
 
 def test_the_mask_comes_from_the_same_seed_s_full_run_and_controls_copy_its_counts() -> None:
-    jobs = jobs_of(composed(RECIPE, ["mask.seeds=[3]"]), Path("out"))
+    jobs = study_jobs(composed(RECIPE, ["mask.seeds=[3]"]), Path("out"))
     masks = {job.arm: composed(RECIPE, job.overrides).config.mask for job in jobs}
     discovered, chance = masks[StudyArm.discovered], masks[StudyArm.random]
     assert isinstance(discovered, StudyMaskConfig)
@@ -54,7 +54,7 @@ def test_the_mask_comes_from_the_same_seed_s_full_run_and_controls_copy_its_coun
 
 
 def test_only_the_first_run_evaluates_the_teacher() -> None:
-    jobs = jobs_of(composed(RECIPE, []), Path("out"))
+    jobs = study_jobs(composed(RECIPE, []), Path("out"))
     evaluated = [composed(RECIPE, job.overrides).config.eval.teacher_accuracy for job in jobs]
     assert evaluated == [True] + [False] * 11
 
@@ -65,4 +65,4 @@ def test_only_the_first_run_evaluates_the_teacher() -> None:
 )
 def test_an_arm_without_what_it_needs_is_refused(override: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        jobs_of(composed(RECIPE, [f"mask.arms={override}"]), Path("out"))
+        study_jobs(composed(RECIPE, [f"mask.arms={override}"]), Path("out"))

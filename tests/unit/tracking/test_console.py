@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from opd.tracking.console import ConsoleProgress, ConsoleTracker, SilentProgress
-from opd.tracking.formatting import duration, number, tasks_of
+from opd.tracking.formatting import duration, evaluation_tasks, number
 
 ROW = {
     "loss/total": 0.123456,
@@ -118,4 +118,4 @@ def test_a_number_takes_seven_characters_at_most(value, text):
 
 def test_durations_and_tasks_are_read_from_plain_values():
     assert [duration(s) for s in (41, 125, 12000)] == ["41 s", "2 min 5 s", "3 h 20 min"]
-    assert tasks_of(["eval/b/accuracy", "loss/total", "eval/a/x", "eval/b/x"]) == ["b", "a"]
+    assert evaluation_tasks(["eval/b/accuracy", "loss/total", "eval/a/x", "eval/b/x"]) == ["b", "a"]

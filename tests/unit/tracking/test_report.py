@@ -9,7 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from opd.tracking.compare import compare, sentences
+from opd.tracking.compare import compare, conclusions
 from opd.tracking.jsonl import JsonlTracker
 from opd.tracking.panels import other_panels, run_panels
 from opd.tracking.plots import smooth
@@ -107,8 +107,8 @@ def test_a_comparison_ranks_runs_and_names_what_differs(runs, tmp_path):
     assert "optim.betas" not in rows[0], "explained by the choice of optim"
 
 
-def test_sentences_name_the_winner_its_settings_and_what_to_beware_of(runs):
-    lines = sentences(compare(list(runs.values())))
+def test_conclusions_name_the_winner_its_settings_and_what_to_beware_of(runs):
+    lines = conclusions(compare(list(runs.values())))
     assert lines[0] == (
         "Best sums accuracy: optim=adamw optim.lr=0.001: 0.8676 at step 120; "
         "next optim=sgd optim.lr=0.1: 0.5345."
@@ -123,7 +123,7 @@ def test_sentences_name_the_winner_its_settings_and_what_to_beware_of(runs):
 
 def test_equal_runs_share_the_first_place(runs, tmp_path):
     twin = make_run(tmp_path / "twin", lr=1e-3, top=0.9, seed=1)
-    lines = sentences(compare([runs["adamw"], twin]))
+    lines = conclusions(compare([runs["adamw"], twin]))
     assert lines[0] == "Best sums accuracy: 2 runs alike at 0.8676 (seed=1; seed=0)."
     assert not any("One seed" in sentence for sentence in lines)
 
@@ -132,7 +132,7 @@ def test_a_peak_that_was_lost_again_is_told(tmp_path, runs):
     fallen = make_run(tmp_path / "fallen", lr=0.01, top=1.0, steps=120)
     tracker = JsonlTracker(fallen, resume_step=120)
     tracker.log(121, {"eval/sums/accuracy": 0.1})
-    lines = sentences(compare([fallen, runs["adamw"]]))
+    lines = conclusions(compare([fallen, runs["adamw"]]))
     assert lines[1] == (
         "Highest sums accuracy on the way, not kept to the end: optim.lr=0.01: 0.963 at step 120."
     )

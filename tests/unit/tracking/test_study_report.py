@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opd.tracking.runs import RunRecord
-from opd.tracking.study_report import Arms, interval, measures_of, write_arms
+from opd.tracking.study_report import Arms, interval, study_measures, write_arms
 
 
 def run(accuracies: list[float], kls: list[float], density: float | None) -> RunRecord:
@@ -37,7 +37,7 @@ def arms() -> Arms:
     chance = {s: run([0.2, 0.3, 0.50 + 0.01 * s], [1.0, 0.8, 0.60 + s], 0.2) for s in range(3)}
     return Arms(
         runs={"full": full, "discovered": mask, "random": chance},
-        measures=measures_of("sums"),
+        measures=study_measures("sums"),
         pairs=[("discovered", "full"), ("discovered", "random")],
     )
 
