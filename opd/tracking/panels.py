@@ -1,4 +1,4 @@
-"""Which curves go into which picture."""
+"""The panels of a report and of a comparison: which metrics are plotted together."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from opd.tracking.runs import RunRecord, Series
 
 _PHASES = ("rollout", "teacher", "learn", "sync", "eval")
 
-# title, note, metrics and what they are called in the legend
+# title, note, and (metric, legend label)
 _TRAINING = (
     (
         "Teacher NLL and student entropy",
@@ -19,7 +19,7 @@ _TRAINING = (
     ("Completion length", "tokens", (("rollout/length", "training samples"),)),
     (
         "Truncated completions",
-        "share that ran into the token budget",
+        "share that reached max_tokens",
         (("rollout/truncated", "training samples"),),
     ),
     ("Gradient norm", "before clipping", (("optim/grad_norm", "gradient norm"),)),
@@ -29,7 +29,7 @@ _TRAINING = (
         "difference of log-probs, nats",
         (("engine/logp_gap", "mean"), ("engine/logp_gap_max", "largest")),
     ),
-    ("Bytes handed to the engine", "per step", (("sync/bytes", "bytes"),)),
+    ("Bytes sent to the engine", "per step", (("sync/bytes", "bytes"),)),
 )
 
 _COMPARED = (
@@ -44,7 +44,7 @@ _COMPARED = (
 
 
 def run_panels(run: RunRecord) -> list[Panel]:
-    """The pictures of one run's report."""
+    """The panels of the report of one run."""
     panels = [*_task_panels(run), _loss_panel(run), *_teacher_panels(run)]
     for title, note, metrics in _TRAINING:
         named = [(run.series(name), label) for name, label in metrics]
@@ -56,20 +56,20 @@ def run_panels(run: RunRecord) -> list[Panel]:
 
 
 def other_panels(run: RunRecord) -> list[Panel]:
-    """One small picture for each metric that no other picture shows."""
+    """One small panel for each metric that no other panel shows."""
     shown = {name for _, _, metrics in _TRAINING for name, _ in metrics}
     shown |= {f"time/{phase}" for phase in (*_PHASES, "step")} | {"tokens/generated"}
     for task in run.tasks:
         names = ("accuracy", "mean_at_k", "teacher_accuracy", "reverse_kl", "length")
         shown |= {f"eval/{task}/{name}" for name in names}
-    shown |= set(_of_teachers(run))
+    shown |= set(_teacher_metrics(run))
     elsewhere = ("loss/", "weights/")
     names = [name for name in run.metrics if name not in shown and not name.startswith(elsewhere)]
     return [Panel(title=name, lines=_lines([(run.series(name), name)])) for name in names]
 
 
 def comparison_panels(comparison: RunComparison) -> list[Panel]:
-    """Each metric that tells runs apart, all runs in one picture."""
+    """One panel for each compared metric, with all runs in it."""
     panels = [panel for task in comparison.tasks for panel in _compared_task(comparison, task)]
     for metric, title in _COMPARED:
         lines = _overlaid(comparison, metric, _steps)
@@ -148,45 +148,45 @@ def _marked(run: RunRecord, metric: str, label: str, colour: int) -> list[Line]:
 
 
 def _loss_panel(run: RunRecord) -> Panel:
-    """The total and its parts, a part that is the total left out."""
+    """The total and its parts, without a part that equals the total."""
     total = run.series("loss/total")
     names = [name for name in run.metrics if name.startswith("loss/") and name != "loss/total"]
     parts = [(run.series(name), name.removeprefix("loss/")) for name in names]
-    others = [(series, label) for series, label in parts if not _same(series, total)]
-    same = [label for series, label in parts if _same(series, total)]
-    named = f"total: {same[0].replace('_', ' ')}" if same else "total"
-    return Panel(title="Loss", note="per token", lines=_lines([(total, named), *others]))
+    others = [(series, label) for series, label in parts if not _are_equal(series, total)]
+    equal = [label for series, label in parts if _are_equal(series, total)]
+    label = f"total: {equal[0].replace('_', ' ')}" if equal else "total"
+    return Panel(title="Loss", note="per token", lines=_lines([(total, label), *others]))
 
 
-def _of_teachers(run: RunRecord) -> dict[str, tuple[str, str]]:
-    """Teacher and what was measured of it, for each metric ``teacher/<name>/<measured>``."""
+def _teacher_metrics(run: RunRecord) -> dict[str, tuple[str, str]]:
+    """(teacher, quantity) of each metric ``teacher/<teacher>/<quantity>``."""
     parts = {
         name: name.removeprefix("teacher/").rpartition("/")
         for name in run.metrics
         if name.startswith("teacher/")
     }
-    return {name: (who, what) for name, (who, _, what) in parts.items() if who}
+    return {name: (teacher, quantity) for name, (teacher, _, quantity) in parts.items() if teacher}
 
 
 def _teacher_panels(run: RunRecord) -> list[Panel]:
-    """One picture of each thing measured of several teachers, a curve for each of them."""
-    found = _of_teachers(run)
-    lines: dict[str, list[Line]] = {what: [] for _, what in found.values()}
-    teachers = sorted({who for who, _ in found.values()})
-    for name, (who, what) in sorted(found.items()):
+    """One panel for each quantity measured of several teachers, with a curve for each teacher."""
+    metrics = _teacher_metrics(run)
+    lines: dict[str, list[Line]] = {quantity: [] for _, quantity in metrics.values()}
+    teachers = sorted({teacher for teacher, _ in metrics.values()})
+    for name, (teacher, quantity) in sorted(metrics.items()):
         series = run.series(name)
-        colour, style = _look(teachers.index(who))
-        lines[what].append(
-            Line(label=who, xs=series.steps, ys=series.values, colour=colour, style=style)
+        colour, style = _line_style(teachers.index(teacher))
+        lines[quantity].append(
+            Line(label=teacher, xs=series.steps, ys=series.values, colour=colour, style=style)
         )
-    note = "per token of the prompts that name it"
+    note = "per token of the prompts with that teacher"
     return [
-        Panel(title=f"{what} of each teacher", note=note, lines=theirs)
-        for what, theirs in lines.items()
+        Panel(title=f"{quantity} of each teacher", note=note, lines=curves)
+        for quantity, curves in lines.items()
     ]
 
 
-def _same(one: Series, other: Series) -> bool:
+def _are_equal(one: Series, other: Series) -> bool:
     return one.steps == other.steps and all(
         math.isclose(a, b, rel_tol=1e-6) or (math.isnan(a) and math.isnan(b))
         for a, b in zip(one.values, other.values, strict=True)
@@ -194,7 +194,7 @@ def _same(one: Series, other: Series) -> bool:
 
 
 def _time_panel(run: RunRecord) -> Panel:
-    """Seconds a step, piled up by phase; an area needs two steps."""
+    """Seconds per step, stacked by phase; an area needs two steps."""
     rows = [row for row in run.rows if "time/step" in row]
     phases = [phase for phase in _PHASES[:-1] if any(f"time/{phase}" in row for row in rows)]
     lines = [
@@ -229,7 +229,7 @@ def _speed_panel(run: RunRecord) -> Panel:
 
 
 def _share_range(lines: Sequence[Line]) -> tuple[float, float]:
-    """From 0 to a little above the highest share."""
+    """A y range from 0 to a little above the highest share."""
     known = [y for line in lines for y in line.ys if math.isfinite(y)]
     return 0.0, min(1.04, 1.15 * max(known, default=1.0)) or 1.04
 
@@ -246,13 +246,13 @@ def _minutes(run: RunRecord, steps: Sequence[int]) -> list[float]:
 def _overlaid(
     comparison: RunComparison,
     metric: str,
-    xs_of: Callable[[RunRecord, Sequence[int]], list[float]],
+    x_values: Callable[[RunRecord, Sequence[int]], list[float]],
     marked: bool = False,
 ) -> list[Line]:
     lines = []
     for index, entry in enumerate(comparison.entries):
         series = entry.run.series(metric)
-        xs = xs_of(entry.run, series.steps) if series else []
+        xs = x_values(entry.run, series.steps) if series else []
         if xs:
             lines.append(run_line(index, entry, xs, series.values, marked))
     return lines
@@ -262,12 +262,12 @@ def run_line(
     index: int, entry: RunEntry, xs: Sequence[float], ys: Sequence[float], marked: bool = False
 ) -> Line:
     """The curve of the comparison's run number ``index``."""
-    colour, style = _look(index)
+    colour, style = _line_style(index)
     return Line(label=entry.label, xs=xs, ys=ys, colour=colour, style=style, marked=marked)
 
 
-def _look(index: int) -> tuple[int, Style]:
-    """Ten colours, then the same with other dashes."""
+def _line_style(index: int) -> tuple[int, Style]:
+    """Ten colours, then the same colours with other dashes."""
     styles: tuple[Style, ...] = ("solid", "dotted", "dashed")
     return index % NEUTRAL, styles[index // NEUTRAL % 3]
 

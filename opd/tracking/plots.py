@@ -1,4 +1,4 @@
-"""Curves as inline SVG that takes its colours from the page, so that it suits light and dark."""
+"""Curves as inline SVG whose colours are CSS variables of the page, for light and dark themes."""
 
 import html
 import io
@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 NEUTRAL = 10
-"""The colour of what is no run: the page defines --c0 to --c9 and this one, --c10."""
+"""The colour of lines that belong to no run: the page defines --c0 to --c9 and this one, --c10."""
 
-# matplotlib draws in colours that nobody uses; the page's variables then take their place.
+# matplotlib draws in placeholder colours, which are then replaced by the variables of the page.
 _SERIES = "#fe00{:02x}"
 _INK, _GRID = "#fe01aa", "#fe01bb"
 _STYLES = {"solid": "-", "dashed": (0, (5, 3)), "dotted": (0, (1.5, 2))}
@@ -48,7 +48,7 @@ Style = Literal["solid", "dashed", "dotted"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One curve, or with a single y a level across the panel; ``marked`` shows each point."""
+    """One curve, or with a single y a horizontal line; ``marked`` draws a marker at each point."""
 
     label: str
     xs: Sequence[float]
@@ -65,7 +65,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One picture; ``stacked`` piles the lines up as areas."""
+    """One plot; ``stacked`` draws the lines as stacked areas."""
 
     title: str
     lines: list[Line]
@@ -77,7 +77,7 @@ class Panel:
 
     @property
     def svg(self) -> str:
-        """The picture, without a size of its own."""
+        """The plot as an <svg> element without width and height."""
         with matplotlib.rc_context(_SETTINGS):  # pyright: ignore[reportArgumentType]
             figure = Figure(figsize=(6.6, 3.1) if self.wide else (4.4, 2.5), layout="constrained")
             axes = figure.add_subplot()
@@ -92,7 +92,7 @@ class Panel:
             axes.set_axisbelow(True)
             text = io.StringIO()
             figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-        return _paged(text.getvalue(), self.title)
+        return _inline_svg(text.getvalue(), self.title)
 
 
 def _colour(index: int) -> str:
@@ -133,7 +133,7 @@ def _draw_stack(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _scale(axes: Axes, lines: Sequence[Line], y_range: tuple[float, float] | None) -> None:
-    """The range given; else logarithmic where values span more than two decades."""
+    """The given range; without one, a logarithmic axis where values span more than two decades."""
     if y_range is not None:
         axes.set_ylim(*y_range)
         return
@@ -148,21 +148,21 @@ def _scale(axes: Axes, lines: Sequence[Line], y_range: tuple[float, float] | Non
 
 
 def _tick(value: float) -> str:
-    """``0.02``, ``150``, ``1.6M``: no factor left in the corner of the picture."""
+    """``0.02``, ``150``, ``1.6M``: labels without a common factor in the corner of the plot."""
     if abs(value) < 1e4:
         return f"{value:.6g}"
     return EngFormatter(sep="").format_eng(value)
 
 
 def is_noisy(values: Sequence[float]) -> bool:
-    """Many points that go up and down more than three times their whole range."""
+    """Whether there are many points and their total variation is more than three times their range."""
     ys = np.asarray(values, dtype=float)
     ys = ys[np.isfinite(ys)]
     return len(ys) > _MANY_POINTS and float(np.abs(np.diff(ys)).sum()) > 3 * float(np.ptp(ys))
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Centred moving mean over a twentieth of the curve; the ends use what there is."""
+    """Centred moving mean over a twentieth of the curve; at the ends over fewer points."""
     half = max(1, len(values) // 40)
     ys = np.asarray(values, dtype=float)
     known = np.isfinite(ys)
@@ -172,8 +172,8 @@ def smooth(values: Sequence[float]) -> list[float]:
     return np.where(known, total / np.maximum(count, 1), np.nan).tolist()
 
 
-def _paged(svg: str, title: str) -> str:
-    """An SVG file made fit to stand in a page."""
+def _inline_svg(svg: str, title: str) -> str:
+    """An SVG file as an element that can be put into a page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)

@@ -41,7 +41,7 @@ def write_report(run_folder: str | Path) -> Path:
         transcripts=_transcripts(run),
         sections=_sections(run),
     )
-    return _written(run.folder / REPORT, page)
+    return _write_page(run.folder / REPORT, page)
 
 
 def compare_runs(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, Path]:
@@ -66,7 +66,7 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, 
     Path(out).mkdir(parents=True, exist_ok=True)
     csv_path = Path(out) / COMPARISON_CSV
     write_csv(comparison, csv_path)
-    return _written(Path(out) / COMPARISON, page), csv_path
+    return _write_page(Path(out) / COMPARISON, page), csv_path
 
 
 def _template(name: str) -> jinja2.Template:
@@ -82,14 +82,14 @@ def _template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _written(path: Path, page: str) -> Path:
+def _write_page(path: Path, page: str) -> Path:
     scratch = path.with_name(f"{path.name}.part")
     scratch.write_text(page, encoding="utf-8")
     return scratch.replace(path)
 
 
 def cell(column: str, value: str | float | int | None) -> str:
-    """A table cell: shares with three decimals, seconds as a duration, counts whole."""
+    """The text of a table cell: shares with three decimals, seconds as a duration, counts as integers."""
     match value:
         case None | "":
             return "-"
@@ -107,7 +107,7 @@ def cell(column: str, value: str | float | int | None) -> str:
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
-    """What the run was, in a line of small words."""
+    """(name, value) of the facts below the title."""
     facts = [("status", run.status), ("steps", f"{run.step}")]
     if run.planned and run.planned != run.step:
         facts[1] = ("steps", f"{run.step} of {run.planned}")
@@ -123,18 +123,18 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _time_shares(run: RunRecord) -> list[tuple[str, float, int]]:
-    """Phase, share of the phases' total time, colour; the largest first."""
+    """(phase, share of the total time, colour), the largest share first."""
     phases = ("rollout", "teacher", "learn", "sync", "eval")
     totals = {
         phase: sum(v for v in run.series(f"time/{phase}").values if v == v) for phase in phases
     }
-    whole = sum(totals.values())
-    shares = [(p, totals[p] / whole, i) for i, p in enumerate(phases) if whole and totals[p]]
+    total = sum(totals.values())
+    shares = [(p, totals[p] / total, i) for i, p in enumerate(phases) if total and totals[p]]
     return sorted(shares, key=lambda share: -share[1])
 
 
 def _sections(run: RunRecord) -> list[tuple[str, str]]:
-    """What can be folded out: configuration and provenance, as text."""
+    """(heading, text) of the collapsed sections: configuration and provenance."""
     command = run.about["command"]
     texts = {
         "Configuration": dict(run.config),
@@ -151,7 +151,7 @@ def _sections(run: RunRecord) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """One token of a transcript: how strongly (0 to 1) and which way it is coloured, and why."""
+    """One token of a transcript: its text, its colour, the strength of the colour (0 to 1), a tooltip."""
 
     text: str
     side: str
@@ -171,7 +171,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transcript:
-    """One prompt and what the student wrote at the first and at the last evaluation."""
+    """One prompt and the student's completions at the first and at the last evaluation."""
 
     task: str
     prompt: str
@@ -219,10 +219,10 @@ def _token(text: str, gap: float) -> Token:
 
 
 def _columns(task: str, rows: list[dict[str, Any]]) -> list[str]:
-    """The table's columns about a task; the best accuracy only where some run lost it again."""
+    """The columns of a task; the best accuracy only where it differs from the last one in some run."""
     columns = [c for name in _TASK_COLUMNS if (c := f"{task} {name}") in rows[0]]
-    lost = any(row.get(f"{task} best") != row.get(f"{task} accuracy") for row in rows)
-    return [column for column in columns if lost or column != f"{task} best"]
+    differs = any(row.get(f"{task} best") != row.get(f"{task} accuracy") for row in rows)
+    return [column for column in columns if differs or column != f"{task} best"]
 
 
 def _best_cells(comparison: RunComparison, rows: list[dict[str, Any]]) -> set[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""Arms of an experiment over seeds: means with intervals, paired differences, what is real."""
+"""Arms of a study over seeds: means with confidence intervals, and paired differences."""
 
 import json
 import math
@@ -31,17 +31,17 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference of this size is more than what seeds make."""
+        """Whether the mean differs from zero at the 95 % level."""
         return abs(self.mean) > self.half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """One figure of a run by which arms are compared: ``figure`` of a metric over the run."""
+    """One number of a run by which arms are compared: ``reduce`` applied to the values of a metric."""
 
     name: str
     metric: str
-    figure: Callable[[Sequence[float]], float]
+    reduce: Callable[[Sequence[float]], float]
     higher_is_better: bool
 
 
@@ -56,10 +56,10 @@ class Difference:
 
     @property
     def sentence(self) -> str:
-        """What may be concluded, in words."""
+        """The difference and what may be concluded from it."""
         names = f"{self.arm} against {self.other}, {self.measure.name}: {self.interval.mean:+.3f}"
         if not math.isfinite(self.interval.half):
-            return f"{names}; one seed tells nothing"
+            return f"{names}; one seed is not enough to conclude"
         names += f" ± {self.interval.half:.3f}"
         if not self.interval.excludes_zero:
             return f"{names}: no difference that these seeds can show"
@@ -69,32 +69,32 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arms:
-    """Finished runs by arm and seed, and what is compared."""
+    """Finished runs by arm and seed, the measures, and the pairs of arms to compare."""
 
     runs: Mapping[str, Mapping[int, RunRecord]]
     measures: Sequence[Measure]
     pairs: Sequence[tuple[str, str]]
 
     def values(self, arm: str, measure: Measure) -> dict[int, float]:
-        """The measure of each seed that has the metric."""
-        found = {seed: run.series(measure.metric).values for seed, run in self.runs[arm].items()}
-        return {seed: measure.figure(values) for seed, values in found.items() if values}
+        """Seed -> the measure, for each seed with the metric."""
+        series = {seed: run.series(measure.metric).values for seed, run in self.runs[arm].items()}
+        return {seed: measure.reduce(values) for seed, values in series.items() if values}
 
     def interval(self, arm: str, measure: Measure) -> Interval:
-        """Over seeds."""
+        """Mean and confidence interval over seeds."""
         return interval(list(self.values(arm, measure).values()))
 
     def differences(self) -> list[Difference]:
-        """Every pair by every measure, over the seeds that both have."""
-        found = []
+        """Every pair by every measure, paired by the seeds that both arms have."""
+        differences = []
         for measure in self.measures:
             for arm, other in self.pairs:
                 a, b = self.values(arm, measure), self.values(other, measure)
-                between = [a[seed] - b[seed] for seed in a if seed in b]
-                found.append(
-                    Difference(measure=measure, arm=arm, other=other, interval=interval(between))
+                paired = [a[seed] - b[seed] for seed in a if seed in b]
+                differences.append(
+                    Difference(measure=measure, arm=arm, other=other, interval=interval(paired))
                 )
-        return found
+        return differences
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -109,12 +109,12 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def study_measures(task: str) -> list[Measure]:
-    """Accuracy at the end, on the average over the evaluations, and reverse KL at the end."""
+    """Accuracy at the end, accuracy averaged over the evaluations, reverse KL at the end."""
     accuracy, kl = f"eval/{task}/accuracy", f"eval/{task}/reverse_kl"
     return [
-        Measure(name="accuracy", metric=accuracy, figure=_last, higher_is_better=True),
-        Measure(name="accuracy on the way", metric=accuracy, figure=_mean, higher_is_better=True),
-        Measure(name="reverse KL", metric=kl, figure=_last, higher_is_better=False),
+        Measure(name="accuracy", metric=accuracy, reduce=_last, higher_is_better=True),
+        Measure(name="accuracy on the way", metric=accuracy, reduce=_mean, higher_is_better=True),
+        Measure(name="reverse KL", metric=kl, reduce=_last, higher_is_better=False),
     ]
 
 
@@ -127,7 +127,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def arms_table(arms: Arms) -> Table:
-    """One row an arm: each measure over seeds, with its interval."""
+    """One row for each arm: each measure, mean over seeds with its interval."""
     seeds = max(len(runs) for runs in arms.runs.values())
     table = Table(
         title=f"After training, mean over {seeds} seeds ± 95 % interval",
@@ -142,13 +142,14 @@ def arms_table(arms: Arms) -> Table:
     for arm, runs in arms.runs.items():
         density = next(iter(runs.values())).series("mask/density").last
         cells = [arm, "100 %" if density is None else f"{density:.2%}"]
-        cells += [_words(arms.interval(arm, measure)) for measure in arms.measures]
+        cells += [_format_interval(arms.interval(arm, measure)) for measure in arms.measures]
         table.add_row(*cells)
     return table
 
 
-def _words(found: Interval) -> str:
-    return f"{found.mean:.3f}" + (f" ± {found.half:.3f}" if math.isfinite(found.half) else "")
+def _format_interval(interval: Interval) -> str:
+    half = f" ± {interval.half:.3f}" if math.isfinite(interval.half) else ""
+    return f"{interval.mean:.3f}{half}"
 
 
 def write_arms(arms: Arms, folder: Path, title: str) -> list[Path]:
@@ -172,7 +173,7 @@ def write_arms(arms: Arms, folder: Path, title: str) -> list[Path]:
     paths = [folder / f"study.{suffix}" for suffix in ("json", "md", "png")]
     paths[0].write_text(json.dumps(results, indent=1))
     paths[1].write_text(_markdown(arms, title))
-    _picture(arms, title, paths[2])
+    _draw_figure(arms, title, paths[2])
     return paths
 
 
@@ -186,7 +187,7 @@ def _markdown(arms: Arms, title: str) -> str:
         cells = [
             arm,
             "100 %" if density is None else f"{density:.2%}",
-            *(_words(arms.interval(arm, m)) for m in arms.measures),
+            *(_format_interval(arms.interval(arm, m)) for m in arms.measures),
             ", ".join(f"{seed}: {value:.3f}" for seed, value in by_seed.items()),
         ]
         lines.append(" | ".join(["", *cells, ""]).strip())
@@ -195,7 +196,7 @@ def _markdown(arms: Arms, title: str) -> str:
     return "\n".join([*lines, "", "![curves and final accuracies](study.png)", ""])
 
 
-def _picture(arms: Arms, title: str, path: Path) -> None:
+def _draw_figure(arms: Arms, title: str, path: Path) -> None:
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=(13, 3.8), layout="constrained", dpi=150)
@@ -230,11 +231,11 @@ def _draw_curves(axes: Any, arms: Arms) -> None:
 def _draw_intervals(axes: Any, arms: Arms, measure: Measure) -> None:
     for number, arm in enumerate(arms.runs):
         values = list(arms.values(arm, measure).values())
-        found = interval(values)
-        half = found.half if math.isfinite(found.half) else 0.0
-        drawn = {"color": f"C{number}"}
-        axes.errorbar(found.mean, -number, xerr=half, fmt="o", capsize=4, **drawn)
-        axes.scatter(values, [0.2 - number] * len(values), alpha=0.5, s=14, **drawn)
+        over_seeds = interval(values)
+        half = over_seeds.half if math.isfinite(over_seeds.half) else 0.0
+        style = {"color": f"C{number}"}
+        axes.errorbar(over_seeds.mean, -number, xerr=half, fmt="o", capsize=4, **style)
+        axes.scatter(values, [0.2 - number] * len(values), alpha=0.5, s=14, **style)
     axes.set(xlabel=measure.name, title="mean, 95 % interval, seeds")
     axes.set_yticks([-n for n in range(len(arms.runs))], list(arms.runs))
     axes.set_ylim(0.6 - len(arms.runs), 0.6)

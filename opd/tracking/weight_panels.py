@@ -1,4 +1,4 @@
-"""Pictures of what record=weights found."""
+"""The panels of a run with record=weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ Row = Mapping[str, Any]
 
 
 def weight_panels(rows: Sequence[Row]) -> list[Panel]:
-    """Each quantity over the recorded steps; what was never known has no picture."""
+    """A panel for each quantity over the recorded steps; a quantity without values has none."""
     panels = [
         Panel(
             title="Weights that look unchanged",
-            note="share of all, against the start; fp32 is what the optimizer holds, bf16 what runs",
+            note="share of all weights, compared with the start; fp32: master weights, bf16: as they run",
             lines=_known(
                 _line(rows, "bf16, bitwise", 0, lambda r: r["all"]["bf16"]["exact_zero"]),
                 _line(rows, "bf16, |D| up to 1e-5", 1, lambda r: r["all"]["bf16"]["1e-05"]),
@@ -25,22 +25,22 @@ def weight_panels(rows: Sequence[Row]) -> list[Panel]:
         ),
         Panel(
             title="Never, cancelled, final",
-            note="weights whose bf16 value no recording saw changed, was changed and is back, differs",
+            note="bf16 value never changed in a recording; changed and changed back; differs now",
             lines=_stack(rows, ("final", "cancelled", "never"), lambda r, name: r["all"][name]),
             stacked=True,
             wide=True,
         ),
         Panel(
-            title="How far the changed ones went",
-            note="bf16 numbers between start and now; share of all weights",
+            title="Size of the changes",
+            note="distance from the start in bf16 steps (ulp); share of all weights",
             lines=_stack(rows, _bins(rows), lambda r, name: r["all"]["ulps"][name]),
             stacked=True,
             wide=True,
         ),
         _ranks(rows),
         Panel(
-            title="One step, with its gradient and with none",
-            note="weights that an Adam step changes in bf16; the second is momentum alone",
+            title="One Adam step, with its gradient and with a zero gradient",
+            note="share of weights that change in bf16; with a zero gradient only momentum moves them",
             lines=_known(
                 _line(rows, "the step", 0, lambda r: _adam(r, "step_visible")),
                 _line(rows, "gradient zero", 1, lambda r: _adam(r, "zero_gradient_visible")),
@@ -110,7 +110,7 @@ def _directions(rows: Sequence[Row]) -> Panel:
     ]
     return Panel(
         title="Directions of the change",
-        note="similarity of the top 8 left directions, mean over matrices; 1 is the same subspace",
+        note="similarity of the top 8 left singular directions, mean over matrices; 1: same subspace",
         lines=_known(*lines),
         y_range=(0.0, 1.04),
         wide=True,
@@ -124,8 +124,8 @@ def _line(
     value: Callable[[Row], float | None],
     style: Any = "solid",
 ) -> Line:
-    found = [(row["step"], value(row)) for row in rows]
-    known = [(step, y) for step, y in found if y is not None]
+    points = [(row["step"], value(row)) for row in rows]
+    known = [(step, y) for step, y in points if y is not None]
     return Line(
         label=label,
         xs=[step for step, _ in known],
@@ -139,7 +139,7 @@ def _line(
 def _stack(
     rows: Sequence[Row], names: Sequence[str], value: Callable[[Row, str], float]
 ) -> list[Line]:
-    """An area needs two recordings."""
+    """One area for each name; an area needs two recordings."""
     if len(rows) < 2:
         return []
     return [

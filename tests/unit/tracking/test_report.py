@@ -128,7 +128,7 @@ def test_equal_runs_share_the_first_place(runs, tmp_path):
     assert not any("One seed" in sentence for sentence in lines)
 
 
-def test_a_peak_that_was_lost_again_is_told(tmp_path, runs):
+def test_a_peak_that_was_lost_again_is_reported(tmp_path, runs):
     fallen = make_run(tmp_path / "fallen", lr=0.01, top=1.0, steps=120)
     tracker = JsonlTracker(fallen, resume_step=120)
     tracker.log(121, {"eval/sums/accuracy": 0.1})

@@ -1,4 +1,4 @@
-"""Arms over seeds: intervals, paired differences, and words that do not claim too much."""
+"""Arms over seeds: intervals, paired differences, and conclusions that do not claim too much."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def test_one_value_has_no_interval() -> None:
     assert not interval([0.3]).excludes_zero
 
 
-def test_differences_are_paired_and_said_plainly() -> None:
+def test_differences_are_paired_and_stated_plainly() -> None:
     sentences = {
         (d.measure.name, d.other): d.sentence for d in arms().differences() if d.arm == "discovered"
     }
@@ -68,7 +68,7 @@ def test_differences_are_paired_and_said_plainly() -> None:
     assert "real, discovered is worse" in sentences["accuracy on the way", "full"]
 
 
-def test_the_experiment_is_written_as_numbers_words_and_a_picture(tmp_path: Path) -> None:
+def test_the_study_is_written_as_json_markdown_and_a_figure(tmp_path: Path) -> None:
     paths = write_arms(arms(), tmp_path, "three ways")
     assert [p.name for p in paths] == ["study.json", "study.md", "study.png"]
     written = json.loads(paths[0].read_text())

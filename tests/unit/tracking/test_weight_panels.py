@@ -37,7 +37,7 @@ def test_a_report_shows_recorded_weights_and_is_silent_without(tmp_path):
     assert titles == [
         "Weights that look unchanged",
         "Never, cancelled, final",
-        "How far the changed ones went",
+        "Size of the changes",
         "Distance from the start",
     ]
     for title in titles:
