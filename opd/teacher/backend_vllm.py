@@ -18,6 +18,7 @@ from opd.types import IntArray, TeacherInfo
 from opd.world import join_alone
 
 SOCKET_VARIABLE = "VLLM_RPC_BASE_PATH"
+MAX_SOCKET_FOLDER = 70  # characters; 37 of a name follow, and a socket's path ends at 107
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING"}
 CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
@@ -90,10 +91,11 @@ class VllmBackend:
 def _socket_folder() -> Iterator[None]:
     """A folder for the sockets of vLLM's workers, which are connected when the engine has started."""
     before = os.environ.get(SOCKET_VARIABLE)
-    with TemporaryDirectory() as folder:
-        os.environ[SOCKET_VARIABLE] = folder
+    with TemporaryDirectory(prefix="") as folder:
+        if len(folder) <= MAX_SOCKET_FOLDER:
+            os.environ[SOCKET_VARIABLE] = folder
         yield
     if before is None:
-        del os.environ[SOCKET_VARIABLE]
+        os.environ.pop(SOCKET_VARIABLE, None)
     else:
         os.environ[SOCKET_VARIABLE] = before
