@@ -1,4 +1,4 @@
-"""``rollout``: who writes, and how. Settings carry vLLM's names."""
+"""``rollout``: what generates, and how. Settings have vLLM's names."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:
-    """Who writes, and how."""
+    """What generates, and how."""
 
     n: int = bounded(1, least=1)
     """Completions per prompt."""
@@ -33,7 +33,7 @@ class RolloutConfig:
     dtype: DType = DType.auto
     """Number format of the engine's weights; auto is the learner's compute precision."""
     on_policy: float = bounded(1.0, least=0, most=1)
-    """Share of prompts that the student answers; data.completion_field answers the others."""
+    """Share of prompts that the student completes; data.completion_field holds the other completions."""
 
 
 @dataclass(kw_only=True)  # no slots: it is mixed into others
@@ -69,9 +69,9 @@ class ServerRolloutConfig(VllmEngineConfig, RolloutConfig):
     devices: str | None = None
     """GPUs of the servers started with the run, comma separated, one each; by default the run's own."""
     timeout: float = bounded(600.0, above=0)
-    """Seconds before one request, a whole generation included, is given up and tried again."""
+    """Seconds before a request, a whole generation included, times out and is retried."""
     retries: int = bounded(8, least=0)
-    """How often a failed request is tried again, with exponential back-off; 8 are about 90 seconds."""
+    """Retries of a failed request, with exponential back-off; 8 take about 90 seconds."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,7 +87,7 @@ class DatasetRolloutConfig(RolloutConfig):
     """No engine: every completion is the data set's, and nothing can be evaluated."""
 
     on_policy: float = bounded(0.0, least=0, most=0)
-    """Share of prompts that the student answers: none."""
+    """Share of prompts that the student completes: none."""
 
 
 CHOICES = {
@@ -122,13 +122,13 @@ class RolloutServerConfig(VllmEngineConfig, ServingConfig):
     batch_size: int = bounded(64, least=1)
     """backend=transformers: sequences generated at once."""
     trust_remote_code: bool = False
-    """Run code that comes with the model; off unless you ask for it."""
+    """Run code that comes with the model; off by default."""
     max_request_bytes: int = bounded(1 << 40, least=1)
     """Largest request body; snapshots hold all weights."""
 
 
 def training_sampling(config: "Config") -> Sampling:
-    """How training rollouts are drawn; a support of the student's needs its ids from the engine."""
+    """Sampling of training rollouts; a loss on the student's support needs its ids from the engine."""
     rollout = config.rollout
     return Sampling(
         n=rollout.n,

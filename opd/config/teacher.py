@@ -1,4 +1,4 @@
-"""``teacher``: the model that scores. Settings carry vLLM's names."""
+"""``teacher``: the model that scores. Settings have vLLM's names."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -30,7 +30,7 @@ class TeacherModelConfig:
     dtype: DType = DType.auto
     """Number format of the teacher's weights; auto is the checkpoint's own."""
     max_model_len: int | None = bounded(None, least=2)
-    """Longest prompt plus completion the teacher takes; by default what its config says."""
+    """Longest prompt plus completion the teacher takes; by default the one in its config."""
     max_num_batched_tokens: int = bounded(8192, least=1)
     """Tokens in one forward pass of the teacher."""
 
@@ -70,9 +70,9 @@ class ServedTeacherConfig(TeacherEngineConfig, TeacherConfig):
     """Teachers behind HTTP."""
 
     timeout: float = bounded(300.0, above=0)
-    """Seconds before one request is given up and tried again."""
+    """Seconds before a request times out and is retried."""
     retries: int = bounded(4, least=0)
-    """How often a failed request is tried again, with exponential back-off."""
+    """Retries of a failed request, with exponential back-off."""
     devices: str | None = None
     """CUDA_VISIBLE_DEVICES of a server started with the run; by default the run's own."""
 
@@ -144,7 +144,7 @@ class TeacherServerConfig(TeacherEngineConfig, ServingConfig):
 
 
 def has_teacher(config: "Config") -> bool:
-    """Whether a teacher is there, be it for the evaluation alone."""
+    """Whether there is a teacher, be it for the evaluation alone."""
     match config.teacher:
         case NoTeacherConfig():
             return False

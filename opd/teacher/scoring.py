@@ -1,4 +1,4 @@
-"""Hidden states into what was asked about them: float32, chunked, alike for every teacher."""
+"""From hidden states to scores: float32, in chunks, the same for every teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
