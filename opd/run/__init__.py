@@ -1,1 +1,1 @@
-"""One run from the outside: recipe, checks, launch, worker, folder, study; callable from Python."""
+"""A run from the outside: recipe, checks, launch, worker, run folder, study; callable from Python."""

@@ -1,4 +1,4 @@
-"""Check a recipe before it costs anything: a dry run, and the student scored by itself."""
+"""Checks a recipe before it costs anything: a dry run, then the student scored by itself."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from opd.run.train import train
 
 
 def doctor(recipe: str, overrides: Sequence[str]) -> None:
-    """Raises ValueError with one sentence for the first error; prints the plan and what it found."""
+    """Print the plan and the findings. Raises ValueError with one sentence for the first error."""
     train(recipe, *overrides, "dry_run=true")
     config = load_recipe(recipe, *overrides).config
     if hub_names(config) and not hub_answers():

@@ -1,4 +1,4 @@
-"""What the environment of every process that a run starts holds."""
+"""Environment variables of the processes of a run."""
 
 import os
 import sys
@@ -9,21 +9,21 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""Without a GPU tensors come from malloc. glibc gives large freed ones back to the system and faults them in
-again page by page, which can cost more than the arithmetic; this keeps them."""
+"""Without a GPU, tensors are allocated by malloc. glibc returns large freed blocks to the system and
+page-faults them in again, which can cost more than the arithmetic; these settings keep the blocks."""
 
 
 def child_environment() -> dict[str, str]:
-    """The caller's environment, with freed memory kept where there is no NVIDIA driver; what is set stays."""
+    """The caller's environment, plus KEEP_FREED_MEMORY where there is no GPU; values that are set stay."""
     if Path("/dev/nvidiactl").exists():
         return dict(os.environ)
     return KEEP_FREED_MEMORY | os.environ
 
 
 def restart_keeping_memory() -> None:
-    """Begin this command again with freed memory kept: malloc reads its settings at the start only.
+    """Restart this command with KEEP_FREED_MEMORY, since malloc reads its settings only at the start.
 
-    Nothing happens where they are set already, or where there is a GPU.
+    Does nothing where the variables are set already, or where there is a GPU.
     """
     environment = child_environment()
     if environment != dict(os.environ):
@@ -33,7 +33,7 @@ def restart_keeping_memory() -> None:
 
 
 def core_share(place: int, of: int, threads: int | None) -> dict[str, str]:
-    """The CPU cores of one of ``of`` processes, as environment variables."""
+    """Environment variables that give process ``place`` of ``of`` its share of the CPU cores."""
     cores = sorted(os.sched_getaffinity(0))
     share = cores[place % len(cores) :: of] or cores[:1]
     return {

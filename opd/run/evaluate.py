@@ -1,4 +1,4 @@
-"""Ask a checkpoint the recipe's held-out questions, without training anything."""
+"""Evaluates a checkpoint on the held-out prompts of a recipe, without training."""
 
 import os
 import sys
@@ -32,15 +32,15 @@ def evaluate(recipe: Recipe | str | Path, *overrides: str, model: str | None = N
     if found:
         raise ValueError("\n".join(found))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    chosen = config.student.model if model is None else resolved_model(model)
+    name = config.student.model if model is None else resolved_model(model)
     world = join_world()
     _, progress = build_console(world, sys.stdout)
-    tokenizer = read_tokenizer(chosen, trust_remote_code=config.student.trust_remote_code)
+    tokenizer = read_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
     prompts = read_prompt_sets(config, tokenizer)
     config = replace(config, rollout=in_process(config.rollout))
     inputs = EngineInputs(
         config=config,
-        model=chosen,
+        model=name,
         tokenizer=tokenizer,
         max_length=prompts.max_length,
         world=world,

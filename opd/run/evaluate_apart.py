@@ -1,4 +1,4 @@
-"""``opd eval`` in a process of its own, which frees its GPU when it ends."""
+"""``opd eval`` in a separate process, which frees the GPU when it ends."""
 
 import json
 import subprocess
@@ -15,7 +15,8 @@ from opd.run.recipe import Recipe
 def teacher_accuracy(recipe: Recipe, logs: Path) -> float | None:
     """The teacher's greedy accuracy on data.eval.
 
-    None, with the reason in logs/teacher_eval.log, when the engine cannot run this teacher.
+    None without an evaluation or a teacher model, and, with the reason in logs/teacher_eval.log, when
+    the rollout engine cannot run this teacher.
     """
     config = recipe.config
     teacher = config.teacher
@@ -24,13 +25,13 @@ def teacher_accuracy(recipe: Recipe, logs: Path) -> float | None:
     overrides = ["eval.k=0"]
     if teacher.dtype != DType.auto:
         overrides.append(f"rollout.dtype={teacher.dtype.value}")
-    kept = [o for o in recipe.overrides if not o.startswith("rollout.dtype=")]
-    changed = replace(recipe, overrides=kept)
-    metrics = evaluated_apart(changed, teacher.model, overrides, logs / "teacher_eval.log")
+    others = [o for o in recipe.overrides if not o.startswith("rollout.dtype=")]
+    changed = replace(recipe, overrides=others)
+    metrics = evaluate_apart(changed, teacher.model, overrides, logs / "teacher_eval.log")
     return None if metrics is None else metrics[f"eval/{config.eval.task}/accuracy"]
 
 
-def evaluated_apart(
+def evaluate_apart(
     recipe: Recipe, model: str, overrides: list[str], log: Path
 ) -> dict[str, float] | None:
     """The metrics of ``opd eval`` on a model; None when it fails, with the reason in ``log``."""

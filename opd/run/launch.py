@@ -1,4 +1,4 @@
-"""Start the processes of a run: teacher and rollout servers, one rank per GPU; and watch them."""
+"""Starts and watches the processes of a run: teacher servers, rollout servers, one rank per GPU."""
 
 import secrets
 import socket
@@ -29,7 +29,7 @@ from opd.run.teacher_servers import started_teachers
 from opd.serving.child import running_service
 
 TEACHER_ACCURACY = "OPD_TEACHER_ACCURACY"
-"""Environment variable: how the teacher did in the same evaluation."""
+"""Environment variable with the teacher's accuracy in the evaluation of the run."""
 POLL_S = 0.2
 GRACE_S = 10.0
 TAIL_LINES = 25
@@ -42,11 +42,11 @@ class WorkerFailed(RuntimeError):
 def run_processes(
     recipe: Recipe, folder: Path, *, max_length: int, teacher_accuracy: float | None
 ) -> None:
-    """Serve teacher and rollouts if the recipe asks for it, train, and return when every rank is done.
+    """Start the servers that the recipe needs, train, and return when every rank is done.
 
     ``max_length`` is the longest prompt plus completion.
 
-    Raises ValueError with a rank's own sentence for configuration errors, WorkerFailed otherwise.
+    Raises ValueError with the message of the rank for configuration errors, WorkerFailed otherwise.
     """
     config, logs = recipe.config, folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def run_processes(
         _rollout_servers(config, max_length, logs) as servers,
     ):
         environment |= servers | teachers.environment
-        quoted = str(folder).replace("'", r"\'")  # a folder's name may hold = and commas
+        quoted = str(folder).replace("'", r"\'")  # a folder's name may contain = and commas
         arguments = [str(recipe.path), *recipe.overrides, f"run.dir='{quoted}'"]
         workers = [
             _start(arguments, environment, config, rank, port, logs)
@@ -71,7 +71,7 @@ def run_processes(
 
 @contextmanager
 def _rollout_servers(config: Config, max_length: int, logs: Path) -> Iterator[dict[str, str]]:
-    """Start them all at once; yields what workers must find in their environment."""
+    """Start all rollout servers at once; yields the environment variables that workers need."""
     rollout = config.rollout
     if not isinstance(rollout, ServerRolloutConfig) or rollout.urls:
         yield {}
@@ -102,7 +102,7 @@ def _rollout_servers(config: Config, max_length: int, logs: Path) -> Iterator[di
 def rollout_server_config(
     config: Config, rollout: ServerRolloutConfig, max_length: int
 ) -> RolloutServerConfig:
-    """How a rollout server is started with a run."""
+    """The configuration of the rollout servers that a run starts."""
     engine: dict[str, Any] = {f.name: getattr(rollout, f.name) for f in fields(VllmEngineConfig)}
     engine["max_model_len"] = max_length
     return RolloutServerConfig(
@@ -115,7 +115,7 @@ def rollout_server_config(
 
 
 def worker_environment(config: Config, rank: int, port: int) -> dict[str, str]:
-    """torchrun's names, and the CPU cores that a rank may use when there is no GPU."""
+    """The variables of torchrun, and the share of the CPU cores of a rank."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -148,7 +148,7 @@ def _start(
 
 
 def _watch(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
-    """Wait for all; the first that fails fails everybody."""
+    """Wait for all workers; the first failure is raised at once."""
     while True:
         statuses = [w.poll() for w in workers]
         for rank, status in enumerate(statuses):

@@ -1,4 +1,4 @@
-"""The mask of a run: put into the run folder before training starts, discovered first if need be."""
+"""The mask of a run: written to the run folder before training, discovered first where necessary."""
 
 import shlex
 from collections.abc import Callable
@@ -23,10 +23,11 @@ from opd.run.recipe import Recipe, composed
 
 RunJob = Callable[[Recipe, Path], None]
 FIRST_RUN, SCORED_RUN = "full", "scored"
+"""Folders, inside the run folder, of the runs before the mask can be computed."""
 RUN_MASK, SCORES = "mask.safetensors", "scores.safetensors"
-"""Folders, inside the run's, of what is run before the mask can be found."""
-PLAIN = ("data.eval=null", "eval.kl_prompts=0", "save.every=0", "sync.verify_every=0")
-"""A run that is only scored evaluates nothing."""
+"""Files in the run folder."""
+ONLY_SCORES = ("data.eval=null", "eval.kl_prompts=0", "save.every=0", "sync.verify_every=0")
+"""Overrides of a run that only computes scores: no evaluation, no checkpoints."""
 
 
 def require_mask_fits(recipe: Recipe, folder: Path) -> None:
@@ -45,7 +46,7 @@ def require_mask_fits(recipe: Recipe, folder: Path) -> None:
                     "run.dir, or the mask it was started with"
                 )
             if not any(mask.counts().values()):
-                raise ValueError(f"the mask {path} keeps nothing: there is nothing to train")
+                raise ValueError(f"the mask {path} keeps no weights: there is nothing to train")
         case DiscoverMaskConfig() as discover:
             rule = discover.rule_config()
             if rule.rule == MaskRule.delta and rule.trained is None:
@@ -56,10 +57,10 @@ def require_mask_fits(recipe: Recipe, folder: Path) -> None:
 
 
 def prepare_mask(recipe: Recipe, folder: Path, run: RunJob) -> None:
-    """Leave mask.safetensors in the run folder; what a rule has to see is run first, inside it.
+    """Write mask.safetensors into the run folder; runs that the rule needs come first, inside it.
 
-    rule=delta without mask.trained trains everything first; live rules run mask.steps steps.
-    Both resume where they were interrupted.
+    rule=delta without mask.trained trains every weight first; rules that score a live run train for
+    mask.steps steps. Both resume where they were interrupted.
     """
     target = folder / RUN_MASK
     match active_mask(recipe.config):
@@ -77,7 +78,7 @@ def _discover(recipe: Recipe, rule: RuleConfig, target: Path, run: RunJob) -> No
     console = Console()
     if rule.rule == MaskRule.delta and rule.trained is None:
         first = target.parent / FIRST_RUN
-        console.print(f"first everything is trained, in {first}")
+        console.print(f"training every weight first, in {first}")
         run(composed(recipe.path, [*recipe.overrides, "mask.enabled=false"]), first)
         rule = replace(rule, trained=str(first))
     if rule.rule in LIVE_RULES and rule.scores is None:
@@ -96,17 +97,17 @@ def _discover(recipe: Recipe, rule: RuleConfig, target: Path, run: RunJob) -> No
 
 
 def describe_mask(summary: Summary) -> str:
-    """A mask just found, in a line."""
+    """One line about a discovered mask."""
     return f"{summary.path}: {summary.kept:,} of {summary.numel:,} weights ({summary.density:.4%})"
 
 
 def score(recipe: Recipe, rule: MaskRule, steps: int, folder: Path, run: RunJob) -> Path:
-    """The file of scores that a rule takes from ``steps`` optimizer steps of a recipe."""
+    """The file of scores that ``rule`` computes from ``steps`` optimizer steps of a recipe."""
     config = recipe.config
     steps = 1 if rule == MaskRule.first_gradient else min(steps, config.train.steps)
     overrides = [
         *recipe.overrides,
-        *PLAIN,
+        *ONLY_SCORES,
         f"train.mask_scores={rule.value}",
         f"train.stop_after={steps}",
         f"zero={max(1, config.zero)}",
@@ -115,6 +116,6 @@ def score(recipe: Recipe, rule: MaskRule, steps: int, folder: Path, run: RunJob)
         overrides.append("mask.enabled=false")
     if rule in (MaskRule.fisher, MaskRule.first_gradient):
         overrides.append("optim.max_grad_norm=0")
-    Console().print(f"{rule.value} scores {steps} steps of training, in {folder}")
+    Console().print(f"computing {rule.value} scores over {steps} steps of training, in {folder}")
     run(composed(recipe.path, overrides), folder)
     return folder / SCORES

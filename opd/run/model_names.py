@@ -1,4 +1,4 @@
-"""A run folder in the place of a model means its final model."""
+"""A run folder given as a model means the final model of the run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a run is going to do, as a table for ``dry_run`` and ``opd doctor``."""
+"""The plan of a run as a table, for ``dry_run`` and ``opd doctor``."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from opd.run.recipe import Recipe
 
 
 def plan_table(recipe: Recipe, checked: Preflight, folder: Path) -> Table:
-    """One row for each thing that a reader of a recipe asks first."""
+    """Who generates, who scores, what is trained, from which step, in which folder; and the findings."""
     config, table = recipe.config, Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
@@ -29,7 +29,7 @@ def plan_table(recipe: Recipe, checked: Preflight, folder: Path) -> Table:
         "teacher": _teacher(config),
         "method": f"{config.method}: loss {recipe.choices['loss']}, "
         f"reward {recipe.choices['reward']}",
-        "writes": _writer(config),
+        "generates": _writer(config),
         "optimizer": f"{recipe.choices['optim']}, lr {config.optim.lr:g}, ZeRO {config.zero}, "
         f"{config.train.precision.value}, adapter {recipe.choices['adapter']}",
         "trains": _trained(config),
@@ -47,12 +47,12 @@ def plan_table(recipe: Recipe, checked: Preflight, folder: Path) -> Table:
     if checked.transport is not None:
         rows["transport"] = checked.transport
     for finding in checked.findings:
-        rows.setdefault("look at", "")
-        rows["look at"] += f"- {finding}\n"
+        rows.setdefault("findings", "")
+        rows["findings"] += f"- {finding}\n"
     if checked.unseen:
         rows["not checked"] = f"{', '.join(checked.unseen)}: the hub cannot be reached"
-    for name, words in rows.items():
-        table.add_row(name, words)
+    for name, text in rows.items():
+        table.add_row(name, text)
     return table
 
 
@@ -85,5 +85,5 @@ def _writer(config: Config) -> str:
     share = config.rollout.on_policy
     if share == 1:
         return "the student"
-    read = f"{config.data.train}, column {config.data.completion_field}"
-    return read if share == 0 else f"the student {share:.0%}, {read} the rest"
+    column = f"{config.data.train}, column {config.data.completion_field}"
+    return column if share == 0 else f"the student {share:.0%}, the rest from {column}"

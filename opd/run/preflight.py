@@ -1,4 +1,4 @@
-"""Everything that can be known before anything expensive: one sentence for each configuration error."""
+"""Checks before anything expensive: one sentence for each configuration error."""
 
 import importlib.util
 import re
@@ -44,9 +44,9 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 class Preflight:
     """What the checks found; ``start`` is the step to resume from.
 
-    ``unseen`` names what lies on a hub that cannot be reached; a dry run checks around it, and then
-    there are no ``tokenizer``, ``prompts`` and ``transport`` (how the teacher's responses are sent).
-    ``findings`` are worth a look and stop nothing.
+    ``unseen`` names the settings whose models and data sets are on a hub that cannot be reached. A dry
+    run then skips their checks and has no ``tokenizer``, ``prompts`` and ``transport`` (how the
+    teacher's responses are sent). ``findings`` are likely errors; they do not stop the run.
     """
 
     start: int
@@ -80,9 +80,9 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     found = [*_adjustments(config), *findings(config, tokenizer, prompts)]
     transport = None
     if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
-        transport = _fitting_transport(config, tokenizer, prompts)
+        transport = _check_teacher(config, tokenizer, prompts)
     if isinstance(config.teacher, SelfTeacherConfig):
-        _teachers_prompts_fit(prompts, config.teacher.max_model_len or tokenizer.max_length)
+        _require_teacher_prompts_fit(prompts, config.teacher.max_model_len or tokenizer.max_length)
     _require_functions(config)
     require_mask_fits(recipe, folder)
     require_servers_fit(config, tokenizer.stop_ids, prompts.max_length)
@@ -107,7 +107,7 @@ def _require_functions(config: Config) -> None:
 
 
 def _adjustments(config: Config) -> list[str]:
-    """Settings that are used otherwise than written."""
+    """Settings that are used with another value than the given one."""
     warmup = clipped_warmup(config)
     if warmup == config.optim.warmup_steps:
         return []
@@ -118,7 +118,7 @@ def _adjustments(config: Config) -> list[str]:
 
 
 def hub_names(config: Config) -> list[str]:
-    """Settings that name something on a hub: owner/name, and no such path here."""
+    """Settings that name a model or data set on a hub: owner/name, and no such local path."""
     teacher = config.teacher
     members = teacher.members if isinstance(teacher, PoolTeacherConfig) else {}
     named = {
@@ -137,7 +137,7 @@ def hub_names(config: Config) -> list[str]:
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached now; asked once, for a few seconds at most."""
+    """Whether the hub answers within a few seconds."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -187,12 +187,12 @@ def _require_launch_file(config: Config) -> None:
     )
 
 
-def _fitting_transport(config: Config, tokenizer: StudentTokenizer, prompts: PromptSets) -> str:
-    """How the responses will be sent; ValueError when a teacher does not fit student or prompts."""
+def _check_teacher(config: Config, tokenizer: StudentTokenizer, prompts: PromptSets) -> str:
+    """How the teacher's responses are sent; ValueError when a teacher does not fit student or prompts."""
     student = read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
     if isinstance(config.teacher, PoolTeacherConfig):
-        read = [*prompts.train, *prompts.eval, *prompts.divergence]
-        _members_are_named(config.teacher, read)
+        every_prompt = [*prompts.train, *prompts.eval, *prompts.divergence]
+        _require_members(config.teacher, every_prompt)
     longest = prompts.teacher_max_length
     infos = teacher_infos(config.teacher, student)
     for info in infos:
@@ -206,16 +206,16 @@ def _fitting_transport(config: Config, tokenizer: StudentTokenizer, prompts: Pro
     return describe_transport(config.teacher, infos, student, request, sampling.support_k)
 
 
-def _teachers_prompts_fit(prompts: PromptSets, most: int) -> None:
-    if prompts.teacher_max_length > most:
+def _require_teacher_prompts_fit(prompts: PromptSets, max_length: int) -> None:
+    if prompts.teacher_max_length > max_length:
         raise ValueError(
             f"the teacher's prompt plus completion can reach {prompts.teacher_max_length} tokens, and "
-            f"the student, who is the teacher, takes at most {most}: shorten data.teacher_template or "
+            f"the student, who is the teacher, takes at most {max_length}: shorten data.teacher_template or "
             "lower rollout.max_tokens"
         )
 
 
-def _members_are_named(pool: PoolTeacherConfig, prompts: Sequence[Prompt]) -> None:
+def _require_members(pool: PoolTeacherConfig, prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if prompt.teacher not in pool.members:
             found = "no teacher" if prompt.teacher is None else f"teacher {prompt.teacher!r}"

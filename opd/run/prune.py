@@ -20,7 +20,7 @@ from opd.data.prompt_sets import read_prompt_sets
 from opd.data.tokenizer import read_student_tokenizer
 from opd.mask.figures import prune_curve
 from opd.mask.rules import trained_weights
-from opd.run.evaluate_apart import evaluated_apart
+from opd.run.evaluate_apart import evaluate_apart
 from opd.run.recipe import Recipe, load_recipe
 
 CURVE = "prune.json"
@@ -150,7 +150,7 @@ def _accuracy(
     with tempfile.TemporaryDirectory(dir=out) as folder:
         model = Path(folder) / "model"
         changed.write(count, order, seed, model)
-        metrics = evaluated_apart(recipe, str(model), ["eval.k=0"], log)
+        metrics = evaluate_apart(recipe, str(model), ["eval.k=0"], log)
     if metrics is None:
         raise ValueError(f"a pruned model could not be evaluated: {log} says why")
     return metrics[f"eval/{recipe.config.eval.task}/accuracy"]

@@ -1,4 +1,4 @@
-"""Hydra stops here: a recipe and overrides become a typed ``Config``."""
+"""A recipe and overrides become a typed ``Config``; the only place that composes with Hydra."""
 
 import os
 import sys
@@ -52,7 +52,7 @@ def load_recipe(recipe: str | Path, *overrides: str) -> Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """A path, or the name of a bundled recipe. Raises ValueError with the names there are."""
+    """The file of a recipe: a path, or the name of a bundled one. ValueError lists the bundled names."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
@@ -95,9 +95,9 @@ def composed(recipe: Path, overrides: Sequence[str]) -> Recipe:
 
 
 def sweep(recipe: Path, overrides: Sequence[str], job: Callable[[Recipe, str], None]) -> None:
-    """Call ``job`` with every combination of comma-separated overrides, and a name of its own.
+    """Call ``job`` with every combination of comma-separated overrides and a name for it.
 
-    Hydra's sweeper and launcher do it, so ``hydra/launcher=...`` works.
+    Hydra's sweeper and launcher are used, so ``hydra/launcher=...`` works.
     """
     overrides = with_method(overrides)
     require_present_names(overrides)
@@ -120,24 +120,24 @@ def sweep(recipe: Path, overrides: Sequence[str], job: Callable[[Recipe, str], N
 
 
 def job_name(own: Sequence[str], given: Sequence[str], number: int) -> str:
-    """The overrides that are particular to a job of a sweep, as a folder name: optim=sgd,optim.lr=0.01"""
+    """A folder name from the overrides that vary in a sweep: optim=sgd,optim.lr=0.01"""
     common = {o.lower() for o in given}  # Hydra writes false as False
-    particular = [o for o in own if o.lower() not in common]
-    return ",".join(particular).replace("/", "_") or f"job_{number}"
+    varied = [o for o in own if o.lower() not in common]
+    return ",".join(varied).replace("/", "_") or f"job_{number}"
 
 
 def _prepare(recipe: Path) -> None:
-    """Register schema and group choices, and let ``${here:x}`` in a recipe mean x beside it.
+    """Register the schema and the group choices, and resolve ``${here:x}`` to x beside the recipe.
 
     ``${choice:optim,{sgd:0.1,else:1e-3}}`` is the value for the group's choice (see ``_typed``), so
-    that ``optim=sgd`` alone brings a learning rate that suits it.
+    that ``optim=sgd`` alone comes with a suitable learning rate.
     """
     register()
     OmegaConf.register_new_resolver("here", lambda path: str(recipe.parent / path), replace=True)
 
 
 def _hydra_arguments(recipe: Path) -> list[str]:
-    """What tells Hydra to use a recipe as its primary config."""
+    """Arguments that make a recipe the primary config of Hydra."""
     return [
         f"--config-dir={recipe.parent}",
         f"--config-name={recipe.stem}",
@@ -148,9 +148,9 @@ def _hydra_arguments(recipe: Path) -> list[str]:
 
 
 def with_method(overrides: Sequence[str]) -> list[str]:
-    """The choices of a ``method=NAME`` are put before the overrides, so that it rules the recipe.
+    """The overrides with the choices of ``method=NAME`` before them, so that they override the recipe.
 
-    In a recipe's own defaults list a method only fills in what the recipe leaves open.
+    In the defaults list of a recipe, a method only sets what the recipe leaves open.
     """
     named = [o.removeprefix("method=") for o in overrides if o.startswith("method=")]
     if not named or "," in named[-1]:
@@ -170,7 +170,7 @@ def with_method(overrides: Sequence[str]) -> list[str]:
 
 
 def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]) -> Recipe:
-    """A ``Config`` out of what Hydra composed."""
+    """The ``Recipe`` of what Hydra composed."""
     bare = cfg.copy()
     OmegaConf.set_struct(bare, False)
     bare.pop("hydra", None)
@@ -200,7 +200,7 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
 
 
 def _yaml_ready(value: Any) -> Any:
-    """Enumerations as their names."""
+    """The same structure with enumerations as their names."""
     match value:
         case dict():
             return {str(k): _yaml_ready(v) for k, v in value.items()}

@@ -1,4 +1,4 @@
-"""What a run left in its folder, for notebooks."""
+"""A run folder as a Python object, for notebooks."""
 
 from functools import cached_property
 from pathlib import Path

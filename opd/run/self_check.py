@@ -1,4 +1,4 @@
-"""A student scored by itself has nothing to learn: loss 0, or something on the way is wrong."""
+"""Checks that a student scored by itself has loss 0; otherwise scoring and learning disagree."""
 
 import math
 from dataclasses import replace
@@ -34,11 +34,11 @@ from opd.world import join_world
 
 TOKENS = 8
 SMALL = 2 << 30
-"""Bytes of a checkpoint that `opd doctor` loads to compute something; larger ones wait for the run."""
+"""Bytes of the largest checkpoint that `opd doctor` loads; for larger ones the run does this check."""
 
 
 def applies(config: Config) -> bool:
-    """Whether the loss needs a teacher, and the weights are whole where they are read."""
+    """Whether the loss needs a teacher and every rank has whole weights."""
     sharded = config.launch.engine == LaunchEngine.deepspeed and config.zero == 3
     return config.loss.needs_teacher and not sharded
 
@@ -46,7 +46,7 @@ def applies(config: Config) -> bool:
 def self_loss_alone(
     config: Config, tokenizer: StudentTokenizer, prompts: PromptSets
 ) -> float | None:
-    """``self_loss`` in this process, for `opd doctor`; None where it does not apply or costs too much."""
+    """``self_loss`` in this process, for `opd doctor`; None for a large model or where it does not apply."""
     stored = open_checkpoint(config.student.model).values()
     size = sum(math.prod(s.shape) * s.dtype.itemsize for s in stored)
     if not applies(config) or size > SMALL:
@@ -72,8 +72,8 @@ def self_loss_alone(
 def self_loss(config: Config, training: Training) -> float:
     """|loss| in nats per token when the learner's own module is the teacher; collective.
 
-    Goes the whole way: scoring head, support and tail or hidden states, chunks, loss. Raises
-    ValueError when it is not nearly 0.
+    Covers the scoring head, support and tail or hidden states, chunks and loss. Raises ValueError when
+    it is not nearly 0.
     """
     return _self_loss(
         config, training.tokenizer, training.prompts, training.learner, training.model
@@ -105,21 +105,21 @@ def _self_loss(
     rollout = _rollout(prompts.train[0], training_sampling(config).support_k)
     scored = [_with_full_logps(each, backend, request) for each in teacher.score([rollout])]
     loss = build_loss(replace(config.loss, reward_weight=0.0))
-    found = abs(learner.measure(scored, loss)["loss/total"])
+    loss_value = abs(learner.measure(scored, loss)["loss/total"])
     bound = DEFAULT_MAX_GAP[config.train.precision]
-    if not found <= bound:
+    if not loss_value <= bound:
         raise ValueError(
-            f"the student scored by itself has a loss of {found:.3g} nats a token, allowed is "
+            f"the student scored by itself has a loss of {loss_value:.3g} nats a token, allowed is "
             f"{bound:g}: its head or its attention is computed differently in scoring and in learning; "
             "try student.attn_implementation=eager, and report the model"
         )
-    return found
+    return loss_value
 
 
 def _with_full_logps(
     scored: ScoredRollout, backend: Backend, request: ScoreRequest
 ) -> ScoredRollout:
-    """Hidden states as log-probs: the learner applies another head to them, the teacher's."""
+    """Log-probs in place of hidden states, because the learner would apply the teacher's head to these."""
     if scored.hidden is None:
         return scored
     hidden_ND = torch.from_numpy(scored.hidden).to(backend.head_VD.device)
@@ -128,7 +128,7 @@ def _with_full_logps(
 
 
 def _rollout(prompt: Prompt, support_k: int) -> Rollout:
-    """A few tokens of a prompt as if they were a completion; no engine is needed for this."""
+    """A few tokens of a prompt used as a completion, so that no engine is needed."""
     ids = np.resize(prompt.token_ids, TOKENS).astype(np.int32)
     support = np.tile(np.arange(support_k, dtype=np.int32), (TOKENS, 1)) if support_k else None
     return Rollout(

@@ -1,5 +1,5 @@
-"""Exit statuses of opd's processes."""
+"""Exit statuses of the processes of opd."""
 
 DONE, FAILED, USAGE_ERROR = 0, 1, 2
 USAGE_ERROR_MARK = "opd: "
-"""Opens the line of a rank's log that tells the user what to correct."""
+"""Start of the line in a rank's log with the message for the user."""

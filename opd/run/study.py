@@ -1,4 +1,4 @@
-"""The two-stage experiment: train everything, discover, retrain on the mask and on its controls."""
+"""The two-stage study: train every weight, discover a mask, retrain on it and on control masks."""
 
 import os
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ NO_RULE = (
     "mask.scores=null",
     "mask.exclude=[]",
 )
-"""A control copies the counts of the mask that was discovered; its own rule decides nothing."""
+"""Overrides of a control, which copies the counts of the discovered mask and needs no rule settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One run of the experiment."""
+    """One run of the study."""
 
     arm: StudyArm
     seed: int
@@ -38,7 +38,7 @@ class Job:
 
 
 def study_jobs(recipe: Recipe, folder: Path) -> list[Job]:
-    """The runs in their order: what a later one needs, an earlier one leaves.
+    """The runs of a study, ordered so that each run finds what it needs from earlier ones.
 
     Raises ValueError when an arm lacks the arm that its mask comes from.
     """
@@ -96,7 +96,7 @@ def _arm_overrides(arm: StudyArm, recipe: Recipe, seed_folder: Path) -> list[str
 
 
 def run_study(recipe: Recipe, folder: Path, run: RunJob) -> None:
-    """Every arm for every seed, then one table and one plot; what is finished is not run again."""
+    """Run every arm for every seed, then write a table and a plot; finished runs are not run again."""
     console = Console()
     jobs = study_jobs(recipe, folder)
     with _shared_teacher(recipe, folder / "logs") as teacher:
@@ -112,7 +112,7 @@ def run_study(recipe: Recipe, folder: Path, run: RunJob) -> None:
 
 
 def study_arms(recipe: Recipe, jobs: list[Job]) -> Arms:
-    """What the runs left, by arm and seed; the mask is compared with each of the others."""
+    """The finished runs by arm and seed; the discovered mask is compared with each other arm."""
     runs: dict[str, dict[int, RunRecord]] = {}
     for job in jobs:
         runs.setdefault(job.arm.value, {})[job.seed] = read_run(job.folder)
@@ -130,7 +130,7 @@ def _title(recipe: Recipe) -> str:
 
 @contextmanager
 def _shared_teacher(recipe: Recipe, logs: Path) -> Iterator[list[str]]:
-    """The same servers for all runs; yields what tells them where they are."""
+    """Teacher servers shared by all runs; yields the overrides with their addresses."""
     logs.mkdir(parents=True, exist_ok=True)
     with started_teachers(recipe.config, logs) as teachers:
         os.environ |= teachers.environment

@@ -1,4 +1,4 @@
-"""Run a recipe: check it, evaluate the teacher, train, and report; or every combination of a sweep."""
+"""Runs a recipe: check, evaluate the teacher, train, report; or every combination of a sweep."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from opd.config.mask import StudyMaskConfig
 from opd.run.evaluate_apart import teacher_accuracy
-from opd.run.folder import DRY_RUN, describe, described
+from opd.run.folder import DRY_RUN, describe, description
 from opd.run.launch import run_processes
 from opd.run.mask import prepare_mask
 from opd.run.plan_table import plan_table
@@ -26,9 +26,9 @@ from opd.tracking.terminal import comparison_table, summary_table
 def train(recipe: str | Path, *overrides: str) -> Run:
     """Train a student: one run of a recipe (a path, or the name of a bundled one) with overrides.
 
-    A run folder that is there is resumed. Progress goes to the terminal, everything else into the
-    run folder. Under torchrun, accelerate launch or srun (RANK is set) this process becomes one rank
-    and leaves with its status. Raises ValueError with one sentence for configuration errors and
+    An existing run folder is resumed. Progress goes to the terminal, everything else into the run
+    folder. Under torchrun, accelerate launch or srun (RANK is set) this process becomes one rank and
+    exits with its status. Raises ValueError with one sentence for configuration errors and
     WorkerFailed when a process of the run ended with an error.
     """
     loaded = composed(find_recipe(str(recipe)), overrides)
@@ -40,7 +40,7 @@ def train(recipe: str | Path, *overrides: str) -> Run:
 
 
 def train_all(recipe: str | Path, *overrides: str) -> list[Run]:
-    """Every combination of comma-separated overrides, each in a folder of its own, then a comparison.
+    """Run every combination of comma-separated overrides, each in its own folder, then compare them.
 
     A run that fails does not end the others; the first failure is raised at the end.
     """
@@ -52,7 +52,7 @@ def train_all(recipe: str | Path, *overrides: str) -> list[Run]:
         folders.append(folder)
         try:
             run_one(one, folder)
-        except Exception as error:  # the other jobs of a sweep go on; raised below
+        except Exception as error:  # the other jobs of the sweep continue; raised below
             failures.append(error)
             print(f"opd: {folder}: {error}", file=sys.stderr)
 
@@ -66,13 +66,13 @@ def train_all(recipe: str | Path, *overrides: str) -> list[Run]:
 
 
 def run_one(recipe: Recipe, folder: Path) -> None:
-    """Check, train and report one run; with ``dry_run`` only check and say what would be done."""
+    """Check, train and report one run; with ``dry_run`` only check and print the plan."""
     console = Console()
     checked = check(recipe, folder)
     console.print(plan_table(recipe, checked, folder))
     if recipe.config.dry_run:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / DRY_RUN).write_text(described(recipe))
+        (folder / DRY_RUN).write_text(description(recipe))
         console.print("dry run: everything that can be checked before training is in order")
         console.print(f"resolved configuration: {folder / DRY_RUN}")
         return
@@ -94,8 +94,8 @@ def run_one(recipe: Recipe, folder: Path) -> None:
 
 
 def join(recipe: Recipe) -> NoReturn:
-    """Be one rank of a run that another launcher started; rank 0 checks and describes it."""
-    from opd.run.worker import leave_after  # loads everything that a rank needs
+    """Run one rank of a run that another launcher started; rank 0 checks and describes the run."""
+    from opd.run.worker import leave_after  # loads the libraries of training
 
     folder = run_folder(recipe)
     if os.environ["RANK"] == "0":
@@ -107,8 +107,8 @@ def join(recipe: Recipe) -> NoReturn:
 
 def _cannot_run_first(recipe: Recipe, folder: Path) -> None:
     raise ValueError(
-        "this mask needs a run before the run, which only `opd train` itself starts: make it with "
-        "`opd mask discover` and use mask=file, or launch with launch.processes=N"
+        "this mask needs a training run before this one, which only `opd train` itself starts: make the "
+        "mask with `opd mask discover` and use mask=file, or use launch.processes=N without a launcher"
     )
 
 
@@ -118,7 +118,7 @@ def print_config(recipe: str | Path, *overrides: str) -> None:
 
 
 def compare(folders: Sequence[Path], out: Path) -> None:
-    """The runs as a table here, and as comparison.html and comparison.csv in ``out``."""
+    """Print the runs as a table; write comparison.html and comparison.csv into ``out``."""
     page, table = compare_runs(folders, out)
     console = Console()
     console.print(comparison_table(folders))

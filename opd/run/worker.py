@@ -1,4 +1,4 @@
-"""One training process: builds everything, runs the loop, writes what the run leaves behind."""
+"""One training process: builds the rank, runs the loop, writes scores, final model and report."""
 
 import os
 import sys
@@ -15,6 +15,7 @@ from opd.config.schema import Config
 from opd.config.train import MaskScores
 from opd.run import self_check
 from opd.run.launch import TEACHER_ACCURACY
+from opd.run.mask import SCORES
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder
 from opd.run.status import DONE, FAILED, USAGE_ERROR, USAGE_ERROR_MARK
 from opd.teacher.connect import describe_transport
@@ -22,11 +23,9 @@ from opd.teacher.vocabulary import read_vocabulary
 from opd.tracking.report import write_report
 from opd.train.weights import export
 
-SCORES = "scores.safetensors"
-
 
 def run_rank(recipe: Recipe, terminal: TextIO) -> int:
-    """Run this rank to its end; the exit status. Collective."""
+    """Run this rank to its end and return its exit status; collective."""
     config, folder = recipe.config, run_folder(recipe)
     accuracy = os.environ.get(TEACHER_ACCURACY)
     try:
@@ -55,7 +54,7 @@ def run_rank(recipe: Recipe, terminal: TextIO) -> int:
 
 
 def _describe_teacher(config: Config, training: Training) -> None:
-    """Into the log: how the teacher's responses are sent."""
+    """Log how the teacher's responses are sent."""
     teacher, sampling = training.teachers.whole, training.loop.sampling
     if not training.world.is_main or teacher is None:
         return
@@ -67,7 +66,7 @@ def _describe_teacher(config: Config, training: Training) -> None:
 
 
 def _write_scores(config: Config, training: Training, folder: Path) -> None:
-    """scores.safetensors on rank 0; every rank takes part in gathering."""
+    """Write scores.safetensors on rank 0; collective, since weights are gathered."""
     base = open_checkpoint(config.student.model)
     scores = training.learner.scores(config.train.mask_scores, base)
     if training.world.is_main:
@@ -79,7 +78,7 @@ def _write_scores(config: Config, training: Training, folder: Path) -> None:
 
 
 def _export(training: Training, folder: Path) -> None:
-    """final/ and the report on rank 0; every rank takes part in gathering."""
+    """Write final/ and the report on rank 0; collective, since weights are gathered."""
     weights = training.learner.weights()
     if training.world.is_main:
         export(weights, training.model, training.tokenizer.tokenizer, folder / "final")
@@ -92,10 +91,11 @@ def _export(training: Training, folder: Path) -> None:
 
 
 def leave_after(recipe: Recipe) -> NoReturn:
-    """Run this rank to its end and leave the process at once, with the status that says how it went.
+    """Run this rank to its end and exit the process at once, with the rank's status.
 
-    2 for configuration errors, 1 for anything else: after an exception nothing waits for a peer, and
-    engines are not torn down politely. The terminal is ours: what libraries print goes to the log.
+    The status is 2 for configuration errors and 1 for any other failure. After an exception no rank waits
+    for another, and engines are not shut down in order. Output of libraries goes to the log, so that
+    only the console tracker writes to the terminal.
     """
     terminal = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -111,7 +111,7 @@ def leave_after(recipe: Recipe) -> NoReturn:
 
 
 def _end_with_parent() -> None:
-    """End when the launcher is gone, however it went: nobody else would notice."""
+    """Exit when the launcher is gone, for whatever reason."""
     parent = os.getppid()
 
     def watch() -> None:
