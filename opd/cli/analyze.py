@@ -40,12 +40,12 @@ class AnalyzeArguments:
     """Recipe for evaluations with part of the changes reverted; keys of `opd prune` may follow."""
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Parse, run and print."""
-    read = parse_command_line(words, HELP, shown=AnalyzeArguments)
-    own, others = split_arguments(AnalyzeArguments, read.settings)
+    line = parse_command_line(argv, HELP, shown=AnalyzeArguments)
+    own, others = split_arguments(AnalyzeArguments, line.settings)
     prunes = any(word.startswith("prune=") for word in own)
-    arguments = parse_arguments(AnalyzeArguments, own if prunes else read.settings)
+    arguments = parse_arguments(AnalyzeArguments, own if prunes else line.settings)
     if arguments.spectrum not in ("exact", "fast"):
         raise ValueError(f"spectrum={arguments.spectrum}: allowed are exact and fast")
     from opd.run.analyze import analyze  # loads torch, which --help does not need
@@ -68,8 +68,8 @@ def _pruned(arguments: AnalyzeArguments, others: list[str]) -> dict[str, Any]:
     from opd.cli.prune import print_curves  # loads torch, which --help does not need
     from opd.run.prune import parse_prune, prune
 
-    words = [f"base={arguments.base}", f"trained={arguments.trained}", f"recipe={arguments.prune}"]
-    result = prune(parse_prune([*words, f"out={arguments.out}", *others]))
+    keys = [f"base={arguments.base}", f"trained={arguments.trained}", f"recipe={arguments.prune}"]
+    result = prune(parse_prune([*keys, f"out={arguments.out}", *others]))
     print_curves(result)
     return result
 

@@ -13,9 +13,9 @@ template, data, teacher, mask; then score the student by itself where that is ch
 example: opd doctor quickstart loss=topk_reverse_kl loss.k=64"""
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Parse and run."""
-    read = parse_command_line(words, HELP, positionals=("RECIPE",))
+    line = parse_command_line(argv, HELP, positionals=("RECIPE",))
     from opd.run.doctor import doctor  # loads torch, which --help does not need
 
-    doctor(read.positionals[0], read.settings)
+    doctor(line.positionals[0], line.settings)

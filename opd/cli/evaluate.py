@@ -35,12 +35,12 @@ class EvalArguments:
     """JSON file for metrics and transcripts."""
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Parse, run and print."""
-    read = parse_command_line(words, HELP, positionals=("RECIPE",))
-    own, overrides = split_arguments(EvalArguments, read.settings)
+    line = parse_command_line(argv, HELP, positionals=("RECIPE",))
+    own, overrides = split_arguments(EvalArguments, line.settings)
     arguments = parse_arguments(EvalArguments, own)
-    recipe = load_recipe(read.positionals[0], *overrides)
+    recipe = load_recipe(line.positionals[0], *overrides)
     restart_keeping_memory()
     from opd.run.evaluate import evaluate  # loads torch, which --help does not need
 
@@ -48,8 +48,8 @@ def main(words: list[str]) -> None:
     evaluation = evaluate(recipe, model=arguments.model)
     Console().print(_table(model, evaluation))
     if arguments.out is not None:
-        found = {"model": model, "metrics": evaluation.metrics, "samples": evaluation.samples}
-        Path(arguments.out).write_text(json.dumps(found, indent=1, ensure_ascii=False))
+        results = {"model": model, "metrics": evaluation.metrics, "samples": evaluation.samples}
+        Path(arguments.out).write_text(json.dumps(results, indent=1, ensure_ascii=False))
 
 
 def _table(model: str, evaluation: Evaluation) -> Table:

@@ -11,13 +11,13 @@ from opd.run.recipe import load_recipe
 
 HELP = """usage: opd generate RECIPE out=FILE [model=MODEL] [only_correct=true] [key=value ...]
 
-Let a model answer the recipe's training prompts; the answers are a data set for data.train with
+Generate completions for the recipe's training prompts; they are a data set for data.train with
 data.completion_field=completion.
 
   RECIPE         path of a YAML file, or a bundled recipe (opd train --help lists them)
   out=           JSON lines file to write
   model=         folder, run folder or hub id (default: the recipe's teacher)
-  only_correct=  true keeps only what the recipe's grader finds right
+  only_correct=  true keeps only completions that the recipe's grader finds correct
   key=value      settings as in opd train
 
 example: opd generate quickstart out=written.jsonl only_correct=true"""
@@ -32,15 +32,15 @@ class GenerateArguments:
     model: str | None = None
     """Folder, run folder or hub id; by default the recipe's teacher."""
     only_correct: bool = False
-    """Keep only what the recipe's grader finds right."""
+    """Keep only completions that the recipe's grader finds correct."""
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Parse, run and print."""
-    read = parse_command_line(words, HELP, positionals=("RECIPE",))
-    own, overrides = split_arguments(GenerateArguments, read.settings)
+    line = parse_command_line(argv, HELP, positionals=("RECIPE",))
+    own, overrides = split_arguments(GenerateArguments, line.settings)
     arguments = parse_arguments(GenerateArguments, own)
-    recipe = load_recipe(read.positionals[0], *overrides)
+    recipe = load_recipe(line.positionals[0], *overrides)
     restart_keeping_memory()
     from opd.run.generate import generate  # loads torch, which --help does not need
 

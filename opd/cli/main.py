@@ -1,4 +1,4 @@
-"""The command ``opd``: each sub-command is a module of this folder, loaded when it is called."""
+"""The command ``opd``: each sub-command is a module of this folder, imported when it is called."""
 
 import importlib
 import importlib.metadata
@@ -12,22 +12,24 @@ from opd.run.status import DONE, FAILED, USAGE_ERROR
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """``module`` has HELP and ``main(words)``."""
+    """``module`` has ``HELP`` and ``main(argv)``."""
 
     module: str
     summary: str
 
 
 COMMANDS = {
-    "train": Command(
-        "opd.cli.train", "train a student from a teacher; resumes a run that is there"
-    ),
+    "train": Command("opd.cli.train", "train a student from a teacher; an existing run is resumed"),
     "doctor": Command("opd.cli.doctor", "check a recipe before it costs anything"),
     "eval": Command("opd.cli.evaluate", "evaluate a checkpoint on the recipe's held-out prompts"),
-    "generate": Command("opd.cli.generate", "let a model answer the training prompts: a data set"),
-    "report": Command("opd.cli.report", "put runs side by side: one page and a csv"),
+    "generate": Command(
+        "opd.cli.generate", "generate completions for the training prompts: a data set"
+    ),
+    "report": Command("opd.cli.report", "compare runs: a table, one page and a csv"),
     "mask": Command("opd.cli.mask", "discover, show, compare, combine masks; export, apply, undo"),
-    "analyze": Command("opd.cli.analyze", "what training changed in the weights, beside rounding"),
+    "analyze": Command(
+        "opd.cli.analyze", "what training changed in the weights, compared with rounding"
+    ),
     "prune": Command(
         "opd.cli.prune", "revert part of what training changed, and evaluate the rest"
     ),
@@ -51,20 +53,20 @@ example: opd train quickstart loss=jsd optim.lr=1e-4
 
 
 def main() -> None:
-    """Entry point. Exit status 0: done; 2: a usage or configuration error in a sentence; 1: anything else."""
+    """Entry point; exits with the status of ``run``."""
     warnings.filterwarnings("ignore", message=".*hydra.searchpath.*")
     sys.exit(run(sys.argv[1:]))
 
 
-def run(words: Sequence[str]) -> int:
-    """Run one command line; its exit status."""
+def run(argv: Sequence[str]) -> int:
+    """Run one command line. Returns 0: done; 2: a usage or configuration error; 1: any other failure."""
     try:
-        _run(list(words))
+        _run(list(argv))
     except ValueError as error:
         print(f"opd: {error}", file=sys.stderr)
         return USAGE_ERROR
     except (RuntimeError, ConnectionError) as error:
-        if not _has_a_message_for_people(error):
+        if not _needs_no_traceback(error):
             raise
         print(f"opd: {error}", file=sys.stderr)
         return FAILED
@@ -76,26 +78,26 @@ def run(words: Sequence[str]) -> int:
     return DONE
 
 
-def _has_a_message_for_people(error: Exception) -> bool:
-    """WorkerFailed and a server that stays away explain themselves; other errors need a traceback."""
+def _needs_no_traceback(error: Exception) -> bool:
+    """WorkerFailed and connection errors need no traceback, other errors do."""
     return isinstance(error, ConnectionError) or type(error).__name__ == "WorkerFailed"
 
 
-def _run(words: list[str]) -> None:
-    if not words or words[0] in ("-h", "--help", "help"):
+def _run(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
         lines = (f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
         print(HELP.format(commands="\n".join(lines)), end="")
         return
-    if words[0] == "--version":
+    if argv[0] == "--version":
         print(f"opd {importlib.metadata.version('opd')}")
         return
-    name = words[0]
+    name = argv[0]
     if name in FORMER_COMMANDS:
         raise ValueError(f"opd {name} is now called opd {FORMER_COMMANDS[name]}: use that name")
     if name not in COMMANDS:
-        raise ValueError(f"there is no command {name}: allowed are {', '.join(COMMANDS)}")
+        raise ValueError(f"there is no command opd {name}: allowed are {', '.join(COMMANDS)}")
     command = importlib.import_module(COMMANDS[name].module)
-    command.main(words[1:])
+    command.main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ VERBS = {
 }
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Run a verb."""
-    if not words or words[0] in HELP_FLAGS:
+    if not argv or argv[0] in HELP_FLAGS:
         print(HELP)
         return
-    if words[0] not in VERBS:
-        raise ValueError(f"there is no opd mask {words[0]}: allowed are {', '.join(VERBS)}")
-    VERBS[words[0]](words[1:])
+    if argv[0] not in VERBS:
+        raise ValueError(f"there is no opd mask {argv[0]}: allowed are {', '.join(VERBS)}")
+    VERBS[argv[0]](argv[1:])

@@ -100,15 +100,15 @@ class UndoArguments:
     """Folder for the base."""
 
 
-def export(words: list[str]) -> None:
+def export(argv: list[str]) -> None:
     """``opd mask export base=A trained=B out=FILE [mask=] [dtype=] [format=] [others=]``."""
-    read = parse_command_line(words, EXPORT, shown=ExportArguments)
-    arguments = parse_arguments(ExportArguments, read.settings)
+    line = parse_command_line(argv, EXPORT, shown=ExportArguments)
+    arguments = parse_arguments(ExportArguments, line.settings)
     out = Path(arguments.out)
     if arguments.format == Format.shira:
         require_free(out)
         with tempfile.TemporaryDirectory() as folder:
-            base, delta = _export(arguments, Path(folder) / "delta.safetensors", words)
+            base, delta = _export(arguments, Path(folder) / "delta.safetensors", argv)
             adapter = export_shira(base, delta, out, arguments.others)
         _print_adapter(adapter, out)
         return
@@ -120,7 +120,7 @@ def export(words: list[str]) -> None:
         )
     if out.exists():
         raise ValueError(f"out={out} already exists: name a new file, or remove it")
-    base, delta = _export(arguments, out, words)
+    base, delta = _export(arguments, out, argv)
     dense = sum(stored.numel * stored.dtype.itemsize for stored in base.values())
     size = out.stat().st_size
     print(
@@ -130,25 +130,25 @@ def export(words: list[str]) -> None:
     )
 
 
-def apply(words: list[str]) -> None:
+def apply(argv: list[str]) -> None:
     """``opd mask apply base=A delta=FILE out=FOLDER``."""
-    read = parse_command_line(words, APPLY, shown=ApplyArguments)
-    arguments = parse_arguments(ApplyArguments, read.settings)
+    line = parse_command_line(argv, APPLY, shown=ApplyArguments)
+    arguments = parse_arguments(ApplyArguments, line.settings)
     delta = read_delta(Path(arguments.delta))
     write_trained(open_checkpoint(arguments.base), delta, Path(arguments.out))
     _print_rebuilt(delta, Side.trained, arguments.out)
 
 
-def undo(words: list[str]) -> None:
+def undo(argv: list[str]) -> None:
     """``opd mask undo trained=B delta=FILE out=FOLDER``."""
-    read = parse_command_line(words, UNDO, shown=UndoArguments)
-    arguments = parse_arguments(UndoArguments, read.settings)
+    line = parse_command_line(argv, UNDO, shown=UndoArguments)
+    arguments = parse_arguments(UndoArguments, line.settings)
     delta = read_delta(Path(arguments.delta))
     write_base(open_checkpoint(resolved_model(arguments.trained)), delta, Path(arguments.out))
     _print_rebuilt(delta, Side.base, arguments.out)
 
 
-def _export(arguments: ExportArguments, out: Path, words: list[str]) -> tuple[Checkpoint, Delta]:
+def _export(arguments: ExportArguments, out: Path, argv: list[str]) -> tuple[Checkpoint, Delta]:
     base, trained = (
         open_checkpoint(arguments.base),
         open_checkpoint(resolved_model(arguments.trained)),
@@ -156,7 +156,7 @@ def _export(arguments: ExportArguments, out: Path, words: list[str]) -> tuple[Ch
     if arguments.dtype != CastTo.stored:
         trained = cast(trained, torch_dtype(arguments.dtype.value))
     mask = None if arguments.mask is None else Mask.read(arguments.mask)
-    command = shlex.join(["opd", "mask", "export", *words])
+    command = shlex.join(["opd", "mask", "export", *argv])
     return base, export_delta(base, trained, out, mask=mask, command=command)
 
 

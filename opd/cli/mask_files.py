@@ -99,16 +99,16 @@ class CombineArguments:
     """Replace an existing file."""
 
 
-def discover(words: list[str]) -> None:
+def discover(argv: list[str]) -> None:
     """``opd mask discover``."""
-    read = parse_command_line(words, DISCOVER, shown=DiscoverArguments)
-    settings, overrides = read.settings, []
+    line = parse_command_line(argv, DISCOVER, shown=DiscoverArguments)
+    settings, overrides = line.settings, []
     if any(word.startswith("recipe=") for word in settings):
         settings, overrides = split_arguments(DiscoverArguments, settings)
     arguments = parse_arguments(DiscoverArguments, settings)
     out = _require_writable(arguments.out, arguments.overwrite)
     rule = RuleConfig(**{f.name: getattr(arguments, f.name) for f in fields(RuleConfig)})
-    command = shlex.join(["opd", "mask", "discover", *words])
+    command = shlex.join(["opd", "mask", "discover", *argv])
     with TemporaryDirectory(prefix="opd-mask-") as folder, progress_bar() as progress:
         if rule.rule in LIVE_RULES and rule.scores is None:
             rule.scores = _live_scores(arguments, rule, overrides, Path(folder))
@@ -148,14 +148,14 @@ def _require_same_model(base: str, student: str) -> None:
         )
 
 
-def show(words: list[str]) -> None:
+def show(argv: list[str]) -> None:
     """``opd mask show``."""
-    read = parse_command_line(words, SHOW, positionals=("MASK",), flags=("--json",))
-    arguments = parse_arguments(ShowArguments, read.settings)
-    (file,) = read.positionals
+    line = parse_command_line(argv, SHOW, positionals=("MASK",), flags=("--json",))
+    arguments = parse_arguments(ShowArguments, line.settings)
+    (file,) = line.positionals
     mask = Mask.read(file)
     description = describe(mask)
-    if "--json" in read.flags:
+    if "--json" in line.flags:
         print(json.dumps(description_json(mask, description), indent=1))
     else:
         for table in description_tables(mask, description):
@@ -163,22 +163,22 @@ def show(words: list[str]) -> None:
     if arguments.out is not None:
         figure = Path(arguments.out) / "density.png"
         heat_map(description, f"{_title(file, mask)} of {mask.origin.model}", figure)
-        _print_figure(figure, read.flags)
+        _print_figure(figure, line.flags)
 
 
-def compare(words: list[str]) -> None:
+def compare(argv: list[str]) -> None:
     """``opd mask compare``."""
-    read = parse_command_line(
-        words, COMPARE, positionals=("A", "B"), flags=("--json",), shown=CompareArguments
+    line = parse_command_line(
+        argv, COMPARE, positionals=("A", "B"), flags=("--json",), shown=CompareArguments
     )
-    arguments = parse_arguments(CompareArguments, read.settings)
-    a, b = (Mask.read(file) for file in read.positionals)
+    arguments = parse_arguments(CompareArguments, line.settings)
+    a, b = (Mask.read(file) for file in line.positionals)
     with progress_bar() as progress:
         base = None if arguments.base is None else open_checkpoint(arguments.base)
         comparison = compare_masks(a, b, base, progress)
-    first, second = read.positionals
+    first, second = line.positionals
     titles = (_title(first, a), _title(second, b))
-    if "--json" in read.flags:
+    if "--json" in line.flags:
         print(json.dumps(comparison_json(comparison), indent=1))
     else:
         for table in comparison_tables(comparison, titles):
@@ -186,13 +186,13 @@ def compare(words: list[str]) -> None:
     if arguments.out is not None:
         figure = Path(arguments.out) / "overlap.png"
         overlap_bars(comparison, titles, figure)
-        _print_figure(figure, read.flags)
+        _print_figure(figure, line.flags)
 
 
-def combine(words: list[str]) -> None:
+def combine(argv: list[str]) -> None:
     """``opd mask combine``."""
-    read = parse_command_line(words, COMBINE, positionals=("HOW", "A", "B"), shown=CombineArguments)
-    how, first, second = read.positionals
+    line = parse_command_line(argv, COMBINE, positionals=("HOW", "A", "B"), shown=CombineArguments)
+    how, first, second = line.positionals
     operations = {
         "union": Mask.union,
         "intersection": Mask.intersection,
@@ -200,10 +200,10 @@ def combine(words: list[str]) -> None:
     }
     if how not in operations:
         raise ValueError(f"{how} does not combine masks: allowed are {', '.join(operations)}")
-    arguments = parse_arguments(CombineArguments, read.settings)
+    arguments = parse_arguments(CombineArguments, line.settings)
     out = _require_writable(arguments.out, arguments.overwrite)
     combined = operations[how](Mask.read(first), Mask.read(second))
-    command = shlex.join(["opd", "mask", "combine", *words])
+    command = shlex.join(["opd", "mask", "combine", *argv])
     replace(combined, origin=replace(combined.origin, command=command)).save(out)
     print(f"{out}: {Mask.read(out).density:.4%} of all weights kept")
 

@@ -34,7 +34,10 @@ def discovery_table(summary: Summary) -> Table:
     table.add_section()
     table.add_row("all", f"{summary.kept:,}", f"{summary.density:.4%}")
     if summary.tied:
-        table.caption = f"{summary.tied:,} scores equal a threshold,\n{summary.tied_kept:,} of them kept at random"
+        table.caption = (
+            f"{summary.tied:,} scores equal a threshold,\n"
+            f"{summary.tied_kept:,} of them kept at random"
+        )
         table.caption_justify = "left"
     return table
 

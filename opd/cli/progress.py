@@ -10,17 +10,17 @@ from rich.progress import Progress
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """Yields ``advance(what is being done, share of it that is done)``."""
+    """Yields ``advance(name of the work, share that is done)``; one bar for each name."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda _doing, _share: None
+        yield lambda _name, _share: None
         return
     with Progress(console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
-        def advance(doing: str, share: float) -> None:
-            if doing not in tasks:
-                tasks[doing] = bars.add_task(doing, total=1.0)
-            bars.update(tasks[doing], completed=share)
+        def advance(name: str, share: float) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=1.0)
+            bars.update(tasks[name], completed=share)
 
         yield advance

@@ -18,10 +18,10 @@ example: opd prune base=BASE trained=runs/quickstart recipe=quickstart out=prune
 """
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Parse, run and print."""
-    read = parse_command_line(words, HELP, shown=PruneArguments)
-    print_curves(prune(parse_prune(read.settings)))
+    line = parse_command_line(argv, HELP, shown=PruneArguments)
+    print_curves(prune(parse_prune(line.settings)))
 
 
 def print_curves(result: Mapping[str, Any]) -> None:
