@@ -43,7 +43,7 @@ def watched(work: Callable[[], Any]) -> dict[str, float]:
         while not done.wait(0.005):
             peak[0] = max(peak[0], anonymous())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began, cpu = time.perf_counter(), time.process_time()
     work()
@@ -96,14 +96,14 @@ def norms_and_sparsity(w0: Any, d: Any) -> list[float]:
     import torch
 
     size, energy = d.abs(), (d**2).sum()
-    told = [(d.norm() / w0.norm()).item()]
-    told += [(size < e).double().mean().item() for e in (0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)]
+    figures = [(d.norm() / w0.norm()).item()]
+    figures += [(size < e).double().mean().item() for e in (0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)]
     rms = w0.pow(2).mean().sqrt()
-    told += [(size < e * rms).double().mean().item() for e in (1e-4, 1e-3, 1e-2)]
+    figures += [(size < e * rms).double().mean().item() for e in (1e-4, 1e-3, 1e-2)]
     for share in (0.001, 0.01, 0.05):
         top = torch.topk(d.flatten() ** 2, math.ceil(share * d.numel())).values
-        told.append((top.sum() / energy).item())
-    return told
+        figures.append((top.sum() / energy).item())
+    return figures
 
 
 def spectrum(w0: Any, w1: Any, d: Any) -> list[float]:
@@ -112,9 +112,9 @@ def spectrum(w0: Any, w1: Any, d: Any) -> list[float]:
 
     s = torch.linalg.svd(d, full_matrices=False).S
     p = s / s.sum()
-    told = [(s[:k] ** 2).sum().item() for k in (1, 2, 4, 8, 16, 32, 64)]
-    told += [(s > t * s[0]).sum().item() for t in (1e-6, 1e-5, 1e-4)]
-    return [*told, math.exp(-torch.xlogy(p, p).sum().item()), ((s**2).sum() / s[0] ** 2).item()]
+    figures = [(s[:k] ** 2).sum().item() for k in (1, 2, 4, 8, 16, 32, 64)]
+    figures += [(s > t * s[0]).sum().item() for t in (1e-6, 1e-5, 1e-4)]
+    return [*figures, math.exp(-torch.xlogy(p, p).sum().item()), ((s**2).sum() / s[0] ** 2).item()]
 
 
 def projection(w0: Any, w1: Any, d: Any) -> list[float]:
@@ -131,12 +131,12 @@ def drift_and_rotation(w0: Any, w1: Any, d: Any) -> list[float]:
     import torch
 
     (u0, s0, _), (u1, s1, _) = (torch.linalg.svd(w, full_matrices=False) for w in (w0, w1))
-    told = [((s1 - s0).norm() / s0.norm()).item()]
+    figures = [((s1 - s0).norm() / s0.norm()).item()]
     for share in SHARES:
         k = max(1, math.floor(share * min(w0.shape)))
         cosines = torch.linalg.svdvals(u0[:, :k].double().T @ u1[:, :k].double())
-        told.append((1 - cosines**2).clamp(0).sqrt().mean().item())
-    return told
+        figures.append((1 - cosines**2).clamp(0).sqrt().mean().item())
+    return figures
 
 
 def coverage(w0: Any, w1: Any, d: Any) -> list[float]:
@@ -144,7 +144,7 @@ def coverage(w0: Any, w1: Any, d: Any) -> list[float]:
     import torch
 
     u, s, v = torch.linalg.svd(w0, full_matrices=False)
-    told = []
+    figures = []
     for share in SHARES:
         k, n = max(1, math.floor(share * min(w0.shape))), math.ceil(share * w0.numel())
         rebuilt = ((u[:, :k] * s[:k]) @ v[:k]).abs().flatten()
@@ -154,8 +154,8 @@ def coverage(w0: Any, w1: Any, d: Any) -> list[float]:
         for threshold in (0, 1e-5):
             changed = d.abs().flatten() > threshold
             for mask in (principal, low, principal & ~low, ~principal | low):
-                told.append(((mask & changed).sum() / changed.sum().clamp_min(1)).item())
-    return told
+                figures.append(((mask & changed).sum() / changed.sum().clamp_min(1)).item())
+    return figures
 
 
 def step_taken(model: str, folder: Path) -> None:
@@ -206,26 +206,28 @@ def main() -> None:
     parser.add_argument("--ours-only", action="store_true", help="leave the naive side out")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, default=0, help=argparse.SUPPRESS)
-    told = parser.parse_args()
-    if told.side:
+    arguments = parser.parse_args()
+    if arguments.side:
         import opd.analysis.summary
         import opd.analysis.walk  # noqa: F401  (loaded before the clock starts)
 
-        side = SIDES[told.side]
-        print(json.dumps(watched(lambda: side(told.model, told.trained, told.layers))))
+        side = SIDES[arguments.side]
+        print(
+            json.dumps(watched(lambda: side(arguments.model, arguments.trained, arguments.layers)))
+        )
         return
     with tempfile.TemporaryDirectory() as folder:
-        if told.trained is None:
-            step_taken(told.model, Path(folder))
-        trained = told.trained or folder
-        print(f"largest tensor, as stored: {largest_tensor(told.model, trained):.0f} MiB")
-        mine = apart("ours", told.model, trained, 0)
-        apart("fast", told.model, trained, 0)
-        if told.ours_only:
+        if arguments.trained is None:
+            step_taken(arguments.model, Path(folder))
+        trained = arguments.trained or folder
+        print(f"largest tensor, as stored: {largest_tensor(arguments.model, trained):.0f} MiB")
+        mine = apart("ours", arguments.model, trained, 0)
+        apart("fast", arguments.model, trained, 0)
+        if arguments.ours_only:
             return
-        if told.naive:
-            mine = apart("ours", told.model, trained, told.naive)
-        theirs = apart("naive", told.model, trained, told.naive)
+        if arguments.naive:
+            mine = apart("ours", arguments.model, trained, arguments.naive)
+        theirs = apart("naive", arguments.model, trained, arguments.naive)
     print(f"naive / ours: {theirs['seconds'] / mine['seconds']:.1f}x", end=", ")
     print(f"{theirs['cpu'] / mine['cpu']:.1f}x in CPU seconds")
 

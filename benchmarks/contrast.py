@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from opd.tracking.runs import RunRecord, read_run
-from opd.tracking.study_report import Arms, arms_table, measures_of, write_arms
+from opd.tracking.study_report import Arms, arms_table, study_measures, write_arms
 
 ARMS = {
     "sft": ["method=sft"],
@@ -62,7 +62,7 @@ def run_arm(arm: str, seed: int, out: Path) -> Path:
 
 
 def main() -> None:
-    """RunRecord what is missing, then compare."""
+    """Run what is missing, then compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/contrast"))
@@ -74,7 +74,7 @@ def main() -> None:
             print(f"{arm}, seed {seed}", flush=True)
             runs[arm][seed] = read_run(run_arm(arm, seed, given.out))
     pairs = [(a, b) for a, b in PAIRS if a in runs and b in runs]
-    arms = Arms(runs=runs, measures=measures_of("addition"), pairs=pairs)
+    arms = Arms(runs=runs, measures=study_measures("addition"), pairs=pairs)
     write_arms(arms, given.out, "contrast_quickstart: every method, one budget")
     from rich.console import Console
 

@@ -39,22 +39,24 @@ def anonymous() -> int:
 def measure(model: str, settings: dict[str, str | float], out: str) -> dict[str, float]:
     """Seconds, CPU seconds, MiB above the start, and kept weights of one discovery."""
     from opd.checkpoint.tensors import open_checkpoint
-    from opd.config.arguments import typed
+    from opd.config.arguments import parse_arguments
     from opd.config.mask import RuleConfig
     from opd.mask.discover import discover_mask
+    from opd.mask.mask import Mask
 
-    rule = typed(RuleConfig, [f"{key}={value}" for key, value in settings.items()])
+    rule = parse_arguments(RuleConfig, [f"{key}={value}" for key, value in settings.items()])
     base = open_checkpoint(model)
+    like = None if rule.like is None else Mask.read(rule.like)
     start, peak, done = anonymous(), [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
             peak[0] = max(peak[0], anonymous())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began, cpu = time.perf_counter(), time.process_time()
-    summary = discover_mask(base, rule, Path(out))
+    summary = discover_mask(base, rule, Path(out), like=like)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     done.set()
     watcher.join()

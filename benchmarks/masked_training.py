@@ -1,9 +1,9 @@
-"""What training a mask saves: bytes that stay, bytes on the wire, seconds a step, and what is extra.
+"""What training a mask saves: bytes between steps, bytes on the wire, seconds per step, and its costs.
 
-The same student, batches and optimizer, all weights (dense) and a random mask (compact) by turns, on
+The same student, batches and optimizer, all weights (dense) and a random mask (compact) in turns, on
 two DeepSpeed ranks of this machine, each in processes of its own. "kept" is everything a rank holds
 between steps besides the model's own weights and the mask: optimizer state, masters, gradients,
-buffers (every live torch storage is counted). "wire" is what the rank hands to collectives in one
+buffers (every live torch storage is counted). "wire" is what the rank passes to collectives in one
 step. "gradients at once" is the largest sum of dense weight gradients alive at the same time in a
 backward pass, as a share of the largest single one.
 
@@ -49,7 +49,7 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
 
     from opd.config.launch import merged_deepspeed
     from opd.config.optim import AdamWConfig, SGDConfig
-    from opd.config.train import Precision
+    from opd.config.train import Precision, TrainConfig
     from opd.head import HeadSpec
     from opd.losses.divergence import Divergence
     from opd.mask.file import Origin
@@ -58,7 +58,7 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
     from opd.train.compact import MaskedWeight
     from opd.train.deepspeed_engine import DeepSpeedEngine
     from opd.train.learner import StudentLearner
-    from opd.train.optimizers import build_optimizer
+    from opd.train.optimizers import LearningRate, build_optimizer
     from opd.train.parameter_mask import DenseTraining, SparseTraining
     from opd.train.student import Student
     from opd.train.weights import named_weights
@@ -91,17 +91,16 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
     ).to(world.device)
     optim = AdamWConfig(lr=1e-5) if args.optim == "adamw" else SGDConfig(lr=1e-3)
     optimizer = build_optimizer(student, optim)
-    config = merged_deepspeed(None, zero=args.zero, precision=precision, clip=1.0)
+    config = merged_deepspeed(None, zero=args.zero, precision=precision, max_grad_norm=1.0)
     engine = DeepSpeedEngine(student, optimizer, config=config, world=world)
     head = torch.randn(vocab, model.config.hidden_size, device=world.device) * 0.05
     learner = StudentLearner(
         engine,
         model,
         Divergence(),
+        TrainConfig(max_tokens_per_micro_batch=args.tokens // args.micro),
         parameter_mask=parameter_mask,
-        optim=optim,
-        steps=args.steps,
-        micro_tokens=args.tokens // args.micro,
+        learning_rate=LearningRate(optim, steps=args.steps, warmup_steps=optim.warmup_steps),
         pad_id=0,
         discount=0.0,
         world=world,
@@ -151,7 +150,7 @@ def _batch(tokens: int, vocab: int, width: int) -> list[Any]:
 
 
 def _counted_collectives(dist: Any) -> list[float]:
-    """Bytes that this rank hands to each collective from now on; to be called before DeepSpeed loads."""
+    """Bytes that this rank passes to each collective from now on; call it before DeepSpeed is loaded."""
     counted: list[float] = []
 
     def counting(call: Any, which: int) -> Any:
@@ -210,7 +209,7 @@ def _live_bytes(exclude: list[Any]) -> float:
 
 
 def run_ways(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Both ways by turns; medians over turns, the slower rank's time."""
+    """Both ways in turns; medians over turns, the slower rank's time."""
     gathered: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(args.turns):
         for way in WAYS:
@@ -226,10 +225,10 @@ def _two_ranks(way: str, args: argparse.Namespace) -> dict[str, float]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [f"--{k}={v}" for k, v in vars(args).items() if k not in ("out", "way")]
+    flags = [f"--{k}={v}" for k, v in vars(args).items() if k not in ("out", "way")]
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, *words, f"--way={way}"],
+            [sys.executable, __file__, *flags, f"--way={way}"],
             env=os.environ
             | {
                 "RANK": str(rank),
@@ -250,8 +249,8 @@ def _two_ranks(way: str, args: argparse.Namespace) -> dict[str, float]:
     lines = [[o for o in output.splitlines() if o.startswith(MARK)] for output in outputs]
     if not all(lines):
         sys.exit("\n".join(output[-2000:] for output in outputs))
-    told = [json.loads(line[-1].removeprefix(MARK)) for line in lines]
-    return {key: max(rank[key] for rank in told) for key in told[0]}
+    ranks = [json.loads(line[-1].removeprefix(MARK)) for line in lines]
+    return {key: max(rank[key] for rank in ranks) for key in ranks[0]}
 
 
 def main() -> None:

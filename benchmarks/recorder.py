@@ -1,7 +1,7 @@
 """What record=weights costs: a run that records every second step, recorded steps beside the others.
 
-Both figures come out of one run, so that a busy machine slows them alike. "told" is the time that the
-recorder itself counts, waiting for other ranks included; "by turns" is how much longer the learner took
+Both figures come out of one run, so that a busy machine slows them alike. "measured" is the time that
+the recorder itself reports, waiting for other ranks included; "by turns" is how much longer the learner took
 in recorded steps than in the ones between them (medians). The share is of a whole step, for a recording
 every tenth step.
 
@@ -56,15 +56,15 @@ def figures(rows: list[dict[str, float]]) -> dict[str, float]:
     recorded = [row for row in rows if "time/record" in row]
     others = [row for row in rows if "time/record" not in row]
     step = statistics.median(row["time/step"] for row in others)
-    told = statistics.median(row["time/record"] for row in recorded)
+    measured = statistics.median(row["time/record"] for row in recorded)
     learn = [statistics.median(r["time/learn"] for r in part) for part in (recorded, others)]
     return {
         "steps recorded": len(recorded),
         "steps between": len(others),
         "seconds of a step": step,
-        "seconds of a recording, told": told,
+        "seconds of a recording, measured": measured,
         "seconds of a recording, by turns": learn[0] - learn[1],
-        f"share at every {EVERY}, told": told / (EVERY * step),
+        f"share at every {EVERY}, measured": measured / (EVERY * step),
         f"share at every {EVERY}, by turns": (learn[0] - learn[1]) / (EVERY * step),
     }
 

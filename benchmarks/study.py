@@ -1,4 +1,4 @@
-"""Run a recipe under several settings and seeds and keep what came out; goes on where it was cut.
+"""Run a recipe under several settings and seeds and keep the results; an interrupted study is resumed.
 
     python benchmarks/study.py quickstart --name quickstart_matrix --seeds 0 \
         --settings loss=reverse_kl loss=jsd optim=sgd "optim=sgd zero=3"
@@ -74,22 +74,24 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--fixed", nargs="*", default=[], help="overrides of every run")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
-    told = parser.parse_args()
-    record = LOG / f"{told.name}.jsonl"
+    arguments = parser.parse_args()
+    record = LOG / f"{arguments.name}.jsonl"
     LOG.mkdir(exist_ok=True)
     lines = [json.loads(x) for x in record.read_text().splitlines()] if record.exists() else []
     done = {(line["setting"], line["seed"]) for line in lines}
-    arguments = " ".join(f'"{a}"' if " " in a else a for a in sys.argv[1:])
-    for setting in told.settings:
-        for seed in told.seeds:
+    words = " ".join(f'"{a}"' if " " in a else a for a in sys.argv[1:])
+    for setting in arguments.settings:
+        for seed in arguments.seeds:
             if (setting, seed) in done:
                 continue
-            line = run(told.recipe, setting, seed, told.runs / told.name, told.fixed)
+            line = run(
+                arguments.recipe, setting, seed, arguments.runs / arguments.name, arguments.fixed
+            )
             lines.append(line)
             with record.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            command = f"python benchmarks/study.py {arguments}"
-            (LOG / f"{told.name}.md").write_text(page(told.name, command, lines))
+            command = f"python benchmarks/study.py {words}"
+            (LOG / f"{arguments.name}.md").write_text(page(arguments.name, command, lines))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The same engine, model, precision and sequences. opd: over HTTP from another process, numpy arrays
 at the end. The peers get vLLM in this process, no HTTP, and end in numpy arrays too: plain (a
-dictionary of objects per token) and flat (flat_logprobs=True). "full" asks for the whole
+dictionary of objects per token) and flat (flat_logprobs=True). "full" requests the whole
 vocabulary: opd sends hidden states for the caller's chunked head ("full hidden"), or, beside it,
 all the log-probs ("full logps"). A case runs on as many of the sequences as fit into --budget
 seconds, best of three. CPU time is that of the scoring process tree and of the caller, so the rate
@@ -140,15 +140,15 @@ def opd_cases(
 ) -> Iterator[tuple[int, dict[str, Score]]]:
     """Our server in a process of its own; the first token of each sequence is the prompt."""
     import httpx
-    from opd.teacher.options import TeacherServerOptions
     from transformers import AutoTokenizer
 
     from opd.config.student import DType
+    from opd.config.teacher import ServerTeacherConfig, TeacherServerConfig
     from opd.run.teacher_servers import running_teacher
     from opd.serving.app import MEDIA_TYPE
     from opd.teacher.client import ServerTeacher
-    from opd.teacher.vocabulary import vocabulary_of
-    from opd.teacher.wire import Want, read_answer, request_bytes, request_of
+    from opd.teacher.vocabulary import read_vocabulary
+    from opd.teacher.wire import Want, read_response, request_bytes, wire_request_from
     from opd.types import FinishReason, Prompt, Rollout, ScoreRequest
 
     rollouts = [
@@ -161,27 +161,35 @@ def opd_cases(
         )
         for row in ids
     ]
-    student = vocabulary_of(AutoTokenizer.from_pretrained(arguments.model), 1 << 30)
-    options = TeacherServerOptions(
-        model=arguments.model, dtype=DType.float32, kv_cache_bytes=KV_BYTES
+    student = read_vocabulary(AutoTokenizer.from_pretrained(arguments.model), 1 << 30)
+    config = TeacherServerConfig(
+        model=arguments.model, dtype=DType.float32, kv_cache_memory_bytes=KV_BYTES
     )
-    with running_teacher(options, log_path=Path(os.devnull)) as server:
+    with running_teacher(config, log_path=Path(os.devnull)) as server:
 
-        def asking(wanted: ScoreRequest) -> Score:
-            teacher = ServerTeacher(
-                server.url, token=server.token, wanted=wanted, student=student, batch_tokens=4096
+        def client(request: ScoreRequest) -> ServerTeacher:
+            return ServerTeacher(
+                server.url,
+                ServerTeacherConfig(),
+                request=request,
+                student=student,
+                token=server.token,
+                batch_tokens=4096,
             )
+
+        def scoring(request: ScoreRequest) -> Score:
+            teacher = client(request)
             return lambda count: discard(teacher.score(rollouts[:count]))
 
-        vocab = ServerTeacher(
-            server.url, token=server.token, wanted=ScoreRequest(), student=student
-        ).vocab_size
+        vocab = client(ScoreRequest()).vocab_size
 
         def all_logps(count: int) -> None:
             for start in range(0, count, 16):
                 group = rollouts[start : min(start + 16, count)]
-                request = request_of(group, ScoreRequest(), want=Want.full_logps, vocab_size=vocab)
-                answer = httpx.post(
+                request = wire_request_from(
+                    group, ScoreRequest(), want=Want.full_logps, vocab_size=vocab
+                )
+                response = httpx.post(
                     f"{server.url}/score",
                     content=request_bytes(request),
                     headers={
@@ -190,10 +198,10 @@ def opd_cases(
                     },
                     timeout=600,
                 )
-                discard([read_answer(answer.raise_for_status().content)])
+                discard([read_response(response.raise_for_status().content)])
 
-        cases = {f"top {k}": asking(ScoreRequest(top_k=k)) for k in sorted(arguments.k)}
-        full = {"full hidden": asking(ScoreRequest(full=True)), "full logps": all_logps}
+        cases = {f"top {k}": scoring(ScoreRequest(top_k=k)) for k in sorted(arguments.k)}
+        full = {"full hidden": scoring(ScoreRequest(full=True)), "full logps": all_logps}
         yield server.pid, cases | full
 
 
@@ -201,7 +209,7 @@ def opd_cases(
 def vllm_cases(
     arguments: argparse.Namespace, ids: np.ndarray
 ) -> Iterator[tuple[int, dict[str, Score]]]:
-    """vLLM in this process, its answers turned into arrays of ids and log-probs."""
+    """vLLM in this process, its results converted into arrays of ids and log-probs."""
     import torch
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
@@ -218,7 +226,7 @@ def vllm_cases(
     )
     prompts = [TokensPrompt(prompt_token_ids=row.tolist()) for row in ids]
 
-    def asking(k: int) -> Score:
+    def scoring(k: int) -> Score:
         flat = arguments.way == "flat"
         sampling = SamplingParams(
             max_tokens=1, prompt_logprobs=k, flat_logprobs=flat, detokenize=False
@@ -231,24 +239,24 @@ def vllm_cases(
 
         return score
 
-    cases = {f"top {k}": asking(k) for k in sorted(arguments.k)}
-    yield os.getpid(), cases | {"full logps": asking(-1)}
+    cases = {f"top {k}": scoring(k) for k in sorted(arguments.k)}
+    yield os.getpid(), cases | {"full logps": scoring(-1)}
 
 
-def flat_arrays(said) -> tuple[np.ndarray, np.ndarray]:
+def flat_arrays(logprobs) -> tuple[np.ndarray, np.ndarray]:
     """FlatLogprobs -> ids, log-probs."""
-    return np.array(said.token_ids, np.int32), np.array(said.logprobs, np.float32)
+    return np.array(logprobs.token_ids, np.int32), np.array(logprobs.logprobs, np.float32)
 
 
-def plain_arrays(said) -> tuple[np.ndarray, np.ndarray]:
+def plain_arrays(logprobs) -> tuple[np.ndarray, np.ndarray]:
     """A list of {id: Logprob} -> ids, log-probs; the first token has none."""
-    pairs = [(i, entry.logprob) for token in said[1:] for i, entry in token.items()]
+    pairs = [(i, entry.logprob) for token in logprobs[1:] for i, entry in token.items()]
     return np.array([i for i, _ in pairs], np.int32), np.array([p for _, p in pairs], np.float32)
 
 
-def discard(answers: Sequence) -> None:
-    """The answers are whole and dropped."""
-    assert len(answers) > 0
+def discard(scores: Sequence) -> None:
+    """Scores are received whole, and dropped."""
+    assert len(scores) > 0
 
 
 def resident(pid: int) -> int:
@@ -278,7 +286,7 @@ def peak_of(pid: int) -> Iterator[Callable[[], int]]:
         while not ended.wait(0.01):
             seen.append(resident(pid))
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     yield lambda: max(seen)
     ended.set()

@@ -46,7 +46,7 @@ def build_trainer(
         teacher_model_init_kwargs={"dtype": "float32"},
         per_device_train_batch_size=task["prompts_per_step"],
         gradient_accumulation_steps=1,
-        max_grad_norm=optim["clip"],
+        max_grad_norm=optim["max_grad_norm"],
         max_steps=steps,
         seed=task["seed"],
         shuffle_dataset=False,
@@ -91,8 +91,8 @@ class Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
-            told = {"loss": float(logs["loss"]), "grad_norm": float(logs["grad_norm"])}
-            write(self._task, self._row | told | {"length": logs["completions/mean_length"]})
+            logged = {"loss": float(logs["loss"]), "grad_norm": float(logs["grad_norm"])}
+            write(self._task, self._row | logged | {"length": logs["completions/mean_length"]})
 
 
 def write(task: dict[str, Any], row: dict[str, Any]) -> None:

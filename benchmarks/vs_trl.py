@@ -9,7 +9,7 @@
    beforehand, for JSD beta 0, 0.5 and 1. Stops with an error when a loss differs by more than 1e-3.
 2. Learning curves: reverse KL on the student's own samples, one process a side, the sides by turns.
    Both see the same prompts in the same steps at the same learning rates; each draws its own samples.
-   The students of all sides are then examined by one routine: greedy accuracy on the held-out
+   The students of all sides are then evaluated by one routine: greedy accuracy on the held-out
    prompts and exact reverse KL on samples of them.
 3. Seconds a step (from its prompts to the updated weights, saving left out) and peak memory.
 
@@ -19,13 +19,15 @@ a measurement go to docs/log/vs_trl.*.
 """
 
 import argparse
+import io
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,17 +37,14 @@ import torch
 from safetensors.torch import load_file
 from vs_trl_page import BETAS, MOST, SIDES, THEIRS, VLLM, draw, losses_table, page
 
-from opd import build
-from opd.config.optim import AdamWConfig
+from opd.assembly.training import build_training
+from opd.config.optim import AdamWConfig, clipped_warmup
+from opd.config.rollout import training_sampling
 from opd.config.schema import Config
-from opd.run.recipe import composed, find_recipe
-from opd.run.worker import divergence_measure
-from opd.teacher.vocabulary import read_vocabulary
-from opd.tracking.console import SilentProgress
+from opd.run.recipe import Recipe, load_recipe
 from opd.train.checkpoints import checkpoints
-from opd.train.optimizers import lr_at
-from opd.types import Prompt, Rollout, ScoreRequest
-from opd.world import join_world
+from opd.train.optimizers import LearningRate
+from opd.types import Prompt, Rollout
 
 LOG = Path(__file__).parent.parent / "docs" / "log"
 MIB = 1 << 20
@@ -62,7 +61,7 @@ COMMON = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the command line said."""
+    """What the command line sets."""
 
     trl_python: str
     steps: int
@@ -73,59 +72,38 @@ class Settings:
     runs: Path
 
 
-def config_of(overrides: Iterable[str]) -> Config:
-    """The quickstart in one process of plain torch, transformers writing, changed by ``overrides``."""
-    return composed(find_recipe("quickstart"), [*COMMON, "rollout=transformers", *overrides]).config
+def compose_quickstart(overrides: Iterable[str]) -> Recipe:
+    """The quickstart with ``overrides``, in one process of plain torch, generating with transformers."""
+    return load_recipe("quickstart", *COMMON, "rollout=transformers", *overrides)
 
 
 class Bench:
-    """Our side's parts in this process: prompts, teacher, the learner under examination."""
+    """Our side's parts in this process: prompts, teacher, engine, learner."""
 
     def __init__(self, overrides: Sequence[str]) -> None:
-        self.config = config_of(overrides)
-        self.world = join_world()
-        self.text = build.build_text(self.config.student.model, trust_remote_code=False)
-        self.prompts = build.build_prompts(self.config, self.text)
-        vocabulary = read_vocabulary(self.text.tokenizer, self.text.vocab_size)
-        wanted = [ScoreRequest(full=True, temperature=self.config.rollout.temperature)]
-        progress = SilentProgress()
-        (self.teacher,) = build.build_teacher(
-            self.config.teacher, vocabulary, wanted, self.world, progress
-        )
-        self.learner, self.model = build.build_learner(
-            self.config, None, self.teacher, self.text, self.world, progress, lambda step, row: None
-        )
-        self.engine, sync = build.build_engine(
-            self.config,
-            self.config.student.model,
-            self.text,
-            self.prompts.max_length,
-            self.world,
-            progress,
-        )
-        self.hand_over: Callable[[], Any] = lambda: sync.push(self.learner.weights(), 0)
+        recipe = compose_quickstart(overrides)
+        self.config = recipe.config
+        with tempfile.TemporaryDirectory() as folder:
+            self.training = build_training(
+                self.config, Path(folder), recipe.plain, io.StringIO(), None
+            )
+        self.learner, self.model = self.training.learner, self.training.model
+        self.engine, self.teacher = self.training.loop.engine, self.training.teachers.training
 
     def order(self, steps: int) -> list[Prompt]:
         """The training prompts of all steps, in the order in which a run takes them."""
-        stream = build.build_stream(self.config, self.prompts, rank=0, size=1)
+        stream = self.training.loop.prompts
         return [prompt for step in range(steps) for prompt in stream.take(step)]
 
-    def examined(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    def evaluate(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
         """Accuracy and reverse KL of a student with these weights."""
         absent, surplus = self.model.load_state_dict(weights, strict=False)
         assert not surplus, surplus
         assert set(absent) <= {"lm_head.weight"}, absent  # tied to the embedding
-        self.hand_over()
-        evaluator = build.build_evaluator(
-            self.config,
-            self.prompts,
-            self.text,
-            self.engine,
-            self.world,
-            measure=divergence_measure(self.learner, self.teacher),
-        )
-        assert evaluator is not None
-        found = evaluator.evaluate(1).metrics
+        loop = self.training.loop
+        loop.sync.push(self.learner.weights(), 0)
+        assert loop.evaluator is not None
+        found = loop.evaluator.evaluate(1).metrics
         task = f"eval/{self.config.eval.task}"
         return {name: found[f"{task}/{name}"] for name in ("accuracy", "reverse_kl")}
 
@@ -136,6 +114,7 @@ def trl_task(config: Config, folder: Path, prompts: Sequence[Prompt]) -> dict[st
     assert isinstance(optim, AdamWConfig)
     assert optim.weight_decay == 0.0, "TRL would decay vectors too"
     steps = config.train.steps
+    learning_rate = LearningRate(optim, steps=steps, warmup_steps=clipped_warmup(config))
     return {
         "folder": str(folder),
         "out": str(folder / "out.jsonl"),
@@ -151,8 +130,8 @@ def trl_task(config: Config, folder: Path, prompts: Sequence[Prompt]) -> dict[st
             "betas": list(optim.betas),
             "eps": optim.eps,
             "weight_decay": optim.weight_decay,
-            "clip": optim.clip,
-            "lrs": [lr_at(step, steps, optim) for step in range(steps)],
+            "max_grad_norm": optim.max_grad_norm,
+            "lrs": [learning_rate(step) for step in range(steps)],
         },
     }
 
@@ -259,7 +238,7 @@ def step_zero(settings: Settings) -> list[dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench([])
     prompts = bench.order(1)
-    rollouts = bench.engine.generate(prompts, build.sampling_of(bench.config))
+    rollouts = bench.engine.generate(prompts, training_sampling(bench.config))
     task = trl_task(bench.config, folder, prompts) | {
         "task": "losses",
         "betas": list(BETAS),
@@ -332,7 +311,10 @@ def run_trl(settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
     bench = Bench([f"seed={seed}", f"train.steps={settings.steps}"])
     prompts = bench.order(settings.steps)
     for prompt in prompts:
-        assert bench.text.tokenizer(prompt.text)["input_ids"] == prompt.token_ids.tolist()
+        assert (
+            bench.training.tokenizer.tokenizer(prompt.text)["input_ids"]
+            == prompt.token_ids.tolist()
+        )
     task = trl_task(bench.config, folder, prompts) | {
         "task": "train",
         "beta": 1.0,
@@ -363,7 +345,7 @@ def trl_students(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def curves(settings: Settings) -> list[dict[str, Any]]:
-    """One row a run: the seconds of its steps, its memory, and its students' examinations."""
+    """One row a run: the seconds of its steps, its memory, and its students' evaluations."""
     folders = {
         (side, seed): settings.runs / f"{side.replace(', ', '_').replace(' ', '_')}_{seed}"
         for seed in settings.seeds
@@ -383,20 +365,20 @@ def curves(settings: Settings) -> list[dict[str, Any]]:
         print(f"{side}, seed {seed}: median {median:.3f} s a step", flush=True)
     torch.set_num_threads(settings.threads)
     bench = Bench([f"eval.kl_prompts={KL_PROMPTS}"])
-    base = bench.examined(load_file(f"{bench.config.student.model}/model.safetensors"))
+    base = bench.evaluate(load_file(f"{bench.config.student.model}/model.safetensors"))
     rows = []
     for (side, seed), folder in folders.items():
         row = json.loads((folder / "run.json").read_text())
-        if "examined" not in row:
+        if "evaluations" not in row:
             students = (trl_students if side == THEIRS else our_students)(folder)
-            examined = [
-                {"step": step} | bench.examined(weights)
+            evaluations = [
+                {"step": step} | bench.evaluate(weights)
                 for step, weights in students.items()
                 if step <= 10 or step % 10 == 0
             ]
-            row["examined"] = [{"step": 0, **base}, *examined]
+            row["evaluations"] = [{"step": 0, **base}, *evaluations]
             (folder / "run.json").write_text(json.dumps(row))
-            print(f"{side}, seed {seed}: {row['examined'][-1]}", flush=True)
+            print(f"{side}, seed {seed}: {row['evaluations'][-1]}", flush=True)
         rows.append(row)
     return rows
 
@@ -415,22 +397,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--runs", type=Path, default=Path("runs/vs_trl"), help="where runs go")
     parser.add_argument("--only-step-0", action="store_true", help="compare losses, write nothing")
-    told = parser.parse_args()
+    arguments = parser.parse_args()
     settings = Settings(
-        trl_python=told.trl_python,
-        steps=told.steps,
-        seeds=told.seeds,
-        sides=[side for side in SIDES if not (side == VLLM and told.without_vllm)],
-        save_every=told.save_every,
-        threads=told.threads,
-        runs=told.runs.resolve(),
+        trl_python=arguments.trl_python,
+        steps=arguments.steps,
+        seeds=arguments.seeds,
+        sides=[side for side in SIDES if not (side == VLLM and arguments.without_vllm)],
+        save_every=arguments.save_every,
+        threads=arguments.threads,
+        runs=arguments.runs.resolve(),
     )
     losses = step_zero(settings)
     print(losses_table(losses), flush=True)
     for row in losses:
         gap = abs(row["opd"] - row["trl"])
         assert gap <= MOST, f"beta {row['beta']}: the losses differ by {gap:.1e}, {MOST:g} allowed"
-    if told.only_step_0:
+    if arguments.only_step_0:
         return
     runs = curves(settings)
     command = (
@@ -440,8 +422,8 @@ def main() -> None:
     LOG.mkdir(exist_ok=True)
     draw(runs, LOG / "vs_trl.png")
     (LOG / "vs_trl.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*losses, *runs]))
-    config = config_of([f"train.steps={settings.steps}"])
-    text = page(config, losses, runs, command=command, threads=settings.threads, asked=KL_PROMPTS)
+    config = compose_quickstart([f"train.steps={settings.steps}"]).config
+    text = page(config, losses, runs, command=command, threads=settings.threads, prompts=KL_PROMPTS)
     (LOG / "vs_trl.md").write_text(text)
     print(text)
 

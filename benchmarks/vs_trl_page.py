@@ -56,9 +56,9 @@ def curves_table(runs: Rows, metric: str, digits: int) -> str:
     """One row an examination, one column a side: median over seeds (lowest to highest)."""
     sides = [side for side in SIDES if of_side(runs, side)]
     lines = ["| step | " + " | ".join(sides) + " |", "|---:|" + "---|" * len(sides)]
-    for place, first in enumerate(runs[0]["examined"]):
+    for place, first in enumerate(runs[0]["evaluations"]):
         cells = [
-            spread([run["examined"][place][metric] for run in of_side(runs, side)], digits)
+            spread([run["evaluations"][place][metric] for run in of_side(runs, side)], digits)
             for side in sides
         ]
         lines.append(f"| {first['step']} | " + " | ".join(cells) + " |")
@@ -67,7 +67,7 @@ def curves_table(runs: Rows, metric: str, digits: int) -> str:
 
 def differences(runs: Rows) -> str:
     """opd minus TRL, paired by seed, in words."""
-    last = runs[0]["examined"][-1]["step"]
+    last = runs[0]["evaluations"][-1]["step"]
     pairs = list(zip(of_side(runs, OURS), of_side(runs, THEIRS), strict=True))
     figures: dict[str, Callable[[list[float]], float]] = {
         "mean over the examinations": statistics.mean,
@@ -78,8 +78,8 @@ def differences(runs: Rows) -> str:
         for when, figure in figures.items():
             found = interval(
                 [
-                    figure([p[metric] for p in ours["examined"]])
-                    - figure([p[metric] for p in theirs["examined"]])
+                    figure([p[metric] for p in ours["evaluations"]])
+                    - figure([p[metric] for p in theirs["evaluations"]])
                     for ours, theirs in pairs
                 ]
             )
@@ -130,8 +130,8 @@ def draw(runs: Rows, path: Path) -> None:
             own = of_side(runs, side)
             if not own:
                 continue
-            steps = [point["step"] for point in own[0]["examined"]]
-            values = [[point[metric] for point in run["examined"]] for run in own]
+            steps = [point["step"] for point in own[0]["evaluations"]]
+            values = [[point[metric] for point in run["evaluations"]] for run in own]
             for each in values:
                 panel.plot(steps, each, color=colour, linewidth=0.7, alpha=0.4)
             middle = [statistics.median(point) for point in zip(*values, strict=True)]
@@ -147,9 +147,9 @@ def draw(runs: Rows, path: Path) -> None:
 
 
 def page(
-    config: Config, losses: Rows, runs: Rows, *, command: str, threads: int, asked: int
+    config: Config, losses: Rows, runs: Rows, *, command: str, threads: int, prompts: int
 ) -> str:
-    """The page of the log; ``asked`` held-out prompts were used for both metrics."""
+    """The page of the log; ``prompts`` held-out prompts were used for both metrics."""
     optim, versions = config.optim, losses[0]["versions"]
     assert isinstance(optim, AdamWConfig)
     betas = " and ".join(f"{beta:g}" for beta in optim.betas)
@@ -158,8 +158,9 @@ def page(
         The quickstart's student, teacher and prompts, float32. {config.train.prompts_per_step} prompts a
         step, one completion each, at temperature {config.rollout.temperature:g} and of at most
         {config.rollout.max_tokens} tokens; AdamW, lr {optim.lr:g}, betas {betas}, no decay, clipping at
-        {optim.clip:g}, {optim.warmup_steps} steps of warm-up and linear decay to {optim.min_lr_ratio:g}
-        of the peak. TRL is handed the rate of every step and asserts it. No activation checkpointing on
+        {optim.max_grad_norm:g}, {optim.warmup_steps} steps of warm-up and linear decay to
+        {optim.min_lr_ratio:g} of the peak. TRL gets the rate of every step and asserts it. No activation
+        checkpointing on
         either side (TRL's default is on). TRL generates with transformers.
         """
     machine = f"""
@@ -189,7 +190,7 @@ by": norm of the difference over TRL's norm, all parameters.
 
 Reverse KL (TRL: beta 1, its default), {config.train.steps} steps, {seeds} seeds: median (lowest to highest).
 Same prompts in the same steps at the same rates; samples are each side's own. All students are
-examined by one routine: greedy accuracy on {asked} held-out prompts, exact reverse KL on one sample
+evaluated by one routine: greedy accuracy on {prompts} held-out prompts, exact reverse KL on one sample
 of each.
 
 Accuracy:

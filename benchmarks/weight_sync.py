@@ -5,7 +5,7 @@ on loopback. Between pushes a share of the coordinates changes, 87 % of them by 
 place, the others by up to a hundred. "encode" reads the weights, compares and encodes; "send" is HTTP,
 checksum, decoding and writing into the receiver's copy; "commit" brings the sender's copy up to date.
 Loading the engine from the receiver's copy comes on top and is the same in every row.
-Seconds are the median of --pushes; the mask's coordinates travel once and have a row of their own.
+Seconds are the median of --pushes; the mask's coordinates are sent once and have a row of their own.
 
     python benchmarks/weight_sync.py --out weight_sync.json
 """
@@ -34,12 +34,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--receive", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--port-file", help=argparse.SUPPRESS)
-    parser.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("serving", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.receive:
-        receive(arguments.port_file)
+        receive(arguments.serving)
         return
     rows = list(measured(arguments))
     print(table(rows))
@@ -47,36 +46,35 @@ def main() -> None:
         arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def receive(port_file: str) -> None:
-    """A receiver without an engine, behind the doors of a rollout server."""
+def receive(serving: list[str]) -> None:
+    """A receiver without an engine, behind the endpoints of a rollout server."""
     import os
     from typing import Any, cast
 
-    from opd.rollout.app import Hosted, ServedModel, rollout_app
+    from opd.config.arguments import parse_arguments
+    from opd.config.serving import ServingConfig
+    from opd.rollout.app import EngineHost, ServedModel, rollout_app
     from opd.serving.server import serve
-    from opd.sync.sparse import WeightReceiver
+    from opd.sync.receiver import WeightReceiver
 
     receiver = WeightReceiver(lambda tensors, changes, version: None)
-    hosted = Hosted(
+    host = EngineHost(
         engine=cast(Any, None),
         model=ServedModel(model="none", dtype="bfloat16", max_length=1, stop_ids=[]),
         take=receiver.take,
-        held=receiver.held,
+        state=receiver.state,
     )
     token = os.environ[TOKEN_VARIABLE]
     serve(
-        lambda: rollout_app(lambda: hosted, token=token, max_body_bytes=1 << 40),
-        host="127.0.0.1",
-        port=0,
-        port_file=port_file,
+        lambda: rollout_app(lambda: host, token=token, max_request_bytes=1 << 40),
+        parse_arguments(ServingConfig, serving),
         token=token,
         variable=TOKEN_VARIABLE,
-        exit_with_parent=True,
     )
 
 
 def measured(arguments: argparse.Namespace) -> Iterator[dict[str, float | str]]:
-    """One row a way of sending."""
+    """One row per way of sending."""
     from opd.serving.child import running_service
     from opd.serving.client import ServiceClient
 
@@ -91,7 +89,7 @@ def measured(arguments: argparse.Namespace) -> Iterator[dict[str, float | str]]:
         ) as running,
     ):
         service = ServiceClient(
-            running.url, what="the receiver", remedy="", token=running.token, timeout=600, retries=0
+            running.url, name="the receiver", remedy="", token=running.token, timeout=600, retries=0
         )
         weights = smollm2(arguments.layers)
         yield from way(service, weights, "dense", share=0.02, pushes=arguments.pushes)
@@ -133,7 +131,7 @@ def way(
     density: float | None = None,
 ) -> Iterator[dict[str, float | str]]:
     """``share`` is of the coordinates that may change."""
-    from opd.sync.sparse import WeightSender
+    from opd.sync.sender import WeightSender
 
     kept = None
     if density is not None:
@@ -143,20 +141,20 @@ def way(
         }
     sender = WeightSender(
         dtype=torch.bfloat16,
-        anchor_every=1 if name == "dense" else 1 << 30,
+        snapshot_every=1 if name == "dense" else 1 << 30,
         kept=kept,
         fingerprint=None if kept is None else "random",
     )
-    _, held = push(service, sender, weights, 0, None)
+    _, state = push(service, sender, weights, 0, None)
     if kept is not None:
         changed = train(weights, share, kept)
-        first, held = push(service, sender, weights, 1, held)
+        first, state = push(service, sender, weights, 1, state)
         index = float(first["bytes"]) - float(first["patch"])
         yield {"way": "index, once", "density": density or 0, "bytes": index}
     timed = []
     for version in range(2, 2 + pushes):
         changed = train(weights, share, kept)
-        row, held = push(service, sender, weights, version, held)
+        row, state = push(service, sender, weights, version, state)
         timed.append(row | {"changed": changed})
     total = sum(t.numel() for t in weights.values())
     medians = {key: statistics.median(row[key] for row in timed) for key in timed[0]}
@@ -170,7 +168,7 @@ def way(
     }
 
 
-def push(service, sender, weights: dict[str, torch.Tensor], version: int, held):
+def push(service, sender, weights: dict[str, torch.Tensor], version: int, state):
     """Seconds and bytes of one push."""
     from opd.serving.app import MEDIA_TYPE
     from opd.types import ReceiverState
@@ -178,17 +176,17 @@ def push(service, sender, weights: dict[str, torch.Tensor], version: int, held):
     start = time.perf_counter()
     sender.prepare(weights.items(), version)
     encoded = time.perf_counter()
-    held, sent = held or ReceiverState(), []
-    while (message := sender.next_for(held)) is not None:
-        answer = service.send("POST", "/weights", message, {"Content-Type": MEDIA_TYPE})
-        held = ReceiverState(**answer.json())
-        assert held.refused is None or held.version is None, held.refused
+    state, sent = state or ReceiverState(), []
+    while (message := sender.next_for(state)) is not None:
+        response = service.send("POST", "/weights", message, {"Content-Type": MEDIA_TYPE})
+        state = ReceiverState(**response.json())
+        assert state.refused is None or state.version is None, state.refused
         sent.append(len(message))
     arrived = time.perf_counter()
     sender.commit()
     end = time.perf_counter()
     row = {"bytes": float(sum(sent)), "patch": float(sent[-1]), "encode": encoded - start}
-    return row | {"send": arrived - encoded, "commit": end - arrived, "push": end - start}, held
+    return row | {"send": arrived - encoded, "commit": end - arrived, "push": end - start}, state
 
 
 def train(weights: dict[str, torch.Tensor], share: float, kept) -> int:
