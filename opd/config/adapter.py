@@ -21,7 +21,7 @@ class LoraConfig(AdapterConfig):
     lora_dropout: float = bounded(0.0, least=0, below=1)
     """Dropout before the adapter; above 0 the learner's log-probs differ from the engine's."""
     target_modules: str = "all-linear"
-    """Module names, comma separated, or all-linear."""
+    """Module names, comma-separated, or all-linear."""
 
 
 CHOICES = {"none": AdapterConfig, "lora": LoraConfig}

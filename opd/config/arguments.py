@@ -1,4 +1,4 @@
-"""``key=value`` words of a command line as a typed dataclass, and back."""
+"""``key=value`` arguments of a command line as a typed dataclass, and back."""
 
 import difflib
 from collections.abc import Sequence
@@ -15,19 +15,21 @@ from opd.config.fields import expected, require_bounds, sentence
 T = TypeVar("T")
 
 
-def parse_arguments(kind: type[T], words: Sequence[str]) -> T:
-    """The dataclass that ``key=value`` words describe.
+def parse_arguments(kind: type[T], arguments: Sequence[str]) -> T:
+    """The dataclass that ``key=value`` arguments describe.
 
-    ValueError with one sentence for a word without ``=``, an unknown key, a key given twice, a value
+    ValueError with one sentence for an argument without ``=``, an unknown key, a key given twice, a value
     of another type or out of bounds, and a required key that is missing.
     """
     known = {field.name: field for field in fields(kind)}  # pyright: ignore[reportArgumentType]
     settings = OmegaConf.structured(kind)
     given: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
         if not equals:
-            raise ValueError(f"{word} is not of the form key=value; keys are {', '.join(known)}")
+            raise ValueError(
+                f"{argument} is not of the form key=value; keys are {', '.join(known)}"
+            )
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             meant = f"did you mean {near[0]}? " if near else ""
@@ -38,13 +40,13 @@ def parse_arguments(kind: type[T], words: Sequence[str]) -> T:
         is_text = known[key].type in (str, str | None) and value != "null"
         try:
             # a file may be called no, which YAML takes for false
-            parsed = {key: value} if is_text else OmegaConf.from_dotlist([word])
+            parsed = {key: value} if is_text else OmegaConf.from_dotlist([argument])
             settings = OmegaConf.merge(settings, parsed)
         except (OmegaConfBaseException, yaml.YAMLError):
             raise ValueError(f"{key}={value}: expected {expected(known[key])}") from None
-    made = OmegaConf.to_container(settings, throw_on_missing=False)
-    assert isinstance(made, dict)
-    missing = [name for name in known if made[name] == MISSING]
+    values = OmegaConf.to_container(settings, throw_on_missing=False)
+    assert isinstance(values, dict)
+    missing = [name for name in known if values[name] == MISSING]
     if missing:
         raise ValueError(
             f"{missing[0]}=... is missing: {sentence(kind, missing[0])} Keys are {', '.join(known)}"
@@ -54,21 +56,21 @@ def parse_arguments(kind: type[T], words: Sequence[str]) -> T:
     return result
 
 
-def split_arguments(kind: type, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that are keys of ``kind``, and the others (a recipe's overrides)."""
+def split_arguments(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that are keys of ``kind``, and the others (overrides of a recipe)."""
     own = {field.name for field in fields(kind)}
-    ours = [word for word in words if word.partition("=")[0] in own]
-    return ours, [word for word in words if word not in ours]
+    ours = [argument for argument in arguments if argument.partition("=")[0] in own]
+    return ours, [argument for argument in arguments if argument not in ours]
 
 
 def as_arguments(settings: Any) -> list[str]:
-    """The words that ``parse_arguments`` reads back into ``settings``, defaults left out."""
-    words = []
+    """The arguments that ``parse_arguments`` reads back into ``settings``, without defaults."""
+    arguments = []
     for field in fields(settings):
         value = getattr(settings, field.name)
         if value is None or value == field.default:
             continue
         if isinstance(value, Enum):
             value = value.value
-        words.append(f"{field.name}={str(value).lower() if isinstance(value, bool) else value}")
-    return words
+        arguments.append(f"{field.name}={str(value).lower() if isinstance(value, bool) else value}")
+    return arguments

@@ -1,4 +1,4 @@
-"""``data``: the prompts to learn from and the prompts to be evaluated on."""
+"""``data``: the prompts for training and for evaluation."""
 
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Prompts to learn from and held-out prompts."""
+    """Training prompts and held-out prompts."""
 
     train: str = MISSING
     """Training prompts: a .jsonl, .json, .csv or .parquet file, or a hub data set id."""
@@ -42,13 +42,13 @@ class DataConfig:
     teacher_field: str | None = None
     """Column that names the teacher of a row, for teacher=pool."""
     teacher_template: str | None = None
-    """What the teacher sees in the prompt's place, with fields of the row in it: {prompt}, {answer}."""
+    """The prompt that the teacher sees, with fields of the row in it: {prompt}, {answer}."""
     eval_teacher_template: str | None = None
     """The same for data.eval; by default data.teacher_template."""
     teacher_system: str | None = None
     """System message that only the teacher sees, when the chat template is used."""
     teacher_chat_template: str | None = None
-    """Folder or hub id whose chat template writes the teacher's prompts; by default the student's."""
+    """Folder or hub id whose chat template renders the teacher's prompts; by default the student's."""
     answer_regex: str | None = None
     """Regular expression whose first group is the answer, for example '#### (.*)' on GSM8K."""
     template: str | None = None
@@ -65,7 +65,7 @@ class DataConfig:
     """Use only the first so many held-out prompts."""
 
     def for_eval(self) -> "DataConfig":
-        """The same settings with those of data.eval in the place of data.train's."""
+        """The settings with which data.eval is read."""
         return replace(
             self,
             subset=self.eval_subset or self.subset,
@@ -79,7 +79,7 @@ class DataConfig:
 
 
 def off_policy_prompts_have_completions(config: "Config") -> str | None:
-    """Completions that the student does not write are read from the data set."""
+    """Completions that the student does not generate are read from the data set."""
     if config.rollout.on_policy < 1 and config.data.completion_field is None:
         return (
             f"rollout.on_policy={config.rollout.on_policy:g} reads completions from data.train: name "

@@ -24,9 +24,9 @@ class EvalConfig:
     """The evaluation on held-out prompts."""
 
     task: str = "heldout"
-    """Name in the metrics: eval/<task>/accuracy."""
+    """Name of the task in the metrics: eval/<task>/accuracy."""
     every: int = bounded(50, least=0)
-    """Steps between evaluations; 0 only before and after training. Both of these always happen."""
+    """Steps between evaluations; 0: only those before and after training, which always happen."""
     grader: GraderKind = GraderKind.exact
     """How a completion is compared with the answer."""
     marker: str = "#"
@@ -34,13 +34,13 @@ class EvalConfig:
     max_tokens: int | None = bounded(None, least=1)
     """Longest completion; by default rollout.max_tokens."""
     k: int = bounded(0, least=0)
-    """Samples per prompt for mean@k; 0 is greedy accuracy alone."""
+    """Samples per prompt for mean@k; 0: only greedy accuracy."""
     temperature: float = bounded(1.0, above=0)
     """Temperature of those samples."""
     kl_prompts: int = bounded(64, least=0)
-    """Held-out prompts on which the exact reverse KL to the teacher is measured; 0 is none."""
+    """Number of held-out prompts on which the exact reverse KL to the teacher is measured."""
     kl_data: str | None = None
-    """Prompts for that measurement when they are not data.eval; the same kinds of file."""
+    """Prompts for that measurement, of the same kinds as data.eval; by default data.eval."""
     samples: int = bounded(4, least=0)
     """Transcripts kept from each evaluation."""
     teacher_accuracy: bool = True
@@ -48,7 +48,7 @@ class EvalConfig:
 
 
 def evaluation_needs_an_engine(config: "Config") -> str | None:
-    """rollout=dataset has no engine that could answer held-out prompts."""
+    """rollout=dataset has no engine to generate completions of held-out prompts."""
     if isinstance(config.rollout, DatasetRolloutConfig) and config.data.eval is not None:
         return (
             "rollout=dataset has no engine to evaluate data.eval with: use data.eval=null, or "

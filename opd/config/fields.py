@@ -1,4 +1,4 @@
-"""A setting with bounds, whether it keeps them, and how it is explained to a reader."""
+"""Bounds of settings, checks of the bounds, and texts about settings for help and errors."""
 
 import ast
 import inspect
@@ -29,7 +29,7 @@ def bounded(
 
 
 def broken_bounds(node: Any, path: str = "") -> Iterator[str]:
-    """A sentence for each field of a dataclass, and of those in it, that is not set or out of bounds."""
+    """A sentence for each field, also of nested dataclasses, that is not set or out of bounds."""
     for f in fields(node):
         value, name = getattr(node, f.name), f"{path}{f.name}"
         if value == MISSING:
@@ -59,7 +59,7 @@ def _broken_bound(name: str, value: float, bounds: Any) -> Iterator[str]:
 
 
 def expected(field: Field[Any]) -> str:
-    """What a value of a field may be, as text."""
+    """The values that a field may have, as text."""
     kind = next((k for k in get_args(field.type) if k is not type(None)), field.type)
     if kind is str and get_args(field.type) and not _is_optional(field):
         return """a list such as '["*norm*","lm_head.weight"]', in quotes against the shell"""
@@ -75,18 +75,8 @@ def _is_optional(field: Field[Any]) -> bool:
     return type(None) in get_args(field.type)
 
 
-def explained(kind: type) -> str:
-    """Every key with its default, what is allowed and its sentence: the text behind --help."""
-    lines: list[str] = []
-    for each in fields(kind):
-        limits = allowed(each)
-        lines.append(f"  {each.name}={default(each)}{f'   ({limits})' if limits else ''}")
-        lines.append(f"      {sentence(kind, each.name)}")
-    return "\n".join(lines)
-
-
 def sentence(kind: type, name: str) -> str:
-    """The string under a field, the class's own or the nearest ancestor's."""
+    """The string under a field, in the class or its nearest ancestor with one."""
     for ancestor in kind.__mro__[:-1]:
         found = _sentences(ancestor)
         if name in found:
@@ -108,7 +98,7 @@ def _sentences(kind: type) -> dict[str, str]:
 
 
 def default(field: Field[Any]) -> str:
-    """The default as one types it."""
+    """The default as it is typed on a command line."""
     value = field.default if field.default is not UNSET else None
     if field.default is UNSET and field.default_factory is not UNSET:
         value = field.default_factory()
@@ -120,7 +110,7 @@ def default(field: Field[Any]) -> str:
 
 
 def allowed(field: Field[Any]) -> str:
-    """Choices of an enumeration, or bounds."""
+    """The choices of an enumeration, or the bounds."""
     if isinstance(field.type, type) and issubclass(field.type, Enum):
         return ", ".join(str(choice.value) for choice in field.type)
     signs = {"least": "≥", "above": ">", "most": "≤", "below": "<"}

@@ -1,4 +1,4 @@
-"""Functions and classes of the user's own, named in a setting."""
+"""Loads functions and classes of the user's own that a setting names."""
 
 import importlib
 import importlib.util
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def load_function(setting: str, name: str) -> Any:
-    """``path.py:name`` or ``module:name`` -> that function or class.
+    """The function or class that ``path.py:name`` or ``module:name`` names.
 
     A path is relative to the working directory. ``setting`` is named in errors. ValueError when the
-    file or module cannot be imported, or holds nothing callable of that name. It is the user's code
-    that runs.
+    file or module cannot be imported, or has nothing callable of that name. Importing
+    executes the user's code.
     """
     source, colon, attribute = name.rpartition(":")
     if not colon or not source or not attribute:

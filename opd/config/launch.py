@@ -1,4 +1,4 @@
-"""``launch``: what changes when the machine changes."""
+"""``launch``: settings that depend on the machine; the DeepSpeed configuration of a run."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class LaunchEngine(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class LaunchConfig:
-    """What changes when the machine changes."""
+    """Settings that depend on the machine."""
 
     processes: int = bounded(1, least=1)
     """Training processes on this machine, one per GPU."""
@@ -29,7 +29,7 @@ class LaunchConfig:
     deepspeed: str | None = None
     """A DeepSpeed JSON file with stage, offload and bucket sizes, as in launch/deepspeed/."""
     threads: int | None = bounded(None, least=1)
-    """CPU threads of each process; by default the cores shared out evenly."""
+    """CPU threads of each process; by default the cores divided evenly among the processes."""
 
 
 def torch_engine_is_one_process(config: "Config") -> str | None:
@@ -43,7 +43,7 @@ def torch_engine_is_one_process(config: "Config") -> str | None:
 
 
 def every_process_gets_a_prompt(config: "Config") -> str | None:
-    """A rank without prompts would have nothing to learn from."""
+    """Every process needs a prompt in each step."""
     if config.train.prompts_per_step < config.launch.processes:
         return (
             f"train.prompts_per_step={config.train.prompts_per_step} is fewer than "

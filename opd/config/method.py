@@ -1,4 +1,4 @@
-"""``method``: a named choice of who writes, who scores and which loss."""
+"""``method``: a named choice of what generates, what scores, and the loss."""
 
 from enum import StrEnum
 

@@ -29,7 +29,7 @@ class OptimConfig:
     warmup_steps: int = bounded(0, least=0)
     """Steps in which the learning rate rises linearly from zero; at most train.steps are used."""
     min_lr_ratio: float = bounded(0.0, least=0, most=1)
-    """Where linear and cosine schedules end, as a share of the peak."""
+    """Final learning rate of linear and cosine schedules, as a share of the peak."""
     max_grad_norm: float = bounded(1.0, least=0)
     """Largest global gradient norm; 0 does not clip."""
 
@@ -39,9 +39,9 @@ class AdamWConfig(OptimConfig):
     """AdamW (Loshchilov and Hutter)."""
 
     betas: list[float] = bounded([0.9, 0.999])
-    """Decay of the first and second moment."""
+    """Decay rates of the first and second moments."""
     eps: float = bounded(1e-8, above=0)
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,7 +51,7 @@ class SGDConfig(OptimConfig):
     lr: float = bounded(1e-2, above=0)
     """Peak learning rate."""
     momentum: float = bounded(0.9, least=0, below=1)
-    """Share of the last step that is kept."""
+    """Momentum factor."""
     nesterov: bool = False
     """Nesterov momentum."""
 
@@ -79,5 +79,5 @@ RULES = (momentum_is_needed_for_nesterov, betas_are_two)
 
 
 def clipped_warmup(config: "Config") -> int:
-    """Warm-up steps that fit into training: a short trial of a long recipe warms up all the way."""
+    """Warm-up steps, at most train.steps, so that a short trial of a long recipe reaches the peak."""
     return min(config.optim.warmup_steps, config.train.steps)

@@ -1,4 +1,4 @@
-"""``record``: what is measured in the weights while they are trained."""
+"""``record``: measurements of the weights during training."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class RecordConfig:
-    """Nothing is measured in the weights."""
+    """No measurements of the weights."""
 
 
 @dataclass(kw_only=True, slots=True)
 class WeightRecordConfig(RecordConfig):
-    """How far the weights have moved from where they started, in weights.jsonl."""
+    """The distance of the weights from their initial values, written to weights.jsonl."""
 
     every: int = bounded(10, least=1)
     """Steps between recordings; the start and the last step are always recorded."""

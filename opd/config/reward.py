@@ -1,4 +1,4 @@
-"""``reward``: what a whole completion is worth."""
+"""``reward``: the reward of a completion."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,16 +17,16 @@ class RewardConfig:
 
 @dataclass(kw_only=True, slots=True)
 class GroupRewardConfig(RewardConfig):
-    """A reward per completion; its advantage is the reward less the mean over the same prompt's."""
+    """A reward per completion; its advantage is the reward minus the mean over the prompt's completions."""
 
     is_given: ClassVar[bool] = True
     scale_rewards: bool = True
-    """Divide by the standard deviation of the group too (GRPO); false is Dr. GRPO."""
+    """Also divide by the standard deviation over the prompt's completions (GRPO); false is Dr. GRPO."""
 
 
 @dataclass(kw_only=True, slots=True)
 class GraderRewardConfig(GroupRewardConfig):
-    """1 for a right answer, 0 for a wrong one."""
+    """1 for a correct completion, 0 for a wrong one."""
 
     grader: GraderKind | None = None
     """How a completion is compared with the answer; by default eval.grader."""
@@ -36,7 +36,7 @@ class GraderRewardConfig(GroupRewardConfig):
 
 @dataclass(kw_only=True, slots=True)
 class FunctionRewardConfig(GroupRewardConfig):
-    """The value of a function of your own."""
+    """The value of a user's own function."""
 
     function: str = MISSING
     """path.py:name or module:name of a function (completion: str, answer: str | None) -> float."""

@@ -10,6 +10,6 @@ class SaveConfig:
     """Which checkpoints are kept."""
 
     every: int = bounded(50, least=0)
-    """Steps between checkpoints; 0 keeps none but the last."""
+    """Steps between checkpoints; 0: only after the last step."""
     keep: int = bounded(2, least=1)
-    """How many of the newest checkpoints are kept."""
+    """Number of newest checkpoints to keep."""

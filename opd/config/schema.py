@@ -1,4 +1,4 @@
-"""The whole configuration of one run, the choices of each group, and what must hold between settings."""
+"""The configuration of a run, the choices of each group, and the rules between settings."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,40 +6,18 @@ from typing import Any
 from omegaconf import MISSING
 
 from opd.config import (
-    adapter as adapter_group,
-)
-from opd.config import (
-    data as data_group,
-)
-from opd.config import (
-    eval as eval_group,
-)
-from opd.config import (
-    launch as launch_group,
-)
-from opd.config import (
-    loss as loss_group,
-)
-from opd.config import (
-    mask as mask_group,
-)
-from opd.config import (
-    optim as optim_group,
-)
-from opd.config import (
-    record as record_group,
-)
-from opd.config import (
-    reward as reward_group,
-)
-from opd.config import (
-    rollout as rollout_group,
-)
-from opd.config import (
-    teacher as teacher_group,
-)
-from opd.config import (
-    tracking as tracking_group,
+    adapter,
+    data,
+    eval,
+    launch,
+    loss,
+    mask,
+    optim,
+    record,
+    reward,
+    rollout,
+    teacher,
+    tracking,
 )
 from opd.config.adapter import AdapterConfig
 from opd.config.data import DataConfig
@@ -68,9 +46,9 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = bounded(0, least=0)
-    """Fixes the prompt order and every sample drawn."""
+    """Seed of the prompt order and of every sample."""
     method: Method = Method.opd
-    """Name of a choice of writer, scorer and loss; each of these can still be set by itself."""
+    """A named choice of rollout, teacher and loss; each of these can also be set separately."""
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = MISSING
     rollout: RolloutConfig = MISSING
@@ -90,34 +68,34 @@ class Config:
     record: RecordConfig = MISSING
     tracking: TrackingConfig = MISSING
     dry_run: bool = False
-    """Check everything that can be checked without training, print the plan, and stop."""
+    """Check all that can be checked without training, print the plan, write dry_run.yaml, and stop."""
 
 
 GROUPS: dict[str, dict[str, Any]] = {
-    "teacher": teacher_group.CHOICES,
-    "rollout": rollout_group.CHOICES,
-    "loss": loss_group.CHOICES,
-    "reward": reward_group.CHOICES,
-    "optim": optim_group.CHOICES,
-    "adapter": adapter_group.CHOICES,
-    "mask": mask_group.CHOICES,
-    "record": record_group.CHOICES,
-    "tracking": tracking_group.CHOICES,
+    "teacher": teacher.CHOICES,
+    "rollout": rollout.CHOICES,
+    "loss": loss.CHOICES,
+    "reward": reward.CHOICES,
+    "optim": optim.CHOICES,
+    "adapter": adapter.CHOICES,
+    "mask": mask.CHOICES,
+    "record": record.CHOICES,
+    "tracking": tracking.CHOICES,
 }
 """Group choices: ``loss=jsd`` on the command line picks ``GROUPS["loss"]["jsd"]``."""
 
 RULES = (
-    *data_group.RULES,
-    *loss_group.RULES,
-    *eval_group.RULES,
-    *rollout_group.RULES,
-    *teacher_group.RULES,
-    *record_group.RULES,
-    *mask_group.RULES,
-    *launch_group.RULES,
-    *optim_group.RULES,
+    *data.RULES,
+    *loss.RULES,
+    *eval.RULES,
+    *rollout.RULES,
+    *teacher.RULES,
+    *record.RULES,
+    *mask.RULES,
+    *launch.RULES,
+    *optim.RULES,
 )
-"""What must hold between settings: each returns a sentence when it does not."""
+"""Rules between settings: each returns a sentence when it is broken, otherwise None."""
 
 FORMER_NAMES = {
     "adapter.alpha": "adapter.lora_alpha",
@@ -151,7 +129,7 @@ FORMER_NAMES = {
     "train.micro_tokens": "train.max_tokens_per_micro_batch",
     "train.scores": "train.mask_scores",
 }
-"""Settings that were renamed; the former name is refused with the present one."""
+"""Settings that were renamed, former -> present name; a former name is refused with the present one."""
 
 
 def problems(config: Config) -> list[str]:
@@ -165,7 +143,7 @@ def problems(config: Config) -> list[str]:
 
 
 def register() -> None:
-    """Tell Hydra's ConfigStore the schema and the group choices."""
+    """Register the schema and the group choices in Hydra's ConfigStore."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()

@@ -1,4 +1,4 @@
-"""``student``: the model that writes and learns. Also the number formats that settings name."""
+"""``student``: the model that generates and learns. Also the number formats of settings."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,11 +14,11 @@ class DType(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class StudentConfig:
-    """The model that writes and learns."""
+    """The model that generates and learns."""
 
     model: str = MISSING
     """Folder or hub id of a causal language model."""
     trust_remote_code: bool = False
-    """Run code that comes with the model; off unless you ask for it."""
+    """Execute code that comes with the model."""
     attn_implementation: str = "sdpa"
     """Attention implementation of transformers: sdpa, eager, flash_attention_2."""

@@ -1,4 +1,4 @@
-"""``tracking``: where metrics go besides the run folder and the terminal."""
+"""``tracking``: trackers besides the run folder and the terminal."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,4 +1,4 @@
-"""``train``: how much is learned, in what batches and in what precision."""
+"""``train``: steps, batches and precision."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,7 +17,7 @@ class Precision(StrEnum):
 
 
 class MaskScores(StrEnum):
-    """The scores of weights that a run can leave behind for a mask rule."""
+    """Scores of weights that a run can write for a mask rule."""
 
     none = "none"
     early_delta = "early_delta"
@@ -28,7 +28,7 @@ class MaskScores(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """How much is learned, in what batches and in what precision."""
+    """Steps, batches and precision."""
 
     steps: int = bounded(100, least=0)
     """Optimizer steps."""
@@ -41,13 +41,13 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     stop_after: int | None = bounded(None, least=1)
-    """Stop after so many steps as if interrupted; schedules still count to train.steps."""
+    """Stop after this step as if interrupted; schedules still end at train.steps."""
     mask_scores: MaskScores = MaskScores.none
-    """Write this score of every weight to scores.safetensors; fisher and first_gradient move nothing."""
+    """Write this score of every weight to scores.safetensors; fisher and first_gradient update no weight."""
     chunk_mib: int = bounded(256, least=1)
-    """Largest float32 [tokens, vocabulary] tensor that exists at once, in MiB."""
+    """Largest float32 [tokens, vocabulary] tensor in memory at once, in MiB."""
 
 
 def last_step(config: "Config") -> int:
-    """The step after which this call of the run ends."""
+    """The step after which this invocation of the run ends."""
     return min(config.train.steps, config.train.stop_after or config.train.steps)
