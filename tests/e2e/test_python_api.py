@@ -56,7 +56,7 @@ def test_the_calls_of_the_python_page_work_on_the_quickstart(tmp_path: Path) -> 
     ("code", "sentence"),
     [
         ("opd.train('quickstrat')", "there is no recipe named quickstrat"),
-        ("opd.train('quickstart', 'los=jsd')", "los is not a setting"),
+        ("opd.train('quickstart', 'los=jsd')", "there is no setting los"),
         ("opd.Run('.')", "found no config.yaml"),
         ("opd.Mask.read('m.safetensors')", "there is no mask file m.safetensors"),
         ("opd.load_recipe('quickstart', 'optim.clip=1')", "now called optim.max_grad_norm"),
