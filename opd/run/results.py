@@ -76,7 +76,7 @@ class Run:
         return folder
 
     def report(self) -> Path:
-        """Write report.html anew and return its path."""
+        """Rewrite report.html and return its path."""
         return write_report(self.folder)
 
 
