@@ -131,7 +131,9 @@ def test_a_wrong_row_is_named_with_file_and_line(case, tokenizer, write):
 
 def test_a_wrong_setting_is_named(tokenizer, write):
     path = write({"prompt": [{"role": "user", "content": "x"}], "answer": "four"})
-    with pytest.raises(ValueError, match="the template needs the field 'question'; found the fields"):
+    with pytest.raises(
+        ValueError, match="the template needs the field 'question'; found the fields"
+    ):
         load(path, tokenizer, template="{question}")
     with pytest.raises(ValueError, match="finds nothing in 'four'"):
         load(path, tokenizer, answer_regex=r"\d+")
