@@ -98,7 +98,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
         cases["top 1"](1)  # first-call costs
         loaded = resident(pid)
         for case, score in cases.items():
-            with peak_of(pid) as peak:
+            with watch_peak(pid) as peak:
                 count, seconds, cpu = timed(score, arguments, pid)
             tokens = count * (arguments.tokens - 1)
             rows.append(
@@ -278,7 +278,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 @contextmanager
-def peak_of(pid: int) -> Iterator[Callable[[], int]]:
+def watch_peak(pid: int) -> Iterator[Callable[[], int]]:
     """The largest ``resident(pid)`` seen, looked at every 10 ms."""
     seen, ended = [resident(pid)], threading.Event()
 

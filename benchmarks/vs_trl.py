@@ -136,7 +136,7 @@ def trl_task(config: Config, folder: Path, prompts: Sequence[Prompt]) -> dict[st
     }
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -250,7 +250,7 @@ def step_zero(settings: Settings) -> list[dict[str, Any]]:
     side = str(Path(__file__).with_name("trl_side.py"))
     command = [settings.trl_python, side, str(folder / "task.json")]
     watched(command, folder / "log.txt", threads=settings.threads)
-    versions, *theirs = lines_of(Path(task["out"]))
+    versions, *theirs = read_lines(Path(task["out"]))
     rows = []
     for row in theirs:
         ours = our_gradients(row["beta"], rollouts)
@@ -289,7 +289,7 @@ def run_ours(settings: Settings, rollout: str, seed: int, folder: Path) -> dict[
     command += [f"save.every={settings.save_every}", "save.keep=1000", f"run.dir='{folder}/run'"]
     steps = folder / "run" / "metrics.jsonl"
     figures = watched(command, folder / "log.txt", threads=settings.threads, steps=steps)
-    rows = lines_of(steps)[1:]
+    rows = read_lines(steps)[1:]
     return figures | {
         "seconds": [round(row["time/step"], 4) for row in rows],
         "length": [row["rollout/length"] for row in rows],
@@ -328,7 +328,7 @@ def run_trl(settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
     figures = watched(
         command, folder / "log.txt", threads=settings.threads, steps=Path(task["out"])
     )
-    _, *rows = lines_of(Path(task["out"]))
+    _, *rows = read_lines(Path(task["out"]))
     assert len(rows) == settings.steps
     return figures | {
         "seconds": [round(row["seconds"], 4) for row in rows],

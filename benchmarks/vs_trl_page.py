@@ -53,7 +53,7 @@ def losses_table(losses: Rows) -> str:
 
 
 def curves_table(runs: Rows, metric: str, digits: int) -> str:
-    """One row an examination, one column a side: median over seeds (lowest to highest)."""
+    """One row per evaluation, one column per side: median over seeds (lowest to highest)."""
     sides = [side for side in SIDES if of_side(runs, side)]
     lines = ["| step | " + " | ".join(sides) + " |", "|---:|" + "---|" * len(sides)]
     for place, first in enumerate(runs[0]["evaluations"]):
@@ -70,7 +70,7 @@ def differences(runs: Rows) -> str:
     last = runs[0]["evaluations"][-1]["step"]
     pairs = list(zip(of_side(runs, OURS), of_side(runs, THEIRS), strict=True))
     figures: dict[str, Callable[[list[float]], float]] = {
-        "mean over the examinations": statistics.mean,
+        "mean over the evaluations": statistics.mean,
         f"at step {last}": lambda values: values[-1],
     }
     lines = []

@@ -42,7 +42,7 @@ DIVERGENCES = {
 every_divergence = pytest.mark.parametrize("loss", DIVERGENCES.values(), ids=DIVERGENCES)
 
 
-def batch_of(tokens: int, **fields: torch.Tensor | None) -> Batch:
+def make_batch(tokens: int, **fields: torch.Tensor | None) -> Batch:
     ids_BT = torch.zeros(1, tokens + 1, dtype=torch.int64)
     return Batch(
         **{
@@ -137,7 +137,7 @@ def buckets64(prob_NV: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
 def test_full_divergence_equals_the_float64_reference(loss: Divergence, spec: HeadSpec) -> None:
     hidden, weight = student()
     teacher = distribution()
-    out = loss(head_logps(hidden, weight, spec, 1.3), batch_of(N, teacher_logp_NV=teacher))
+    out = loss(head_logps(hidden, weight, spec, 1.3), make_batch(N, teacher_logp_NV=teacher))
     h64, w64 = (x.detach().double().requires_grad_() for x in (hidden, weight))
     logits = h64 @ w64.T * spec.scale
     if spec.softcap:
@@ -154,7 +154,7 @@ def test_gradient_before_the_softmax_is_that_between_measures_of_any_size(
     loss: Divergence,
 ) -> None:
     logp, teacher = distribution(seed=5).requires_grad_(), distribution(seed=6)
-    out = loss(logp, batch_of(N, teacher_logp_NV=teacher))
+    out = loss(logp, make_batch(N, teacher_logp_NV=teacher))
     logp64 = logp.detach().double().requires_grad_()
     q, p = logp64.exp(), teacher.double().exp()
     kind, skew = loss.config.kind, loss.config.skew
@@ -177,7 +177,7 @@ def test_truncated_divergence_equals_the_float64_reference(loss: Divergence, k: 
         ids[::2, -1] = -1  # a ragged support
         ids[3] = -1  # a row with nothing but a tail
     out = loss(
-        head_logps(hidden, weight, HeadSpec(vocab_size=V)), batch_of(N, **truncated(teacher, ids))
+        head_logps(hidden, weight, HeadSpec(vocab_size=V)), make_batch(N, **truncated(teacher, ids))
     )
     h64, w64 = (x.detach().double().requires_grad_() for x in (hidden, weight))
     q = buckets64(torch.softmax(h64 @ w64.T, dim=1), ids)
@@ -199,10 +199,10 @@ def test_more_support_never_lowers_the_divergence_and_all_of_it_is_the_full_one(
     loss: Divergence,
 ) -> None:
     logp, teacher = distribution(seed=5), distribution(seed=6)
-    full = loss(logp, batch_of(N, teacher_logp_NV=teacher)).total
+    full = loss(logp, make_batch(N, teacher_logp_NV=teacher)).total
     chosen = top_ids(logp, V)  # nested supports, here of the student's choice
     values = [
-        float(loss(logp, batch_of(N, **truncated(teacher, chosen[:, :k]))).total)
+        float(loss(logp, make_batch(N, **truncated(teacher, chosen[:, :k]))).total)
         for k in (1, 2, 5, 12, V)
     ]
     assert values[0] >= 0.0
@@ -220,7 +220,7 @@ def test_divergence_of_equal_distributions_is_zero_with_zero_gradient(loss: Dive
         (truncated(teacher, top_ids(teacher, 4)), 1e-6),  # its tail is added up in float64
     ):
         value, gradient = value_and_gradients(
-            loss(logits.log_softmax(1), batch_of(N, **scores)).total, logits
+            loss(logits.log_softmax(1), make_batch(N, **scores)).total, logits
         )
         assert abs(value) <= most
         assert gradient.abs().max() <= most
@@ -236,7 +236,7 @@ def test_student_tail_is_exact_where_one_minus_the_sum_is_nothing(gap: float) ->
         "support_logp_NK": torch.tensor([[math.log(0.25)]]),
         "support_tail_N": torch.tensor([math.log(0.75)]),
     }
-    out = divergence(FORWARD_KL)(logp, batch_of(1, **scores))
+    out = divergence(FORWARD_KL)(logp, make_batch(1, **scores))
     log_tail = math.log(V - 1) - math.log(math.exp(gap) + V - 1)
     log_head = gap - math.log(math.exp(gap) + V - 1)
     expected = 0.25 * (math.log(0.25) - log_head) + 0.75 * (math.log(0.75) - log_tail)
@@ -249,13 +249,13 @@ def test_student_tail_is_exact_where_one_minus_the_sum_is_nothing(gap: float) ->
 
 def test_sampled_reverse_kl_agrees_with_the_exact_one() -> None:
     q, p = distribution(seed=2, rows=1), distribution(seed=3, rows=1)
-    exact = float(divergence(REVERSE_KL)(q, batch_of(1, teacher_logp_NV=p)).total)
+    exact = float(divergence(REVERSE_KL)(q, make_batch(1, teacher_logp_NV=p)).total)
     n = 200_000
     target = torch.multinomial(
         q[0].exp(), n, replacement=True, generator=torch.Generator().manual_seed(0)
     )
     scores = {"target_N": target, "engine_logp_N": q[0, target], "teacher_logp_N": p[0, target]}
-    sums = PolicyGradient()(q.expand(n, V), batch_of(n, **scores)).sums
+    sums = PolicyGradient()(q.expand(n, V), make_batch(n, **scores)).sums
     k1 = (q - p)[0, target]
     k3 = (-k1).expm1() + k1
     for name, samples in (("loss/reverse_kl_k1", k1), ("loss/reverse_kl_k3", k3)):
@@ -280,7 +280,7 @@ def test_expected_policy_gradient_on_policy_is_the_gradient_of_exact_reverse_kl(
     logp = logits.log_softmax(1)
     p = distribution(seed=3, rows=1)
     found = expected_gradient(loss, logits, logp[0].detach(), p)
-    exact = divergence(REVERSE_KL)(logp, batch_of(1, teacher_logp_NV=p))
+    exact = divergence(REVERSE_KL)(logp, make_batch(1, teacher_logp_NV=p))
     assert_close([found], value_and_gradients(exact.total, logits)[1:])
     assert found.abs().max() > 0.01
 
@@ -299,7 +299,7 @@ def test_importance_ratio_corrects_the_gradient_of_tokens_another_policy_wrote(
     logits = distribution(seed=2, rows=1).requires_grad_()
     engine = distribution(seed=7, rows=1)[0]
     p = distribution(seed=3, rows=1)
-    exact = divergence(REVERSE_KL)(logits.log_softmax(1), batch_of(1, teacher_logp_NV=p))
+    exact = divergence(REVERSE_KL)(logits.log_softmax(1), make_batch(1, teacher_logp_NV=p))
     expected = value_and_gradients(exact.total, logits)[1:]
     assert_close([expected_gradient(loss, logits, engine, p)], expected)
     gap = expected_gradient(plain(), logits, engine, p) - expected[0]
@@ -313,7 +313,7 @@ def expected_gradient(
     rows = logits.log_softmax(1).expand(V, V)
     scores = {"target_N": torch.arange(V), "engine_logp_N": engine_logp_V, "teacher_logp_N": p[0]}
     (by_row,) = torch.autograd.grad(
-        loss(rows, batch_of(V, **scores)).total, rows, retain_graph=True
+        loss(rows, make_batch(V, **scores)).total, rows, retain_graph=True
     )
     (gradient,) = torch.autograd.grad(rows, logits, engine_logp_V.exp()[:, None] * by_row)
     return gradient.double()
@@ -323,7 +323,7 @@ def test_negative_log_likelihood_equals_cross_entropy() -> None:
     hidden, weight = student()
     target = torch.arange(N) % V
     out = NegativeLogLikelihood()(
-        head_logps(hidden, weight, HeadSpec(vocab_size=V)), batch_of(N, target_N=target)
+        head_logps(hidden, weight, HeadSpec(vocab_size=V)), make_batch(N, target_N=target)
     )
     h64, w64 = (x.detach().double().requires_grad_() for x in (hidden, weight))
     expected = torch.nn.functional.cross_entropy(h64 @ w64.T, target, reduction="sum")
