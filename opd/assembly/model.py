@@ -8,6 +8,7 @@ from opd.config.adapter import LoraConfig
 from opd.config.mask import DiscoverMaskConfig, FileMaskConfig, MaskTraining, active_mask
 from opd.config.schema import Config
 from opd.config.train import Precision
+from opd.mask.file import RUN_MASK
 from opd.mask.mask import Mask
 from opd.train.parameter_mask import (
     DenseTraining,
@@ -17,9 +18,6 @@ from opd.train.parameter_mask import (
 )
 from opd.train.weights import load_student, with_lora
 from opd.world import World
-
-RUN_MASK = "mask.safetensors"
-"""File in the run folder that holds the mask of the run."""
 
 
 def read_run_mask(config: Config, folder: Path) -> Mask | None:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from opd.checkpoint.writer import write_tensors
 
 FORMAT = "opd-mask-1"
+RUN_MASK = "mask.safetensors"
+"""File in a run folder that holds the mask of the run."""
 INT32_MAX = 2**31 - 1
 
 

@@ -18,14 +18,15 @@ from opd.config.mask import (
     require_valid_rule,
 )
 from opd.mask.discover import Summary, discover_mask
+from opd.mask.file import RUN_MASK
 from opd.mask.mask import Mask
 from opd.run.recipe import Recipe, composed
 
 RunJob = Callable[[Recipe, Path], None]
 FIRST_RUN, SCORED_RUN = "full", "scored"
 """Folders, inside the run folder, of the runs before the mask can be computed."""
-RUN_MASK, SCORES = "mask.safetensors", "scores.safetensors"
-"""Files in the run folder."""
+SCORES = "scores.safetensors"
+"""File in the run folder that holds the scores of a live rule."""
 ONLY_SCORES = ("data.eval=null", "eval.kl_prompts=0", "save.every=0", "sync.verify_every=0")
 """Overrides of a run that only computes scores: no evaluation, no checkpoints."""
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from opd.config.mask import MaskRule, StudyArm, StudyMaskConfig
-from opd.run.mask import RUN_MASK, RunJob
+from opd.mask.file import RUN_MASK
+from opd.run.mask import RunJob
 from opd.run.recipe import Recipe, composed
 from opd.run.teacher_servers import started_teachers
 from opd.tracking.runs import RunRecord, read_run

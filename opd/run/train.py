@@ -98,7 +98,12 @@ def join(recipe: Recipe) -> NoReturn:
     from opd.run.worker import leave_after  # loads the libraries of training
 
     folder = run_folder(recipe)
-    if os.environ["RANK"] == "0":
+    first = os.environ["RANK"] == "0"
+    if recipe.config.dry_run:
+        if first:
+            run_one(recipe, folder)
+        raise SystemExit
+    if first:
         check(recipe, folder)
         describe(recipe, folder)
         prepare_mask(recipe, folder, _cannot_run_first)

@@ -29,6 +29,18 @@ def test_a_dry_run_leaves_its_description_and_nothing_else(tmp_path: Path) -> No
     assert {"opd", "python", "torch"} <= set(written["versions"])
 
 
+@pytest.mark.parametrize(("rank", "files"), [("0", ["dry_run.yaml"]), ("1", [])])
+def test_a_dry_run_under_another_launcher_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, files: list[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as left:
+        run(["train", "quickstart", "dry_run=true"])
+    assert not left.value.code
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == files
+
+
 def test_a_real_run_may_follow_a_dry_run_in_its_folder() -> None:
     folder = Path("runs/quickstart")
     assert run(["train", "quickstart", "dry_run=true"]) == 0
