@@ -1,26 +1,22 @@
 """Generates completions for the training prompts of a recipe; they become a data set."""
 
 import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opd.assembly.rollout import EngineInputs, build_engine, in_process
-from opd.assembly.tracking import build_console
+from opd.assembly.rollout import in_process
 from opd.config.rollout import training_sampling
 from opd.config.schema import Config, problems
-from opd.data.prompt_sets import read_prompt_sets
 from opd.data.prompts import source_rows
-from opd.data.tokenizer import StudentTokenizer, read_tokenizer
+from opd.data.tokenizer import StudentTokenizer
 from opd.evaluate.grade import grader
 from opd.evaluate.reward import RewardFunction, grade_reward
+from opd.run.engine import load_engine
 from opd.run.model_names import resolved_model
 from opd.run.recipe import Recipe
 from opd.types import FinishReason, Rollout
-from opd.world import join_world
 
 
 def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool) -> dict[str, int]:
@@ -41,9 +37,11 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
     found = problems(config)
     if found:
         raise ValueError("\n".join(found))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rows = {str(row.get("uid", i)): row for i, row in enumerate(_rows(config))}
-    tokenizer, rollouts = _generate(config, name)
+    loaded = load_engine(config, name)
+    tokenizer = loaded.tokenizer
+    sampling = replace(training_sampling(config), support_k=0)
+    rollouts = loaded.engine.generate(loaded.prompts.train, sampling)
     counts = {"generated": len(rollouts), "truncated": 0, "empty": 0, "wrong": 0, "kept": 0}
     reward = _reward(config, only_correct)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -59,24 +57,6 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
                 counts["kept"] += 1
                 file.write(json.dumps(_line(rollout, rows, tokenizer), ensure_ascii=False) + "\n")
     return counts
-
-
-def _generate(config: Config, model: str) -> tuple[StudentTokenizer, list[Rollout]]:
-    world = join_world()
-    _, progress = build_console(world, sys.stdout)
-    tokenizer = read_tokenizer(model, trust_remote_code=config.student.trust_remote_code)
-    prompts = read_prompt_sets(config, tokenizer)
-    inputs = EngineInputs(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        max_length=prompts.max_length,
-        world=world,
-        progress=progress,
-    )
-    engine, _ = build_engine(inputs)
-    sampling = replace(training_sampling(config), support_k=0)
-    return tokenizer, engine.generate(prompts.train, sampling)
 
 
 def _reward(config: Config, only_correct: bool) -> RewardFunction:

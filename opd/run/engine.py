@@ -1,0 +1,45 @@
+"""A rollout engine for one model in this process, without training: for ``opd eval`` and ``opd generate``."""
+
+import os
+import sys
+from dataclasses import dataclass
+
+from opd.assembly.rollout import EngineInputs, build_engine
+from opd.assembly.tracking import build_console
+from opd.config.schema import Config
+from opd.data.prompt_sets import PromptSets, read_prompt_sets
+from opd.data.tokenizer import StudentTokenizer, read_tokenizer
+from opd.interfaces import RolloutEngine
+from opd.world import World, join_world
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEngine:
+    """The engine of a model, with the tokenizer and the prompts that it reads."""
+
+    engine: RolloutEngine
+    tokenizer: StudentTokenizer
+    prompts: PromptSets
+    world: World
+
+
+def load_engine(config: Config, model: str) -> ModelEngine:
+    """Load ``model`` (a folder or hub id) into the recipe's rollout engine.
+
+    ``config.rollout`` runs in this process. Raises ValueError for prompts that cannot be read.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    world = join_world()
+    _, progress = build_console(world, sys.stdout)
+    tokenizer = read_tokenizer(model, trust_remote_code=config.student.trust_remote_code)
+    prompts = read_prompt_sets(config, tokenizer)
+    inputs = EngineInputs(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        max_length=prompts.max_length,
+        world=world,
+        progress=progress,
+    )
+    engine, _ = build_engine(inputs)
+    return ModelEngine(engine=engine, tokenizer=tokenizer, prompts=prompts, world=world)
