@@ -62,7 +62,7 @@ def server(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def service(url: str, token: str | None, retries: int = 8) -> ServiceClient:
-    return ServiceClient(url, name=NAME, remedy=REMEDY, token=token, timeout=120, retries=retries)
+    return ServiceClient(url, name=NAME, remedy=REMEDY, token=token, timeout=600, retries=retries)
 
 
 def connected(client: ServiceClient) -> tuple[ServerRollouts, ServerWeights]:

@@ -142,7 +142,7 @@ def truth(untied: Path) -> Truth:
 def _client(
     server: RunningService, request: ScoreRequest, student: Vocabulary, **changed
 ) -> ServerTeacher:
-    config = ServerTeacherConfig(timeout=60)
+    config = ServerTeacherConfig(timeout=300)
     return ServerTeacher(
         server.url, config, request=request, student=student, token=server.token, **changed
     )

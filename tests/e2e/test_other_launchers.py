@@ -26,7 +26,7 @@ def test_torchrun_is_a_launcher_too(tmp_path: Path) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1500,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -33,7 +33,7 @@ def kill_after(home: Path, steps: int) -> None:
         stderr=subprocess.DEVNULL,
     )
     family = []
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     while lines(home / "killed" / "metrics.jsonl") < 1 + steps:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
@@ -41,7 +41,7 @@ def kill_after(home: Path, steps: int) -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    gone, alive = psutil.wait_procs(family, timeout=30)
+    gone, alive = psutil.wait_procs(family, timeout=300)
     assert not alive, f"processes outlived their launcher: {alive}"
     assert gone
 

@@ -36,7 +36,7 @@ def kill_after(home: Path, steps: int) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     while len(rows(home / "served")) < 1 + steps:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
@@ -45,7 +45,7 @@ def kill_after(home: Path, steps: int) -> None:
     assert len(family) >= 5, "a teacher, two rollout servers and two ranks"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=300)
     assert not alive, f"processes outlived their launcher: {alive}"
 
 

@@ -22,7 +22,7 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in dropped}
 
 
-def opd(*arguments: str, cwd: Path, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+def opd(*arguments: str, cwd: Path, timeout: float = 1500) -> subprocess.CompletedProcess[str]:
     """Run ``opd`` to its end."""
     return subprocess.run(
         [*OPD, *arguments],

@@ -60,7 +60,7 @@ def rollout() -> Rollout:
 
 def _post(server: RunningService, body: bytes, **headers: str) -> httpx.Response:
     headers = {"Authorization": f"Bearer {server.token}", "Content-Type": MEDIA_TYPE} | headers
-    return httpx.post(f"{server.url}/score", content=body, headers=headers, timeout=60)
+    return httpx.post(f"{server.url}/score", content=body, headers=headers, timeout=300)
 
 
 def _client(
@@ -223,7 +223,7 @@ def test_a_server_ends_when_the_process_that_started_it_dies(
             *words,
         ]
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not port_file.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     url = f"http://127.0.0.1:{port_file.read_text()}/health"
