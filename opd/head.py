@@ -1,7 +1,6 @@
 """The output head: hidden states into log-probs, in float32, a chunk of tokens at a time."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -19,17 +18,6 @@ class HeadSpec:
     vocab_size: int
     softcap: float | None = None
     scale: float = 1.0
-
-
-def head_spec(config: Any, vocab_size: int | None = None) -> HeadSpec:
-    """Read a Hugging Face config: Gemma's soft cap, Granite's and Cohere's scales."""
-    text = config.get_text_config().to_dict()
-    divisor = text.get("logits_scaling") or 1.0
-    return HeadSpec(
-        vocab_size=vocab_size or text["vocab_size"],
-        softcap=text.get("final_logit_softcapping"),
-        scale=(text.get("logit_scale") or 1.0) / divisor,
-    )
 
 
 def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The student under its training engine."""
 
+from collections.abc import Sequence
+
 import torch
 
 from opd.assembly.loss import build_loss, build_reduction, return_discount
@@ -12,13 +14,14 @@ from opd.config.schema import Config
 from opd.config.teacher import PoolTeacherConfig
 from opd.config.train import MaskScores
 from opd.data.tokenizer import StudentTokenizer
-from opd.head import head_spec
 from opd.interfaces import Progress
+from opd.reference import head_spec
 from opd.train.deepspeed_engine import DeepSpeedEngine
 from opd.train.engine import TrainingEngine
 from opd.train.learner import StudentLearner
 from opd.train.mask_scores import SquaredGradients
 from opd.train.optimizers import LearningRate, build_optimizer
+from opd.train.own_forward import require_learner_forward
 from opd.train.parameter_mask import ParameterMask
 from opd.train.record import NoRecord, Recorder, WeightRecorder, Write
 from opd.train.student import Student, causal_lm
@@ -40,9 +43,15 @@ def build_learner(
     world: World,
     progress: Progress,
     write: Write,
+    probe: Sequence[int],
 ) -> StudentLearner:
-    """The student under its training engine; ``write`` receives the rows of record=weights."""
+    """The student under its training engine, once it agrees with the model's own forward pass.
+
+    ``write`` receives the rows of record=weights; ``probe`` are token ids to compare on.
+    """
     student = _student(config, model, teachers, tokenizer).to(world.device)
+    who = f"student.model={config.student.model}"
+    require_learner_forward(student, probe, pad_id=tokenizer.pad_id, who=who)
     optimizer = (
         SquaredGradients(student.parameters())
         if config.train.mask_scores in GRADIENT_SCORES
@@ -76,7 +85,11 @@ def _student(
     vocab_sizes = [teacher.info().vocab_size for teacher in clients if teacher is not None]
     return Student(
         model,
-        spec=head_spec(causal_lm(model).config, min(tokenizer.vocab_size, *vocab_sizes)),
+        spec=head_spec(
+            causal_lm(model).config,
+            min(tokenizer.vocab_size, *vocab_sizes),
+            trust_remote_code=config.student.trust_remote_code,
+        ),
         temperature=config.rollout.temperature,
         chunk_bytes=config.train.chunk_mib << 20,
         teacher_head=teachers.heads,

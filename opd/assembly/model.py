@@ -16,7 +16,7 @@ from opd.train.parameter_mask import (
     RestoredTraining,
     SparseTraining,
 )
-from opd.train.weights import load_student, with_lora
+from opd.train.weights import disable_dropout, load_student, with_lora
 from opd.world import World
 
 
@@ -38,6 +38,8 @@ def build_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
     if isinstance(config.adapter, LoraConfig):
         model = with_lora(model, config.adapter)
+    if not config.train.dropout:
+        disable_dropout(model)
     return model, _parameter_mask(config, mask, model)
 
 

@@ -101,7 +101,7 @@ def build_training(
     teachers = build_teachers(config, model, tokenizer, vocabulary, world, progress)
     write = build_weight_record(config, folder, world, resumed)
     learner = build_learner(
-        config, model, parameter_mask, teachers, tokenizer, world, progress, write
+        config, model, parameter_mask, teachers, tokenizer, world, progress, write, prompts.probe
     )
     parts = _Parts(
         tokenizer=tokenizer,

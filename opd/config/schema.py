@@ -85,6 +85,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 """Group choices: ``loss=jsd`` on the command line picks ``GROUPS["loss"]["jsd"]``."""
 
 RULES = (
+    *adapter.RULES,
     *data.RULES,
     *loss.RULES,
     *eval.RULES,

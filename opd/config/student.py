@@ -12,6 +12,9 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
+AUTO_ATTENTION = "auto"
+
+
 @dataclass(kw_only=True, slots=True)
 class StudentConfig:
     """The model that generates and learns."""
@@ -20,5 +23,5 @@ class StudentConfig:
     """Folder or hub id of a causal language model."""
     trust_remote_code: bool = False
     """Execute code that comes with the model."""
-    attn_implementation: str = "sdpa"
-    """Attention implementation of transformers: sdpa, eager, flash_attention_2."""
+    attn_implementation: str = AUTO_ATTENTION
+    """sdpa, eager, flash_attention_2, ...; auto: the model's default, or eager where the two differ."""

@@ -38,6 +38,8 @@ class TrainConfig:
     """Padded tokens in one forward and backward pass of one process; the result does not depend on it."""
     precision: Precision = Precision.bf16
     """bf16 keeps fp32 master weights; pure_bf16 does not and loses small updates."""
+    dropout: bool = False
+    """Train with the dropout of the student's config and adapter.lora_dropout; the engine never has any."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     stop_after: int | None = bounded(None, least=1)

@@ -27,6 +27,11 @@ class PromptSets:
     teacher_max_length: int
     """The same for prompts as the teacher sees them."""
 
+    @property
+    def probe(self) -> list[int]:
+        """Token ids of real text, for comparisons of models: the first training prompts."""
+        return [int(i) for prompt in self.train[:8] for i in prompt.token_ids]
+
 
 def read_prompt_sets(config: Config, student: StudentTokenizer) -> PromptSets:
     """Load and tokenise every prompt. Raises ValueError naming file and line of what is wrong."""

@@ -32,6 +32,7 @@ from opd.rollout.client import require_servers_fit
 from opd.run.findings import findings
 from opd.run.folder import open_folder
 from opd.run.mask import require_mask_fits
+from opd.run.model_check import check_student_model
 from opd.run.recipe import Recipe
 from opd.teacher.connect import describe_transport, pool_models, teacher_infos
 from opd.teacher.vocabulary import read_vocabulary
@@ -77,7 +78,11 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
             f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
             f"launch.processes={config.launch.processes}: give every process one, or 0"
         )
-    found = [*_adjustments(config), *findings(config, tokenizer, prompts)]
+    found = [
+        *_adjustments(config),
+        *check_student_model(config),
+        *findings(config, tokenizer, prompts),
+    ]
     transport = None
     if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
         transport = _check_teacher(config, tokenizer, prompts)

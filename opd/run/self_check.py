@@ -65,6 +65,7 @@ def self_loss_alone(
         world,
         SilentProgress(),
         lambda step, row: None,
+        prompts.probe,
     )
     return _self_loss(alone, tokenizer, prompts, learner, model)
 

@@ -1,6 +1,7 @@
 """Hidden states from a Hugging Face model in this process."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from opd.config.teacher import TeacherModelConfig
 from opd.head import HeadSpec
-from opd.teacher.model_info import max_positions, read_info, read_spec
+from opd.reference import TOKENS, decoder, require_own_forward, use_faithful_attention
+from opd.teacher.model_info import max_positions, probe_text, read_info, read_spec
+from opd.teacher.scoring import log_probs
 from opd.types import IntArray, TeacherInfo
 
 
@@ -25,17 +28,22 @@ class TorchBackend:
         *,
         device: str = "cpu",
     ) -> None:
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=config.dtype.value)
-        head = network.get_output_embeddings()
-        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
-            raise ValueError(f"{model}: the output head is not a plain matrix: {head}")
-        self.network = network.base_model.to(device).eval().requires_grad_(False)
-        self.head_VD: torch.Tensor = head.weight.detach().to(device).float()
+        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=config.dtype.value)
+        network.to(device).eval().requires_grad_(False)
+        use_faithful_attention(network, range(TOKENS))
         self.spec: HeadSpec = read_spec(model)
+        self.network = decoder(network)
+        self.head_VD: torch.Tensor = network.get_output_embeddings().weight.detach().float()
         self.info: TeacherInfo = read_info(
             model, max_length=config.max_model_len or max_positions(model), dtype=network.dtype
         )
         self.max_tokens = config.max_num_batched_tokens
+        require_own_forward(
+            network,
+            probe_text(model),
+            lambda sequences: log_probs(self, sequences),
+            f"teacher {model}",
+        )
 
     @torch.inference_mode()
     def hidden(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:

@@ -5,21 +5,34 @@ The engine returns the final-norm hidden state of every token; the head is appli
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from tempfile import TemporaryDirectory
 
+import psutil
 import torch
+from transformers import AutoModelForCausalLM
 
 from opd.config.teacher import TeacherEngineConfig
 from opd.head import HeadSpec
-from opd.teacher.model_info import read_head, read_info, read_spec
+from opd.reference import require_own_forward
+from opd.teacher.model_info import (
+    checkpoint_bytes,
+    probe_text,
+    read_head,
+    read_info,
+    read_spec,
+)
+from opd.teacher.scoring import log_probs
 from opd.types import IntArray, TeacherInfo
 from opd.world import join_alone
 
 SOCKET_VARIABLE = "VLLM_RPC_BASE_PATH"
 MAX_SOCKET_FOLDER = 70  # characters; 37 of a name follow, and a socket's path ends at 107
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING"}
+MEMORY_FACTOR = 1.5
+"""Free memory that the comparison with transformers needs, in sizes of the checkpoint."""
 CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # the CPU build warns about what no setting changes
@@ -69,6 +82,7 @@ class VllmBackend:
         )
         self.spec: HeadSpec = read_spec(model)
         self.head_VD: torch.Tensor = read_head(model).to("cuda" if cuda else "cpu")
+        _require_own_forward(self, model)
 
     def hidden(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
         """See ``Backend``; the tensors lie on the CPU."""
@@ -85,6 +99,32 @@ class VllmBackend:
         lengths = [len(sequence) for sequence in sequences]
         assert [len(h) for h in hidden] == lengths, "the engine left out hidden states"
         return hidden
+
+
+def _require_own_forward(backend: VllmBackend, model: str) -> None:
+    """Compare the engine with transformers on the CPU; a model too large for the memory is not compared.
+
+    Raises ValueError when vLLM or the head computes another model.
+    """
+    needed = MEMORY_FACTOR * checkpoint_bytes(model)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        print(
+            f"teacher {model}: not compared with transformers, which needs {needed / 2**30:.0f} GiB of "
+            f"memory and {free / 2**30:.0f} GiB are free",
+            file=sys.stderr,
+        )
+        return
+    dtype: torch.dtype = backend.engine.model_config.dtype
+    exact = 2 * needed < free
+    causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32 if exact else dtype)
+    require_own_forward(
+        causal,
+        probe_text(model),
+        lambda sequences: [each.cpu() for each in log_probs(backend, sequences)],
+        f"teacher {model} in vLLM",
+        dtype=dtype,
+    )
 
 
 @contextmanager

@@ -8,12 +8,14 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
-from opd.head import HeadSpec, head_spec
+from opd.head import HeadSpec
+from opd.reference import head_spec
 from opd.teacher.vocabulary import base_and_added, fingerprint
 from opd.types import TeacherInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PROBE_TEXT = "The capital of France is Paris, and 12 + 30 = 42."
 HEADS = ("lm_head.weight",)
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
@@ -47,6 +49,12 @@ def read_spec(model: str) -> HeadSpec:
     return head_spec(AutoConfig.from_pretrained(model))
 
 
+def probe_text(model: str) -> list[int]:
+    """Token ids of a plain sentence, for a comparison with the model's own forward pass."""
+    ids = AutoTokenizer.from_pretrained(model)(PROBE_TEXT, add_special_tokens=False)["input_ids"]
+    return [int(i) for i in ids] or [0]
+
+
 def max_positions(model: str) -> int:
     """``max_position_embeddings`` of the checkpoint's config."""
     return AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
@@ -70,6 +78,11 @@ def read_head(model: str) -> torch.Tensor:
         raise ValueError(f"{model}: the output head has a bias ({bias}), which is not supported")
     with safe_open(files[names[0]], framework="pt") as opened:
         return opened.get_tensor(names[0]).float()
+
+
+def checkpoint_bytes(model: str) -> int:
+    """Bytes of the weight files."""
+    return sum(file.stat().st_size for file in set(_tensor_files(model).values()))
 
 
 def _names_ending(files: dict[str, Path], endings: tuple[str, ...]) -> list[str]:

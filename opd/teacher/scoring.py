@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 import torch
 
 from opd.head import HeadSpec, chunk_rows, head_logps, outside_mass
+from opd.teacher.backend import Backend
+from opd.types import IntArray
 
 CHUNK_BYTES = 64 << 20  # of one [C, V] block; about four live at once, beside the engine's memory
 
@@ -78,6 +80,14 @@ def score_hidden(
 def folded_head(weight_VD: torch.Tensor, spec: HeadSpec) -> torch.Tensor:
     """The head's rows [spec.vocab_size, D] in float32 with its scale multiplied in, on the CPU."""
     return weight_VD[: spec.vocab_size].float().cpu() * spec.scale
+
+
+def log_probs(backend: Backend, sequences: list[IntArray]) -> list[torch.Tensor]:
+    """The teacher's log-probs [T - 1, V] of every next token of each sequence."""
+    return [
+        head_logps(hidden_TD[:-1].to(backend.head_VD.device), backend.head_VD, backend.spec)
+        for hidden_TD in backend.hidden(sequences)
+    ]
 
 
 def union_ids(parts: Sequence[torch.Tensor]) -> torch.Tensor:

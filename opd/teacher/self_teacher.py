@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from opd.head import HeadSpec
+from opd.reference import decoder
 from opd.teacher.backend_torch import hidden_states
 from opd.types import IntArray, TeacherInfo
 
@@ -48,6 +49,6 @@ class ModuleBackend:
         model.eval()
         try:
             with self._forward_context():
-                return hidden_states(model.base_model, sequences, self._max_tokens)
+                return hidden_states(decoder(model), sequences, self._max_tokens)
         finally:
             model.train(was_training)

@@ -13,6 +13,7 @@ from torch import nn
 from opd.batch import Batch, LossOutput
 from opd.head import HeadSpec, chunk_rows
 from opd.interfaces import Loss, Teacher
+from opd.reference import decoder
 from opd.train.chunked import chunked_logps, chunked_loss
 
 
@@ -43,6 +44,7 @@ class Student(nn.Module):
         self.model = model
         self.spec = spec
         self.temperature = temperature
+        self.chunk_bytes = chunk_bytes
         self.chunk = chunk_rows(spec.vocab_size, chunk_bytes)
         self._teacher_head = teacher_head
         self._sequence_gaps = sequence_gaps
@@ -52,7 +54,7 @@ class Student(nn.Module):
     ) -> tuple[torch.Tensor, *tuple[dict[str, torch.Tensor], ...]]:
         """(total, sums, maxima, counts) of ``loss``; without a loss, total is the targets' log-probs [N]."""
         causal = causal_lm(self.model)
-        hidden_BTD = causal.model(
+        hidden_BTD = decoder(causal)(
             input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
         ).last_hidden_state
         hidden_ND = hidden_BTD.flatten(0, 1)[batch.positions_N]

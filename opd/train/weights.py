@@ -1,5 +1,6 @@
 """The student's weights under their Hugging Face names: loaded, listed, gathered, exported."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
@@ -11,31 +12,50 @@ from huggingface_hub import save_torch_state_dict
 from transformers import AutoModelForCausalLM
 
 from opd.config.adapter import LoraConfig
-from opd.config.student import StudentConfig
+from opd.config.student import AUTO_ATTENTION, StudentConfig
+from opd.reference import TOKENS as PROBE_TOKENS
+from opd.reference import use_faithful_attention
 from opd.train.compact import dense_parameters
 from opd.train.student import causal_lm
 
+NOISE = re.compile(r"drop(out|_prob|$)|pdrop|jitter")
+"""Attributes of modules that are rates of noise in training."""
 Gathered = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[None]]
 
 
 def load_student(model: str, config: StudentConfig, *, dtype: torch.dtype) -> torch.nn.Module:
     """The causal language model ``model`` of transformers with every weight in ``dtype``.
 
-    Raises ValueError for a head with a bias, which the chunked head does not apply.
+    Raises ValueError for a model or an attention that transformers cannot load.
     """
-    student = AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype=dtype,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
-    head = student.get_output_embeddings()
-    if head is None or head.bias is not None:
-        raise ValueError(
-            f"student.model={model} has no output head or one with a bias, which is not supported: "
-            "choose a causal language model whose head is a plain matrix"
+    auto = config.attn_implementation == AUTO_ATTENTION
+    try:
+        student = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=dtype,
+            attn_implementation=None if auto else config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
         )
+    except (ImportError, ValueError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"student.model={model} cannot be loaded ({first})") from error
+    if auto:
+        use_faithful_attention(student, range(PROBE_TOKENS))
     return student
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout and every noise of a router to 0, so that training mode computes the same model.
+
+    transformers keeps rates in modules (``nn.Dropout``) and in attributes (``attention_dropout``,
+    ``hidden_dropout``, ``router_jitter_noise``).
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and NOISE.search(name):
+                setattr(module, name, 0.0)
 
 
 def with_lora(student: Any, config: LoraConfig) -> torch.nn.Module:
@@ -43,9 +63,6 @@ def with_lora(student: Any, config: LoraConfig) -> torch.nn.Module:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
-    targets = config.target_modules
-    if targets != "all-linear":
-        targets = targets.split(",")
     return get_peft_model(
         student,
         PeftLoraConfig(
@@ -53,7 +70,7 @@ def with_lora(student: Any, config: LoraConfig) -> torch.nn.Module:
             r=config.r,
             lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]  (a float is fine)
             lora_dropout=config.lora_dropout,
-            target_modules=targets,
+            target_modules=config.targets,
         ),
     )
 

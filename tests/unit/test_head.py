@@ -12,7 +12,8 @@ from transformers import (
     LlamaConfig,
 )
 
-from opd.head import HeadSpec, chunk_rows, head_logps, head_spec, matmul_float32, vocab_blocks
+from opd.head import HeadSpec, chunk_rows, head_logps, matmul_float32, vocab_blocks
+from opd.reference import head_spec
 
 TINY: dict[str, Any] = {
     "vocab_size": 40,

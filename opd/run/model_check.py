@@ -1,0 +1,86 @@
+"""Checks of the student's architecture and adapters that need its config only."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig
+
+from opd.config.adapter import ALL_LINEAR, LoraConfig
+from opd.config.schema import Config
+from opd.config.student import AUTO_ATTENTION
+from opd.reference import decoder, head_spec, skeleton
+
+
+def check_student_model(config: Config) -> list[str]:
+    """Likely errors, one sentence each. Raises ValueError for an architecture that cannot be trained.
+
+    That is one that transformers cannot build, one whose head is not supported, and adapters for modules
+    that it does not have.
+    """
+    student = config.student
+    model_config = AutoConfig.from_pretrained(
+        student.model, trust_remote_code=student.trust_remote_code
+    )
+    attention = student.attn_implementation
+    try:
+        causal = skeleton(
+            model_config,
+            attn_implementation=None if attention == AUTO_ATTENTION else attention,
+            trust_remote_code=student.trust_remote_code,
+        )
+        decoder(causal)
+        head_spec(model_config, trust_remote_code=student.trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"student.model={student.model}: {error}") from None
+    if isinstance(config.adapter, LoraConfig):
+        _require_targets(config.adapter, causal)
+    return [] if config.train.dropout else list(_unused_dropout(model_config.to_dict()))
+
+
+def _require_targets(adapter: LoraConfig, causal: Any) -> None:
+    """ValueError for a target that is no module, or whose adapter would not be in the trained model."""
+    targets = adapter.targets
+    if targets == ALL_LINEAR:
+        return
+    modules: Mapping[str, nn.Module] = dict(causal.named_modules())
+    tied = causal.get_output_embeddings().weight is causal.get_input_embeddings().weight
+    for target in targets:
+        matched = [
+            m for name, m in modules.items() if name == target or name.endswith(f".{target}")
+        ]
+        if not matched:
+            leaves = sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)})
+            raise ValueError(
+                f"adapter.target_modules names {target!r}, which the student does not have: it has "
+                f"{', '.join(leaves)}"
+            )
+        if causal.get_output_embeddings() in matched:
+            raise ValueError(
+                f"adapter.target_modules names the output head {target!r}, which is applied as a plain "
+                "matrix without adapters: leave it out"
+            )
+        if causal.get_input_embeddings() in matched and tied:
+            raise ValueError(
+                f"adapter.target_modules names the embedding {target!r}, which is tied to the output head: "
+                "an adapter would change only one of them; leave it out"
+            )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D"
+
+
+def _unused_dropout(settings: Mapping[str, Any]) -> Iterator[str]:
+    """One sentence when the model's config has dropout, which training leaves out."""
+    rates = {
+        name: value
+        for name, value in {**settings, **(settings.get("text_config") or {})}.items()
+        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
+    }
+    if rates:
+        listed = ", ".join(f"{name}={value:g}" for name, value in sorted(rates.items()))
+        yield (
+            f"the student's config has {listed}, and training is without dropout, as generation is; "
+            "train.dropout=true turns it on"
+        )

@@ -1,0 +1,65 @@
+"""Checks that the learner computes the model that transformers computes, before anything is trained."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from opd.batch import Batch, LossOutput, collate
+from opd.reference import require_own_forward
+from opd.train.student import Student, TeacherHeads, causal_lm
+from opd.types import FinishReason, IntArray, Prompt, Rollout, ScoredRollout
+
+
+def require_learner_forward(
+    student: Student, ids: Sequence[int], *, pad_id: int, who: str
+) -> float:
+    """The gap in nats between the log-probs that losses get and the model's own, on a few of ``ids``.
+
+    Two sequences are padded into one micro-batch, in the mode of training. ``student`` has whole weights,
+    before an engine shards them; ``who`` names it in an error. Raises ValueError for a gap above the bound.
+    """
+    causal = causal_lm(student.model)
+    alone = Student(
+        student.model,
+        spec=student.spec,
+        temperature=1.0,
+        chunk_bytes=student.chunk_bytes,
+        teacher_head=TeacherHeads(None, 1, next(causal.parameters()).device),
+    )
+
+    def ours(sequences: list[IntArray]) -> list[torch.Tensor]:
+        training = student.training
+        student.train()
+        try:
+            return _log_probs(alone, sequences, pad_id)
+        finally:
+            student.train(training)
+
+    return require_own_forward(causal, ids, ours, who)
+
+
+def _log_probs(student: Student, sequences: Sequence[IntArray], pad_id: int) -> list[torch.Tensor]:
+    """The log-probs [T - 1, V] of each sequence's tokens after the first, as a loss receives them."""
+    chunks: list[torch.Tensor] = []
+
+    def keep(student_logp_NV: torch.Tensor, batch: Batch) -> LossOutput:
+        chunks.append(student_logp_NV.detach())
+        return LossOutput(total=student_logp_NV.sum() * 0)
+
+    batch = collate([_scored(ids) for ids in sequences], pad_id=pad_id)
+    with torch.no_grad():
+        student(batch.to(next(student.parameters()).device), keep)
+    return list(torch.cat(chunks).split([len(ids) - 1 for ids in sequences]))
+
+
+def _scored(ids: IntArray) -> ScoredRollout:
+    """The first token as the prompt, the others as its completion."""
+    rollout = Rollout(
+        prompt=Prompt(uid="probe", token_ids=ids[:1]),
+        token_ids=ids[1:],
+        logps=np.full(len(ids) - 1, np.nan, np.float32),
+        finish_reason=FinishReason.length,
+        version=0,
+    )
+    return ScoredRollout(rollout=rollout)
