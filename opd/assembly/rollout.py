@@ -32,7 +32,7 @@ from opd.sync.ema import EMASync, EMAWeights
 from opd.sync.periodic import NoSync, PeriodicSync
 from opd.sync.remote import ServerWeights
 from opd.sync.sender import WeightSender
-from opd.train.weights import load_student
+from opd.train.weights import checkpoint_views, load_student
 from opd.world import World
 
 
@@ -124,7 +124,7 @@ def _transformers(
         batch_size=rollout.batch_size,
         progress=inputs.progress,
     )
-    return engine, ModuleWeights(module, mark=engine.mark)
+    return engine, ModuleWeights(checkpoint_views(module), mark=engine.mark)
 
 
 def in_process(rollout: RolloutConfig) -> RolloutConfig:

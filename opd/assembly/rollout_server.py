@@ -14,7 +14,7 @@ from opd.sync.colocated import ModuleWeights, VllmWeights
 from opd.sync.in_place import load_all, load_in_place
 from opd.sync.receiver import Load, WeightReceiver
 from opd.tracking.console import SilentProgress
-from opd.train.weights import load_student
+from opd.train.weights import checkpoint_views, load_student
 
 
 def build_engine_host(config: RolloutServerConfig) -> EngineHost:
@@ -70,4 +70,4 @@ def _transformers(
         batch_size=config.batch_size,
         progress=SilentProgress(),
     )
-    return engine, load_all(ModuleWeights(module, mark=engine.mark))
+    return engine, load_all(ModuleWeights(checkpoint_views(module), mark=engine.mark))

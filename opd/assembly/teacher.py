@@ -37,7 +37,7 @@ from opd.teacher.rewarded import RewardedTeacher
 from opd.teacher.self_teacher import ModuleBackend
 from opd.teacher.vocabulary import Vocabulary
 from opd.train.student import TeacherHeads, causal_lm
-from opd.train.weights import load_student
+from opd.train.weights import checkpoint_views, load_student
 from opd.types import Rollout, ScoreRequest
 from opd.world import World
 
@@ -245,9 +245,9 @@ def _average(
         case SelfTeacher.frozen:
             return None
         case SelfTeacher.ema:
-            return EMAWeights(copy, decay=teacher.ema_decay, moved=heads.forget)
+            return EMAWeights(checkpoint_views(copy), decay=teacher.ema_decay, moved=heads.forget)
         case SelfTeacher.latest:
-            return EMAWeights(copy, decay=0.0, moved=heads.forget)
+            return EMAWeights(checkpoint_views(copy), decay=0.0, moved=heads.forget)
 
 
 def _with_reward(config: Config, teacher: Teacher, tokenizer: StudentTokenizer) -> Teacher:

@@ -1,6 +1,6 @@
 """Weights into a rollout engine of this process, after every step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,12 +28,31 @@ class VllmWeights:
     def push(self, weights: Weights, version: int) -> dict[str, float]:
         self._wake()
         stream = _CountedWeights(weights)
+        self._llm.collective_rpc(_rebuild_packed_experts)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(stream)})
         self._llm.collective_rpc(_repack_tied_head)
         assert stream.exhausted, "the engine stopped reading before the last weight"
         self._llm.reset_prefix_cache()
         self._mark(version)
         return {"sync/bytes": float(stream.bytes)}
+
+
+def _rebuild_packed_experts(worker: Any) -> None:
+    """Let the coming reload pack the experts of a mixture anew, which it does only without a kernel.
+
+    On a CPU the kernel reads experts in a packed order; a reload leaves them in the order of the files
+    where a kernel exists, and the engine computes something else, without any error.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
+
+    if worker.device.type != "cpu":
+        return
+    for module in worker.get_model().modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod):
+            method.moe_kernel = None
 
 
 def _repack_tied_head(worker: Any) -> None:
@@ -49,18 +68,21 @@ def _repack_tied_head(worker: Any) -> None:
 
 
 class ModuleWeights:
-    """Implements ``WeightSync`` for a transformers module: copies by name, in place."""
+    """Implements ``WeightSync`` for a transformers module: copies by name, in place.
 
-    def __init__(self, module: torch.nn.Module, *, mark: Callable[[int], None]) -> None:
-        self._parameters = dict(module.named_parameters())
+    ``tensors`` are the module's own, under the names that the learner hands over.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], *, mark: Callable[[int], None]) -> None:
+        self._tensors = tensors
         self._mark = mark
 
     def push(self, weights: Weights, version: int) -> dict[str, float]:
         stream = _CountedWeights(weights)
-        missing = set(self._parameters)
+        missing = set(self._tensors)
         with torch.no_grad():
             for name, tensor in stream:
-                self._parameters[name].copy_(tensor)
+                self._tensors[name].copy_(tensor)
                 missing.discard(name)
         assert not missing, f"the learner handed over no {sorted(missing)[0]}"
         self._mark(version)

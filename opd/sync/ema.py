@@ -12,15 +12,17 @@ FILE = "averaged_teacher.safetensors"
 
 
 class EMAWeights:
-    """Sets ``module``'s weights to decay * themselves + (1 - decay) * those pushed, once per version.
+    """Sets a module's ``tensors`` to decay * themselves + (1 - decay) * those pushed, once per version.
 
     ``moved`` is called when the weights have changed; ``version`` is the last one averaged in. With
     decay 0 the module equals the student. The first push holds weights that the module already has,
     and a version pushed twice counts once, so that a resumed run continues as an uninterrupted one.
     """
 
-    def __init__(self, module: torch.nn.Module, *, decay: float, moved: Callable[[], None]) -> None:
-        self._parameters = dict(module.named_parameters())
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], *, decay: float, moved: Callable[[], None]
+    ) -> None:
+        self._tensors = tensors
         self._decay = decay
         self._moved = moved
         self.version = 0
@@ -31,7 +33,7 @@ class EMAWeights:
         for name, tensor in weights:
             if is_new:
                 with torch.no_grad():
-                    own = self._parameters[name]
+                    own = self._tensors[name]
                     own.lerp_(tensor.to(own), 1.0 - self._decay)
             yield name, tensor
         self.version = version
@@ -40,14 +42,14 @@ class EMAWeights:
 
     def save(self, folder: str) -> None:
         """Write the average, for ``load`` of a resumed run."""
-        tensors = {name: p.detach().contiguous() for name, p in self._parameters.items()}
+        tensors = {name: p.detach().clone() for name, p in self._tensors.items()}
         save_file(tensors, Path(folder) / FILE, {"version": str(self.version)})
 
     def load(self, folder: str, version: int) -> None:
         """Inverse of ``save``."""
         with torch.no_grad():
             for name, tensor in load_file(Path(folder) / FILE).items():
-                self._parameters[name].copy_(tensor)
+                self._tensors[name].copy_(tensor)
         self.version = version
         self._moved()
 

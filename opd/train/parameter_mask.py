@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from opd.mask.mask import Mask
+from opd.train.checkpoint_layout import layer_key, stored_buffers
 from opd.train.compact import MaskedWeight
 from opd.train.engine import TrainingEngine
-from opd.train.weights import layer_key, named_weights
+from opd.train.weights import checkpoint_layout, named_weights
 
 
 class ParameterMask(Protocol):
@@ -101,16 +102,27 @@ def _write_back(values: torch.Tensor, masked: MaskedWeight, engine: TrainingEngi
         part[index[low:high].long() - start] = values[low:high].to(part.dtype)
 
 
+def _indices_in_memory(causal: nn.Module, mask: Mask) -> dict[str, torch.Tensor]:
+    """The kept coordinates of every parameter, sorted, by its name in memory.
+
+    Kept coordinates of stored buffers, which nothing trains, are left out. ValueError when the mask has
+    other tensors than the checkpoint of the model.
+    """
+    layout = checkpoint_layout(causal)
+    buffers = {name: tuple(b.shape) for name, b in stored_buffers(causal)}
+    mask.require_parameters({**layout.checkpoint_shapes, **buffers})
+    return dict(layout.indices(mask.indices))
+
+
 def _masked_parameters(causal: nn.Module, mask: Mask) -> Iterator[_MaskedParameter]:
     """Freeze, parametrize or leave each weight of the model; yields those that are trained."""
-    weights = list(named_weights(causal))
-    mask.require_parameters({name: tuple(weight.shape) for name, weight in weights})
+    indices = _indices_in_memory(causal, mask)
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in causal.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             uses.setdefault(id(parameter), []).append((module, leaf))
-    for name, parameter in weights:
-        index = mask.indices[name]
+    for name, parameter in list(named_weights(causal)):  # modules change inside
+        index = indices[name]
         if len(index) == 0:
             parameter.requires_grad_(False)
         elif len(index) == parameter.numel():
@@ -132,11 +144,10 @@ class RestoredTraining:
     """
 
     def __init__(self, causal: nn.Module, mask: Mask) -> None:
-        weights = list(named_weights(causal))
-        mask.require_parameters({name: tuple(weight.shape) for name, weight in weights})
+        indices = _indices_in_memory(causal, mask)
         self.mask = mask.fingerprint()
         self._density = mask.density
-        self._restored = [_Restored(weight, mask.indices[name]) for name, weight in weights]
+        self._restored = [_Restored(p, indices[name]) for name, p in named_weights(causal)]
 
     def metrics(self) -> dict[str, float]:
         return {"mask/density": self._density}

@@ -11,6 +11,7 @@ import torch
 from opd.checkpoint.names import Place, place
 from opd.checkpoint.tensors import Stored
 from opd.config.optim import AdamWConfig
+from opd.train.checkpoint_layout import layer_key
 from opd.train.compact import compact_ends
 from opd.train.engine import TrainingEngine
 from opd.train.record_row import (
@@ -26,7 +27,7 @@ from opd.train.record_row import (
     spectrum_values,
 )
 from opd.train.weight_change import packed, top_directions, unpacked
-from opd.train.weights import layer_key, named_weights
+from opd.train.weights import checkpoint_layout, named_weights
 from opd.world import World
 
 KEPT = 16
@@ -274,6 +275,7 @@ def _weights(causal: torch.nn.Module, base: Mapping[str, Stored], ranks: int) ->
     """Every weight; the largest are assigned first, each to the rank that has least to measure."""
     compact = compact_ends(causal)
     parameters = dict(named_weights(causal))
+    base = checkpoint_layout(causal).base(base)
     missing = sorted(name for name in parameters if name not in base)
     if missing:
         raise ValueError(

@@ -15,6 +15,13 @@ from opd.config.adapter import LoraConfig
 from opd.config.student import AUTO_ATTENTION, StudentConfig
 from opd.reference import TOKENS as PROBE_TOKENS
 from opd.reference import use_faithful_attention
+from opd.train.checkpoint_layout import (
+    CheckpointLayout,
+    layer_key,
+    own_stored_buffers,
+    stored_buffers,
+    to_checkpoint,
+)
 from opd.train.compact import dense_parameters
 from opd.train.student import causal_lm
 
@@ -76,35 +83,52 @@ def with_lora(student: Any, config: LoraConfig) -> torch.nn.Module:
 
 
 def full_weights(model: torch.nn.Module, gathered: Gathered) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, full tensor) of each weight once, tied ones under the input's name, adapters merged.
+    """(name, full tensor) of each weight and stored buffer once, under the checkpoint's names.
 
-    Tensors are gathered a decoder layer at a time, so that the parts of a fused module come
-    together. A consumer may keep a tensor after the iterator has moved on. Every rank must exhaust the
-    iterator.
+    Tied ones have the input's name, adapters are merged. Tensors are gathered a decoder layer at a time,
+    so that the parts of a fused module come together. A consumer may keep a tensor after the iterator
+    has moved on. Every rank must exhaust the iterator.
     """
-    modules = list(_weight_modules(causal_lm(model)))
-    for _, layer in groupby(modules, key=lambda m: layer_key(m[0])):
+    causal = causal_lm(model)
+    for _, layer in groupby(_weight_modules(causal), key=lambda m: layer_key(m[0])):
         owned = list(layer)
         with torch.no_grad(), gathered([p for _, m in owned for p in _parameters(m)]):
-            for name, module in owned:
-                yield from _module_weights(name, module)
+            held = {
+                name: tensor
+                for prefix, module in owned
+                for name, tensor in _module_weights(prefix, module)
+            }
+            yield from to_checkpoint(causal, held).items()
 
 
 def named_weights(causal: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name, dense parameter) of each weight once, in the order of ``full_weights``; no adapters."""
+    """(name in memory, dense parameter) of each weight once, layer by layer; no adapters, no buffers."""
     for name, module in _weight_modules(causal):
         for leaf, parameter in dense_parameters(module):
             yield f"{name}.{leaf}", parameter
 
 
-def layer_key(name: str) -> str:
-    """The key of weights that are gathered together: the name up to the layer's number."""
-    head, dot, _ = name.partition(".layers.")
-    return f"{head}{dot}{name[len(head) + len(dot) :].split('.')[0]}" if dot else name
+def checkpoint_layout(causal: torch.nn.Module) -> CheckpointLayout:
+    """Where the weights of the checkpoint lie in the parameters of ``named_weights``."""
+    return CheckpointLayout(causal, {name: _full_shape(p) for name, p in named_weights(causal)})
+
+
+def checkpoint_views(causal: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's own weights and stored buffers under the names of its checkpoint, for writing into.
+
+    Raises ValueError where a tensor of the checkpoint is no regular part of one in memory.
+    """
+    tensors = {name: parameter.detach() for name, parameter in named_weights(causal)}
+    return {**dict(checkpoint_layout(causal).views(tensors)), **dict(stored_buffers(causal))}
+
+
+def _full_shape(parameter: Any) -> tuple[int, ...]:
+    """The shape of the whole parameter, also where DeepSpeed holds a shard of it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _weight_modules(causal: Any) -> Iterator[tuple[str, Any]]:
-    """Modules that own weights, a peft layer counting as one; a tied head is left out."""
+    """Modules that own weights or stored buffers, a peft layer counting as one; a tied head is left out."""
     from peft.tuners.lora import LoraLayer
 
     adapters: list[str] = []
@@ -113,7 +137,8 @@ def _weight_modules(causal: Any) -> Iterator[tuple[str, Any]]:
         if ".parametrizations" in name or any(name.startswith(f"{a}.") for a in adapters):
             continue
         own = _parameters(module)
-        if not own or id(own[0]) in seen:
+        buffers = any(True for _ in own_stored_buffers(module))
+        if not (own or buffers) or (own and id(own[0]) in seen):
             continue
         seen.update(map(id, own))
         if isinstance(module, LoraLayer):
@@ -132,17 +157,21 @@ def _parameters(module: Any) -> list[torch.nn.Parameter]:
 
 def _module_weights(name: str, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of a module's weights, adapters merged."""
-    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import LoraLayer
 
-    if not isinstance(module, LoraLinear):
+    if not isinstance(module, LoraLayer):
         for leaf, parameter in dense_parameters(module):
             yield f"{name}.{leaf}", parameter.detach()
+        for leaf, buffer in own_stored_buffers(module):
+            yield f"{name}.{leaf}", buffer
         return
-    base = module.get_base_layer()
-    for leaf, parameter in base.named_parameters():
+    layer: Any = module
+    for leaf, parameter in layer.get_base_layer().named_parameters():
         if leaf == "weight":
-            deltas = [module.get_delta_weight(a) for a in module.active_adapters]
-            yield f"{name}.{leaf}", sum(deltas, parameter.detach())
+            weight: torch.Tensor = parameter.detach()
+            for adapter in layer.active_adapters:
+                weight = weight + layer.get_delta_weight(adapter)
+            yield f"{name}.{leaf}", weight
         else:
             yield f"{name}.{leaf}", parameter.detach()
 
@@ -155,7 +184,7 @@ def export(
 ) -> None:
     """Write a plain Hugging Face checkpoint that transformers and vLLM load; shards of at most 5 GB."""
     causal = causal_lm(model)
-    state = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
+    state = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(state, folder)
     causal.config.dtype = next(iter(state.values())).dtype

@@ -35,7 +35,7 @@ def module() -> torch.nn.Module:
 
 
 def average_in(copy: torch.nn.Module, *, decay: float) -> EMAWeights:
-    return EMAWeights(copy, decay=decay, moved=lambda: None)
+    return EMAWeights(dict(copy.named_parameters()), decay=decay, moved=lambda: None)
 
 
 def test_the_average_is_the_recursion_and_the_engine_gets_what_was_sent() -> None:
@@ -73,7 +73,9 @@ def test_a_version_counts_once_and_a_resumed_average_goes_on_bit_for_bit(tmp_pat
 def test_moved_is_called_after_each_new_version_and_after_a_load(tmp_path: Path) -> None:
     copy = module()
     seen: list[float] = []
-    average = EMAWeights(copy, decay=0.5, moved=lambda: seen.append(float(copy.bias[0])))
+    average = EMAWeights(
+        dict(copy.named_parameters()), decay=0.5, moved=lambda: seen.append(float(copy.bias[0]))
+    )
     for step in (0, 1, 1, 2):  # 0 is what the module holds, 1 comes twice
         for _ in average.averaging(weights(float(step)), step):
             pass
