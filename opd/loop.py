@@ -2,7 +2,7 @@
 new weights go back to the engine that writes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,8 @@ from opd.types import FinishReason, Rollout, Sampling
 class Loop:
     """One run: its clients and a few numbers.
 
-    ``verify`` compares engine and learner and raises when they differ; ``save`` writes a checkpoint
+    ``verify`` compares engine and learner and raises when they differ, ``watch`` raises when a step's
+    metrics show it; ``save`` writes a checkpoint
     of the step it is given; ``total`` sums counts over ranks.
     ``*_every`` = 0 leaves what is always done: verify and evaluate before training, evaluate and
     save at the last step.
@@ -36,6 +37,7 @@ class Loop:
     evaluator: Evaluator | None
     tracker: Tracker
     verify: Callable[[], dict[str, float]]
+    watch: Callable[[Mapping[str, float]], None]
     save: Callable[[int], None]
     total: Callable[[dict[str, float]], dict[str, float]]
     sampling: Sampling
@@ -71,6 +73,7 @@ class Loop:
                 scored = self.teacher.score(rollouts)
             with timed(times, "time/learn"):
                 report = self.learner.step(scored)
+            self.watch(report.metrics)
             with timed(times, "time/sync"):
                 pushed = self.sync.push(self.learner.weights(), report.version)
         return {**report.metrics, **self._rollout_metrics(rollouts), **pushed, **times}

@@ -76,11 +76,11 @@ def build_divergence_measure(
 
 def build_sync_check(
     config: Config, prompts: PromptSets, engine: RolloutEngine, learner: StudentScorer, world: World
-) -> Callable[[], dict[str, float]]:
-    """A comparison of engine and learner on a few training prompts; empty without an engine."""
+) -> SyncCheck | None:
+    """A comparison of engine and learner on a few training prompts; None without an engine."""
     if isinstance(config.rollout, DatasetRolloutConfig):
-        return dict
-    check = SyncCheck(
+        return None
+    return SyncCheck(
         engine,
         learner,
         prompts.train[world.rank :: world.size][:VERIFY_PROMPTS],
@@ -88,4 +88,9 @@ def build_sync_check(
         bound=config.sync.max_gap or DEFAULT_MAX_GAP[config.train.precision],
         world=world,
     )
-    return check.verify
+
+
+def watches(config: Config) -> bool:
+    """Whether the tokens of a step have the learner's log-probs by right: no dropout, nothing truncated."""
+    sampling = training_sampling(config)
+    return not config.train.dropout and sampling.top_p == 1.0 and sampling.top_k <= 0

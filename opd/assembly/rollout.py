@@ -144,6 +144,11 @@ def build_writer(config: Config, engine: RolloutEngine) -> RolloutEngine:
     return engine if share == 1 else MixedRollouts(engine, on_policy=share)
 
 
+def build_first_sync(sync: WeightSync) -> WeightSync:
+    """What pushes changed weights before a run: the sync, or to servers one that knows no mask."""
+    return sync.whole() if isinstance(sync, ServerWeights) else sync
+
+
 def build_sync(config: Config, sync: WeightSync, average: EMAWeights | None) -> WeightSync:
     """The weight sync of a run: pushes only what is read, and averages where there is an average."""
     evaluated = config.data.eval is not None or config.eval.kl_data is not None

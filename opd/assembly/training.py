@@ -7,10 +7,21 @@ from typing import Any, TextIO
 
 import torch
 
-from opd.assembly.evaluate import build_divergence_measure, build_evaluator, build_sync_check
+from opd.assembly.evaluate import (
+    build_divergence_measure,
+    build_evaluator,
+    build_sync_check,
+    watches,
+)
 from opd.assembly.learner import build_learner
 from opd.assembly.model import build_model, read_run_mask
-from opd.assembly.rollout import EngineInputs, build_engine, build_sync, build_writer
+from opd.assembly.rollout import (
+    EngineInputs,
+    build_engine,
+    build_first_sync,
+    build_sync,
+    build_writer,
+)
 from opd.assembly.teacher import Teachers, build_teachers
 from opd.assembly.tracking import build_console, build_trackers, build_weight_record
 from opd.config.rollout import training_sampling
@@ -21,6 +32,7 @@ from opd.data.stream import ShuffledPrompts
 from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
 from opd.interfaces import Evaluator, RolloutEngine, Tracker, WeightSync
 from opd.loop import Loop
+from opd.sync.verify import SyncCheck
 from opd.teacher.vocabulary import read_vocabulary
 from opd.train.checkpoints import newest_checkpoint, write_checkpoint
 from opd.train.learner import StudentLearner
@@ -39,6 +51,8 @@ class Training:
     prompts: PromptSets
     world: World
     checkpoint: tuple[Path, int] | None
+    sync_check: SyncCheck | None
+    first_sync: WeightSync
 
     @property
     def start(self) -> int:
@@ -54,6 +68,15 @@ class Training:
         if self.teachers.average is not None:
             self.teachers.average.load(str(folder), step)
 
+    def check_sync(self) -> float | None:
+        """The gap in nats after a push of changed weights, which the loop replaces; None without an engine.
+
+        Raises SyncMismatch when a weight does not reach the engine; collective.
+        """
+        if self.sync_check is None:
+            return None
+        return self.sync_check.verify_every_weight(self.learner, self.first_sync)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parts:
@@ -65,6 +88,7 @@ class _Parts:
     sync: WeightSync
     teachers: Teachers
     learner: StudentLearner
+    sync_check: SyncCheck | None
     world: World
 
 
@@ -110,6 +134,7 @@ def build_training(
         sync=sync,
         teachers=teachers,
         learner=learner,
+        sync_check=build_sync_check(config, prompts, engine, learner, world),
         world=world,
     )
     evaluator = _build_evaluator(config, parts, teacher_accuracy)
@@ -123,6 +148,8 @@ def build_training(
         prompts=prompts,
         world=world,
         checkpoint=checkpoint,
+        sync_check=parts.sync_check,
+        first_sync=build_first_sync(sync),
     )
 
 
@@ -145,6 +172,7 @@ def _build_loop(
     config: Config, folder: Path, parts: _Parts, evaluator: Evaluator | None, tracker: Tracker
 ) -> Loop:
     prompts, engine, teachers, world = parts.prompts, parts.engine, parts.teachers, parts.world
+    check = parts.sync_check
     return Loop(
         prompts=ShuffledPrompts(
             prompts.train, config.train.prompts_per_step, config.seed, world.rank, world.size
@@ -155,7 +183,8 @@ def _build_loop(
         sync=build_sync(config, parts.sync, teachers.average),
         evaluator=evaluator,
         tracker=tracker,
-        verify=build_sync_check(config, prompts, engine, parts.learner, world),
+        verify=dict if check is None else check.verify,
+        watch=check.watch if check is not None and watches(config) else lambda metrics: None,
         save=_saver(config, folder, parts.learner, teachers, world),
         total=world.sum,
         sampling=training_sampling(config),

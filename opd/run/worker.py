@@ -41,6 +41,9 @@ def run_rank(recipe: Recipe, terminal: TextIO) -> int:
             loss = self_check.self_loss(config, training)
             print(f"the student scored by itself: loss {loss:.2g} nats a token", file=sys.stderr)
         training.resume()
+        gap = training.check_sync()
+        if gap is not None:
+            print(f"after a push of changed weights: gap {gap:.2g} nats", file=sys.stderr)
     except ValueError as error:
         traceback.print_exc()
         print(f"{USAGE_ERROR_MARK}{error}", file=sys.stderr)

@@ -28,8 +28,7 @@ class VllmWeights:
     def push(self, weights: Weights, version: int) -> dict[str, float]:
         self._wake()
         stream = _CountedWeights(weights)
-        self._llm.collective_rpc(_rebuild_packed_experts)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(stream)})
+        self._llm.collective_rpc(_reload, kwargs={"weights": iter(stream)})
         self._llm.collective_rpc(_repack_tied_head)
         assert stream.exhausted, "the engine stopped reading before the last weight"
         self._llm.reset_prefix_cache()
@@ -37,22 +36,27 @@ class VllmWeights:
         return {"sync/bytes": float(stream.bytes)}
 
 
-def _rebuild_packed_experts(worker: Any) -> None:
-    """Let the coming reload pack the experts of a mixture anew, which it does only without a kernel.
+def _reload(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """The worker's own reload, with the experts of a mixture packed anew on a CPU.
 
-    On a CPU the kernel reads experts in a packed order; a reload leaves them in the order of the files
-    where a kernel exists, and the engine computes something else, without any error.
+    There a kernel reads experts in a packed order. A reload packs them only where no kernel exists yet;
+    otherwise it leaves them in the order of the files, and the engine computes another model, without
+    any error. Experts that the reload has not reached keep their kernel.
     """
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
         UnquantizedFusedMoEMethod,
     )
 
-    if worker.device.type != "cpu":
-        return
-    for module in worker.get_model().modules():
-        method = getattr(module, "quant_method", None)
-        if isinstance(method, UnquantizedFusedMoEMethod):
-            method.moe_kernel = None
+    kernels: dict[Any, Any] = {}
+    if worker.device.type == "cpu":
+        for module in worker.get_model().modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, UnquantizedFusedMoEMethod):
+                kernels[method] = method.moe_kernel
+                method.moe_kernel = None
+    worker.reload_weights(weights_iterator=weights)
+    for method, kernel in kernels.items():
+        method.moe_kernel = method.moe_kernel or kernel
 
 
 def _repack_tied_head(worker: Any) -> None:

@@ -25,7 +25,7 @@ class ServerWeights:
     No rank returns before every server has acknowledged. Between pushes rank 0 polls the servers and
     sends restarted ones the version that the others have. ``mark`` sets the version that this rank's
     engine expects. ``ConnectionError`` when a server cannot be reached, ``ValueError`` when it refuses
-    snapshots.
+    snapshots. Without ``polls`` servers are not polled.
     """
 
     def __init__(
@@ -35,11 +35,26 @@ class ServerWeights:
         *,
         mark: Callable[[int], None],
         world: World,
+        polls: bool = True,
     ) -> None:
+        self._polls = polls
         self._sender, self._mark, self._world = sender, mark, world
         self._servers = {server: ReceiverState() for server in servers}
         self._lock = threading.Lock()
         self._is_polling = False
+
+    def whole(self) -> "ServerWeights":
+        """A sync of the same run to the same servers that sends whole weights and does not poll.
+
+        What it sent is replaced by the first push of this one.
+        """
+        return ServerWeights(
+            list(self._servers),
+            self._sender.whole(),
+            mark=self._mark,
+            world=self._world,
+            polls=False,
+        )
 
     def push(self, weights: Weights, version: int) -> Mapping[str, float]:
         metrics = {"sync/bytes": 0.0, "sync/changed": 0.0, "sync/snapshots": 0.0}
@@ -82,7 +97,7 @@ class ServerWeights:
         )
 
     def _start_polling(self) -> None:
-        if not self._is_polling:
+        if self._polls and not self._is_polling:
             self._is_polling = True
             threading.Thread(target=self._poll, daemon=True, name="weights").start()
 

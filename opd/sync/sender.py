@@ -70,6 +70,10 @@ class WeightSender:
         self._late_snapshot: bytes | None = None
         self._lock = threading.Lock()
 
+    def whole(self) -> "WeightSender":
+        """Another sender of the same run that sends every version whole and knows no mask."""
+        return WeightSender(dtype=self._dtype, snapshot_every=1, run=self.run)
+
     @property
     def version(self) -> int | None:
         """The version that receivers are brought to: the one prepared last, else the one committed."""

@@ -6,6 +6,7 @@ Losses are sums over tokens; they are divided here, once, by a count over all ra
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 
 import numpy as np
@@ -15,13 +16,14 @@ from opd.batch import TOKEN_MEAN, Batch, LossOutput, LossReduction, collate, mic
 from opd.checkpoint.tensors import Stored
 from opd.config.train import MaskScores, TrainConfig
 from opd.interfaces import Loss, Progress
+from opd.train.checkpoint_layout import stored_buffers
 from opd.train.engine import TrainingEngine
 from opd.train.mask_scores import scores
 from opd.train.optimizers import LearningRate
 from opd.train.parameter_mask import ParameterMask
 from opd.train.record import NoRecord, Recorder
 from opd.train.student import causal_lm
-from opd.train.weights import full_weights
+from opd.train.weights import flip_bit, full_weights, named_weights
 from opd.types import FloatArray, Rollout, ScoredRollout, StepReport
 from opd.world import World
 
@@ -128,6 +130,26 @@ class StudentLearner:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full tensors under their Hugging Face names, adapters merged, layer by layer; collective."""
         yield from full_weights(self._model, self._engine.gathered)
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Inside, every weight but zeros differs by 3 to 6 %; afterwards all have their bits again.
+
+        One bit of each number in memory is flipped, masters and moments are not touched; collective.
+        """
+        self._flip()
+        try:
+            yield
+        finally:
+            self._flip()
+
+    def _flip(self) -> None:
+        causal = causal_lm(self._model)
+        for _, parameter in named_weights(causal):
+            for part, _ in self._engine.parts(parameter):
+                flip_bit(part)
+        for _, buffer in stored_buffers(causal):
+            flip_bit(buffer)
 
     def scores(
         self, kind: MaskScores, base: Mapping[str, Stored]

@@ -122,6 +122,24 @@ def checkpoint_views(causal: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(checkpoint_layout(causal).views(tensors)), **dict(stored_buffers(causal))}
 
 
+FLIPPED = {
+    torch.float32: (torch.int32, 1 << 19),
+    torch.float16: (torch.int16, 1 << 6),
+    torch.bfloat16: (torch.int16, 1 << 3),
+}
+"""Formats as integers, and the bit of the mantissa that stands for 1/16."""
+
+
+def flip_bit(tensor: torch.Tensor) -> None:
+    """Change every number by 1/16 of its power of two, in place; twice is no change. Zero stays nearly 0.
+
+    Other formats are left as they are.
+    """
+    if tensor.dtype in FLIPPED:
+        integers, bit = FLIPPED[tensor.dtype]
+        tensor.detach().view(integers).bitwise_xor_(bit)
+
+
 def _full_shape(parameter: Any) -> tuple[int, ...]:
     """The shape of the whole parameter, also where DeepSpeed holds a shard of it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

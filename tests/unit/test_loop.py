@@ -79,6 +79,10 @@ class Everybody:
         self.calls.append("verify")
         return {"sync/gap": 0.0}
 
+    def watch(self, metrics: Mapping[str, float]) -> None:
+        assert metrics == {"loss/total": 1.0}
+        self.calls.append("watch")
+
     def save(self, step: Any) -> None:
         self.calls.append(f"save {step}")
 
@@ -101,6 +105,7 @@ def run(everybody: Everybody, *, start: int, steps: int, every: int) -> list[str
         evaluator=everybody,
         tracker=everybody,
         verify=everybody.verify,
+        watch=everybody.watch,
         save=everybody.save,
         total=dict,
         sampling=Sampling(seed=3),
@@ -112,7 +117,7 @@ def run(everybody: Everybody, *, start: int, steps: int, every: int) -> list[str
     return everybody.calls
 
 
-STEP = ["generate", "score", "learn"]
+STEP = ["generate", "score", "learn", "watch"]
 
 
 def test_weights_go_out_before_the_first_call_and_after_every_step() -> None:
