@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils.generic import ModelOutput
 
-from opd.head import HeadSpec
+from opd.head import HeadSpec, head_logps
 from opd.types import IntArray
 
 TOKENS = 16
@@ -22,6 +22,8 @@ TOKENS = 16
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.15}
 """Mean difference in nats by the dtype that computes. Each side of a comparison in bfloat16 is 0.02 to 0.04
 from float32 (SmolLM2-135M), and logits near 20 are rounded by up to 0.06."""
+MOST_TOKENS = 256
+"""Of the text on which rounding is measured."""
 PROBES = 8
 """Output rows of the head that is measured."""
 
@@ -224,6 +226,27 @@ def _attention_gap(causal: Any, ids: Sequence[int]) -> float:
     """Mean difference in nats between the attention in use and eager attention, of one sequence."""
     ids_T = probe_sequences(ids)[0]
     return largest_gap(causal, [ids_T], [_own_logps(causal, ids_T)])
+
+
+def bf16_rounding(causal: Any, ids: Sequence[int], spec: HeadSpec) -> float:
+    """Mean difference in nats that bfloat16 layers make to the log-probs of float32 weights.
+
+    Measured on at most ``MOST_TOKENS`` of ``ids``, the head in float32 both times.
+    """
+    ids_T = np.asarray(ids, np.int64)[:MOST_TOKENS]
+    device = next(causal.parameters()).device
+    ids_1T, target_N1 = torch.from_numpy(ids_T)[None].to(device), torch.from_numpy(ids_T)[1:, None]
+    head_VD = causal.get_output_embeddings().weight
+    training = causal.training
+    causal.eval()
+    logps = []
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            hidden_TD = decoder(causal)(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+            logp_TV = head_logps(hidden_TD[:-1].float(), head_VD, spec)
+        logps.append(logp_TV.gather(1, target_N1.to(device)))
+    causal.train(training)
+    return float((logps[0] - logps[1]).abs().mean())
 
 
 def require_own_forward(

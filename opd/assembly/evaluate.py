@@ -1,10 +1,11 @@
 """The evaluators of a run, and the check that engine and learner agree."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from opd.config.rollout import DatasetRolloutConfig, training_sampling
 from opd.config.schema import Config
-from opd.config.sync import DEFAULT_MAX_GAP
+from opd.config.sync import gap_bound, watched_bound
 from opd.data.prompt_sets import PromptSets
 from opd.data.tokenizer import StudentTokenizer
 from opd.evaluate.divergence import DivergenceEvaluator, exact_reverse_kl
@@ -75,17 +76,28 @@ def build_divergence_measure(
 
 
 def build_sync_check(
-    config: Config, prompts: PromptSets, engine: RolloutEngine, learner: StudentScorer, world: World
+    config: Config,
+    prompts: PromptSets,
+    engine: RolloutEngine,
+    learner: StudentScorer,
+    rounding: float | None,
+    world: World,
 ) -> SyncCheck | None:
-    """A comparison of engine and learner on a few training prompts; None without an engine."""
+    """A comparison of engine and learner on a few training prompts; None without an engine.
+
+    ``rounding``: see ``gap_bound``; ``sync.max_gap`` replaces all bounds.
+    """
     if isinstance(config.rollout, DatasetRolloutConfig):
         return None
+    given, precision = config.sync.max_gap, config.train.precision
+    bound = given or gap_bound(precision, rounding)
     return SyncCheck(
         engine,
         learner,
         prompts.train[world.rank :: world.size][:VERIFY_PROMPTS],
         training_sampling(config),
-        bound=config.sync.max_gap or DEFAULT_MAX_GAP[config.train.precision],
+        bound=bound,
+        step_bound=None if given else partial(watched_bound, precision, bound),
         world=world,
     )
 

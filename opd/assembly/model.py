@@ -1,5 +1,6 @@
 """The student's model, its adapters, and which of its weights are trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,12 +11,14 @@ from opd.config.schema import Config
 from opd.config.train import Precision
 from opd.mask.file import RUN_MASK
 from opd.mask.mask import Mask
+from opd.reference import bf16_rounding, head_spec
 from opd.train.parameter_mask import (
     DenseTraining,
     ParameterMask,
     RestoredTraining,
     SparseTraining,
 )
+from opd.train.student import causal_lm
 from opd.train.weights import disable_dropout, load_student, with_lora
 from opd.world import World
 
@@ -41,6 +44,15 @@ def build_model(
     if not config.train.dropout:
         disable_dropout(model)
     return model, _parameter_mask(config, mask, model)
+
+
+def measure_rounding(config: Config, model: torch.nn.Module, ids: Sequence[int]) -> float | None:
+    """How far bf16 layers are from float32 ones in nats, on some token ids; None in other precisions."""
+    if config.train.precision != Precision.bf16:
+        return None
+    causal = causal_lm(model)
+    spec = head_spec(causal.config, trust_remote_code=config.student.trust_remote_code)
+    return bf16_rounding(causal, ids, spec)
 
 
 def _parameter_mask(config: Config, mask: Mask | None, model: torch.nn.Module) -> ParameterMask:

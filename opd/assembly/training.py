@@ -14,7 +14,7 @@ from opd.assembly.evaluate import (
     watches,
 )
 from opd.assembly.learner import build_learner
-from opd.assembly.model import build_model, read_run_mask
+from opd.assembly.model import build_model, measure_rounding, read_run_mask
 from opd.assembly.rollout import (
     EngineInputs,
     build_engine,
@@ -121,6 +121,7 @@ def build_training(
     )
     engine, sync = build_engine(inputs, mask)
     model, parameter_mask = build_model(config, mask, world)
+    rounding = measure_rounding(config, model, prompts.probe)
     vocabulary = read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
     teachers = build_teachers(config, model, tokenizer, vocabulary, world, progress)
     write = build_weight_record(config, folder, world, resumed)
@@ -134,7 +135,7 @@ def build_training(
         sync=sync,
         teachers=teachers,
         learner=learner,
-        sync_check=build_sync_check(config, prompts, engine, learner, world),
+        sync_check=build_sync_check(config, prompts, engine, learner, rounding, world),
         world=world,
     )
     evaluator = _build_evaluator(config, parts, teacher_accuracy)

@@ -1,6 +1,6 @@
 """Check that the engine holds the learner's weights: both score the same tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
@@ -38,7 +38,11 @@ class PerturbedLearner(StudentScorer, Protocol):
 
 
 class SyncCheck:
-    """A few sampled tokens, scored by both; a mean gap above ``bound`` nats stops the run."""
+    """A few sampled tokens, scored by both; a mean gap above ``bound`` nats stops the run.
+
+    ``step_bound`` gives the bound for the gap of a step from the first gap that ``verify`` finds; by
+    default it is ``bound``.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class SyncCheck:
         sampling: Sampling,
         *,
         bound: float,
+        step_bound: Callable[[float], float] | None = None,
         world: World,
     ) -> None:
         self._engine = engine
@@ -56,7 +61,8 @@ class SyncCheck:
         self._sampling = replace(
             sampling, n=1, max_tokens=min(16, sampling.max_tokens), top_p=1.0, top_k=-1, support_k=0
         )
-        self._bound = bound
+        self._bound = self._step_bound = bound
+        self._bound_from_first = step_bound
         self._world = world
 
     def verify(self) -> dict[str, float]:
@@ -72,6 +78,9 @@ class SyncCheck:
                 "does not hold the learner's weights, or computes another model; check that vLLM "
                 "supports this architecture and that rollout.dtype fits train.precision"
             )
+        if self._bound_from_first is not None:
+            self._step_bound = self._bound_from_first(mean)
+            self._bound_from_first = None
         return {"sync/gap": mean, "sync/gap_max": largest}
 
     def verify_every_weight(self, learner: PerturbedLearner, sync: WeightSync) -> float:
@@ -100,12 +109,12 @@ class SyncCheck:
     def watch(self, metrics: Mapping[str, float]) -> None:
         """Raise SyncMismatch when the gap that a step measured on its rollouts exceeds the bound."""
         gap = metrics.get("engine/logp_gap", 0.0)
-        if not gap <= self._bound:
+        if not gap <= self._step_bound:
             raise SyncMismatch(
-                f"in this step the log-probs of the rollout engine differ from the learner's by {gap:.4g} "
-                f"nats on average (allowed sync.max_gap={self._bound:g}): the engine no longer holds the "
-                "learner's weights, or rounding has grown; compare sync/gap and engine/logp_gap of earlier "
-                "steps, and raise sync.max_gap only for rounding"
+                "in this step the log-probs of the rollout engine differ from the learner's by "
+                f"{gap:.4g} nats on average (allowed {self._step_bound:.3g}, sync.max_gap sets it): the "
+                "engine no longer holds the learner's weights, or rounding has grown; compare sync/gap and "
+                "engine/logp_gap of earlier steps, and raise sync.max_gap only for rounding"
             )
 
     def _gaps(self) -> tuple[float, float]:

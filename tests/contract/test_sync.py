@@ -1,7 +1,9 @@
 """After a push the engine holds the learner's weights, fused and tied ones included."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +11,14 @@ import torch
 from transformers import Qwen3ForCausalLM
 from vllm import LLM
 
+from opd.config.sync import gap_bound, watched_bound
+from opd.config.train import Precision
+from opd.interfaces import Weights
 from opd.rollout.vllm import VllmRollouts
 from opd.sync.colocated import VllmWeights
 from opd.sync.verify import SyncCheck, SyncMismatch
 from opd.tracking.console import SilentProgress
-from opd.train.weights import full_weights
+from opd.train.weights import flip_bit, full_weights
 from opd.types import FloatArray, Prompt, Rollout, Sampling
 from opd.world import World
 
@@ -28,6 +33,19 @@ class TransformersScorer:
 
     def logps(self, rollouts: Sequence[Rollout]) -> list[FloatArray]:
         return [self._logps(r) for r in rollouts]
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        self._flip()
+        yield
+        self._flip()
+
+    def _flip(self) -> None:
+        for parameter in self.model.parameters():
+            flip_bit(parameter)
+
+    def weights(self) -> Weights:
+        return full_weights(self.model, lambda parameters: nullcontext())
 
     def _logps(self, rollout: Rollout) -> FloatArray:
         ids = torch.from_numpy(rollout.sequence.astype(np.int64))[None]
@@ -100,3 +118,87 @@ def test_one_wrong_layer_is_noticed(engine_pair: tuple[LLM, Qwen3ForCausalLM]) -
         check.verify()
     push(model, sync, 2)
     check.verify()
+
+
+def test_the_first_push_is_of_changed_weights_that_come_back_bit_for_bit(
+    engine_pair: tuple[LLM, Qwen3ForCausalLM],
+) -> None:
+    model, _, sync, check = parts(engine_pair, bound=1e-3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learner = TransformersScorer(model)
+    assert check.verify_every_weight(learner, sync) < 1e-4  # pyright: ignore[reportArgumentType]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    with pytest.raises(SyncMismatch):
+        check.verify()  # the engine still has the changed weights
+    push(model, sync, 0)
+    check.verify()
+
+
+class Without:
+    """A sync that pushes an old copy of one tensor: what an engine does that a tensor never reaches."""
+
+    def __init__(self, inner: VllmWeights, model: Any, name: str) -> None:
+        self.inner, self.name = inner, name
+        self.old = model.get_parameter(name).detach().clone()
+
+    def push(self, weights: Weights, version: int) -> dict[str, float]:
+        kept = ((n, self.old if n == self.name else tensor) for n, tensor in weights)
+        return self.inner.push(kept, version)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.0.self_attn.v_proj.weight",
+        "model.norm.weight",
+    ],
+)
+def test_a_tensor_that_pushes_do_not_reach_is_noticed_before_training(
+    engine_pair: tuple[LLM, Qwen3ForCausalLM], name: str
+) -> None:
+    model, _, sync, check = parts(engine_pair, bound=1e-3)
+    push(model, sync, 1)
+    stale = Without(sync, model, name)
+    stale.push(full_weights(model, lambda parameters: nullcontext()), 2)
+    check.verify()  # nothing to see while the weights have not moved
+    with pytest.raises(SyncMismatch, match="after a push of changed weights"):
+        check.verify_every_weight(TransformersScorer(model), stale)  # pyright: ignore
+    push(model, sync, 3)
+
+
+def test_the_gap_of_every_step_has_a_bound(engine_pair: tuple[LLM, Qwen3ForCausalLM]) -> None:
+    model, engine, sync, exact = parts(engine_pair, bound=1e-3)
+    push(model, sync, 1)
+    exact.verify()
+    exact.watch({"engine/logp_gap": 9e-4})
+    exact.watch({"loss/total": 1.0})
+    for gap in (2e-3, float("nan"), 0.07):
+        with pytest.raises(SyncMismatch, match="in this step the log-probs"):
+            exact.watch({"engine/logp_gap": gap})
+    bf16 = SyncCheck(
+        engine,
+        TransformersScorer(model),  # pyright: ignore[reportArgumentType]
+        [Prompt(uid="a", token_ids=np.array([7, 9], np.int32))],
+        Sampling(max_tokens=16),
+        bound=0.15,
+        step_bound=partial(watched_bound, Precision.bf16, 0.15),
+        world=WORLD,
+    )
+    bf16.watch({"engine/logp_gap": 0.07})  # nothing is known yet
+    bf16.verify()
+    bf16.watch({"engine/logp_gap": 0.019})
+    with pytest.raises(SyncMismatch):
+        bf16.watch({"engine/logp_gap": 0.07})
+
+
+def test_bounds_in_bf16_follow_the_rounding_of_the_model() -> None:
+    assert gap_bound(Precision.fp32, None) == 1e-3
+    assert gap_bound(Precision.bf16, None) == gap_bound(Precision.pure_bf16, None) == 0.15
+    assert gap_bound(Precision.bf16, 1e-4) == 0.02
+    assert gap_bound(Precision.bf16, 0.0156) == pytest.approx(0.0936)  # SmolLM2-135M
+    assert gap_bound(Precision.bf16, 0.1) == 0.15
+    assert watched_bound(Precision.fp32, 1e-3, 1e-7) == 1e-3
+    assert watched_bound(Precision.bf16, 0.0936, 0.037) == 0.0936
+    assert watched_bound(Precision.bf16, 0.15, 0.01) == pytest.approx(0.05)
