@@ -1,5 +1,6 @@
 """Requests to an opd service, with retries after transient failures."""
 
+import logging
 import random
 import re
 import ssl
@@ -22,6 +23,8 @@ CHUNK_BYTES = 1 << 20
 EXCERPT_CHARACTERS = 500
 
 Parsed = TypeVar("Parsed")
+
+log = logging.getLogger("opd.serving")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,8 @@ class ServiceClient:
             outcome = self._attempt(method, path, body, headers)
             if isinstance(outcome, httpx.Response):
                 return outcome
+            if not failures and attempts > 1:
+                log.warning("%s at %s: %s; trying again", self._name, self.url, outcome.text)
             failures.append(outcome)
         seconds, last = time.monotonic() - started, failures[-1].text
         if _is_final(failures):

@@ -54,8 +54,8 @@ class ServerTeacher:
         self.connections, self.progress = connections, progress
         self._service = ServiceClient(
             url,
-            name="teacher",
-            remedy="is it running? (start one with `opd teacher`)",
+            name="the teacher",
+            remedy="is it running? (start one with `opd teacher model=MODEL`)",
             token=token,
             timeout=config.timeout,
             retries=config.retries,

@@ -52,7 +52,11 @@ def answering(answers: Callable[[int], Answer]) -> Iterator[tuple[str, list[str]
         def log_message(self, format: str, *args: object) -> None:
             """Silence."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:
+            """A client that has stopped waiting is no error."""
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", requests
@@ -234,3 +238,13 @@ def test_a_teachers_other_responses_are_recognised_too(body: bytes) -> None:
             served.score([ROLLOUT])
         with pytest.raises(ValueError, match=r"/head.* not rows of an output head"):
             served.head()
+
+
+@pytest.mark.parametrize("statuses", [[503, 200], [500, 503, 200], [409, 409, 409, 200]])
+def test_the_first_failure_of_a_request_is_logged_and_the_others_are_not(
+    statuses: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with answering(lambda n: (statuses[n], b"busy")) as (url, _):
+        client(url).send("GET", "/info")
+    logged = [record.getMessage() for record in caplog.records if record.name == "opd.serving"]
+    assert logged == [f"the service at {url}: HTTP {statuses[0]}: busy; trying again"]
