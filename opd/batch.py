@@ -57,8 +57,9 @@ class Batch:
     ``weight_N`` multiplies each token's loss, None is 1. ``sequence_N`` is the row of a token's
     completion, ``advantage_N`` that completion's advantage, from a reward. ``engine_logp_N`` is NaN
     where no engine wrote the token; ``engine_ids_NK`` are the engine's likeliest ids, where they were
-    requested. ``sequence_gap_N`` is the mean over a completion's kept tokens of learner less engine
-    log-prob; the student fills it for losses that need it. One ``teacher`` scored the whole batch.
+    requested. ``sequence_gap_N`` is the sum, and ``sequence_mean_gap_N`` the mean, over a completion's
+    kept tokens of learner less engine log-prob; the student fills both for losses that need them. One
+    ``teacher`` scored the whole batch.
     """
 
     input_ids_BT: torch.Tensor
@@ -80,6 +81,7 @@ class Batch:
     future_N: torch.Tensor | None = None
     advantage_N: torch.Tensor | None = None
     sequence_gap_N: torch.Tensor | None = None
+    sequence_mean_gap_N: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:

@@ -26,10 +26,9 @@ from opd.train.parameter_mask import ParameterMask
 from opd.train.record import NoRecord, Recorder, WeightRecorder, Write
 from opd.train.student import Student, causal_lm
 from opd.train.torch_engine import TorchEngine
-from opd.types import Correction
+from opd.types import SEQUENCE_CORRECTIONS
 from opd.world import World
 
-SEQUENCE_CORRECTIONS = (Correction.sequence_truncate, Correction.sequence_mask)
 GRADIENT_SCORES = (MaskScores.fisher, MaskScores.first_gradient)
 """Scores computed from gradients at the initial weights; no weight is updated."""
 

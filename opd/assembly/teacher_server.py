@@ -1,6 +1,7 @@
 """The back end of a teacher server."""
 
 import torch
+from transformers import AutoConfig
 
 from opd.config.teacher import TeacherBackend, TeacherServerConfig
 from opd.teacher.backend import Backend
@@ -9,7 +10,14 @@ from opd.teacher.backend_vllm import VllmBackend
 
 
 def build_backend(config: TeacherServerConfig) -> Backend:
-    """Load the model."""
+    """Load the model. ValueError when it cannot be read as a model folder or Hub id."""
+    try:
+        AutoConfig.from_pretrained(config.model)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model={config.model} cannot be read as a model folder or Hub id ({first})"
+        ) from None
     match config.backend:
         case TeacherBackend.vllm:
             return VllmBackend(config.model, config)

@@ -47,13 +47,13 @@ class LossConfig:
     gap_clip: float = bounded(5.0, above=0)
     """weighting=gap: this many nats between teacher and student about the sampled token, or more, weigh 1."""
     correction: Correction = Correction.none
-    """Importance ratio learner / engine of a token or its completion, truncated or masked."""
+    """Importance ratio, truncated or masked: a token's, or a completion's product or geometric mean."""
     correction_cap: float = bounded(2.0, above=0)
-    """correction=truncate, sequence_truncate: largest ratio."""
+    """correction=truncate, sequence_truncate, geometric_truncate: largest ratio."""
     correction_min: float = bounded(0.5, least=0, most=1)
-    """correction=mask, sequence_mask: tokens with a smaller ratio are dropped."""
+    """correction=mask, sequence_mask, geometric_mask: tokens with a smaller ratio are dropped."""
     correction_max: float = bounded(2.0, least=1)
-    """correction=mask, sequence_mask: tokens with a larger ratio are dropped."""
+    """correction=mask, sequence_mask, geometric_mask: tokens with a larger ratio are dropped."""
     reward_weight: float = bounded(0.0, least=0)
     """Weight of the policy gradient on the reward's advantage; 0 is none."""
     clip_ratio_low: float = bounded(0.2, above=0, most=1)

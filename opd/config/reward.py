@@ -21,7 +21,7 @@ class GroupRewardConfig(RewardConfig):
 
     is_given: ClassVar[bool] = True
     scale_rewards: bool = True
-    """Also divide by the standard deviation over the prompt's completions (GRPO); false is Dr. GRPO."""
+    """Also divide by the group's standard deviation + 1e-4 (GRPO, as in TRL); false is Dr. GRPO."""
 
 
 @dataclass(kw_only=True, slots=True)

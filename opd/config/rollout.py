@@ -69,7 +69,7 @@ class ServerRolloutConfig(VllmEngineConfig, RolloutConfig):
     devices: str | None = None
     """GPUs of the servers started with the run, comma separated, one each; by default the run's own."""
     timeout: float = bounded(600.0, above=0)
-    """Seconds before a request, a whole generation included, times out and is retried."""
+    """Seconds before a request, a whole generation, times out; after three in a row it is given up."""
     retries: int = bounded(8, least=0)
     """Retries of a failed request, with exponential back-off; 8 take about 90 seconds."""
 

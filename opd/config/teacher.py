@@ -70,7 +70,7 @@ class ServedTeacherConfig(TeacherEngineConfig, TeacherConfig):
     """Teachers behind HTTP."""
 
     timeout: float = bounded(300.0, above=0)
-    """Seconds before a request times out and is retried."""
+    """Seconds before a request times out; after three time-outs in a row it is given up."""
     retries: int = bounded(4, least=0)
     """Retries of a failed request, with exponential back-off."""
     devices: str | None = None

@@ -123,7 +123,7 @@ def _log_mixtures(d: torch.Tensor, share: float) -> Pair:
     log(m / q) = max(d, 0) + log1p(w expm1(-|d|)), w the share of the smaller one; exactly 0 at d = 0.
     """
     common = d.abs().neg_().expm1_()
-    common.mul_(torch.where(d > 0.0, 1.0 - share, share)).log1p_()
+    common.mul_(torch.where(d > 0.0, d.new_tensor(1.0 - share), d.new_tensor(share))).log1p_()
     return common + d.clamp(min=0.0), common.sub_(d.clamp_(max=0.0))
 
 

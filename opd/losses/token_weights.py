@@ -9,6 +9,9 @@ from opd.config.loss import LossConfig
 from opd.losses.support import MAX_LOG_RATIO, teacher_buckets
 from opd.types import Correction, Weighting
 
+MAX_LOG_CORRECTION = 20.0
+"""Nats; the largest log-ratio of an importance correction, as in verl."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenWeighting:
@@ -47,11 +50,15 @@ class TokenWeighting:
 class ImportanceCorrection:
     """An importance ratio for each token that an engine wrote; 1 for the others.
 
-    none               1
-    truncate           min(r, correction_cap), r = learner / engine probability of the token (TIS)
-    mask               r if correction_min <= r <= correction_max, else 0 (IcePop)
-    sequence_truncate  the same with r = exp(mean over the completion of the log-prob gap), the
-    sequence_mask      geometric mean of its tokens' ratios (GSPO, arXiv 2507.18071)
+    none                r = 1
+    truncate            min(r, correction_cap), r = learner / engine probability of the token (TIS)
+    mask                r if correction_min <= r <= correction_max, else 0 (IcePop)
+    sequence_truncate   the same with r = the product of the ratios of the completion's tokens, the
+    sequence_mask       ratio of its probabilities (TRL's modes of these names)
+    geometric_truncate  the same with r = the geometric mean of the ratios of the completion's tokens
+    geometric_mask      (GSPO, arXiv 2507.18071)
+
+    A ratio is at most e^20, so that a completion of thousands of tokens stays finite without a cap.
     """
 
     config: LossConfig
@@ -70,11 +77,16 @@ class ImportanceCorrection:
             case Correction.sequence_truncate | Correction.sequence_mask:
                 assert batch.sequence_gap_N is not None, "this needs Student(sequence_gaps=True)"
                 gap_N = batch.sequence_gap_N
-        ratio_N = gap_N.nan_to_num(nan=0.0).exp()  # NaN: no engine wrote it
+            case Correction.geometric_truncate | Correction.geometric_mask:
+                assert batch.sequence_mean_gap_N is not None, (
+                    "this needs Student(sequence_gaps=True)"
+                )
+                gap_N = batch.sequence_mean_gap_N
+        ratio_N = gap_N.nan_to_num(nan=0.0).clamp(max=MAX_LOG_CORRECTION).exp()  # NaN: no engine
         match config.correction:
-            case Correction.truncate | Correction.sequence_truncate:
+            case Correction.truncate | Correction.sequence_truncate | Correction.geometric_truncate:
                 return ratio_N.clamp(max=config.correction_cap), ratio_N > config.correction_cap
-            case Correction.mask | Correction.sequence_mask:
+            case Correction.mask | Correction.sequence_mask | Correction.geometric_mask:
                 low, high = config.correction_min, config.correction_max
                 outside_N = (ratio_N < low) | (ratio_N > high)
                 return ratio_N.masked_fill(outside_N, 0.0), outside_N

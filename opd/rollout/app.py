@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 
 from opd.interfaces import RolloutEngine
 from opd.rollout.wire import TOKEN_VARIABLE, GenerateRequest, read_request, response_bytes
-from opd.serving.app import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
+from opd.serving.app import MEDIA_TYPE, Refusal, bare_app, failure, read_body, require_token
 from opd.serving.client import CONFLICT
 from opd.types import ReceiverState
 
@@ -63,7 +63,7 @@ def rollout_app(
             state = await asyncio.wrap_future(thread.submit(host.take, body))
         except Exception as error:
             log.exception("weights could not be loaded")
-            return PlainTextResponse(f"loading weights failed: {error}", status_code=500)
+            return failure("loading weights", error)
         return JSONResponse(asdict(state))
 
     @app.post("/generate")
@@ -81,7 +81,7 @@ def rollout_app(
             raise
         except Exception as error:
             log.exception("generating from %d prompts failed", len(generate_request.prompts))
-            return PlainTextResponse(f"generating failed: {error}", status_code=500)
+            return failure("generating", error)
 
     return app
 

@@ -9,7 +9,7 @@ from opd.config.student import DType
 from opd.interfaces import Progress
 from opd.rollout.wire import TOKEN_VARIABLE, GenerateRequest, read_response, request_bytes
 from opd.serving.app import MEDIA_TYPE
-from opd.serving.client import ServiceClient
+from opd.serving.client import ServiceClient, parsed
 from opd.types import Prompt, Rollout, Sampling
 
 ROLLOUT_URLS = "OPD_ROLLOUT_URLS"
@@ -42,7 +42,11 @@ class ServerRollouts:
             response = self._service.send(
                 "POST", "/generate", request_bytes(request), {"Content-Type": MEDIA_TYPE}
             )
-            rollouts = read_response(response.content, prompts, sampling)
+            rollouts = parsed(
+                response,
+                lambda r: read_response(r.content, prompts, sampling),
+                f"{sampling.n} completions of each of {len(prompts)} prompts",
+            )
             advance(len(prompts))
         return rollouts
 
@@ -76,9 +80,15 @@ def require_server_fits(
 ) -> None:
     """ValueError when a server cannot be reached, or has another dtype, stop ids or a shorter context."""
     try:
-        info = server.send("GET", "/info", retries=retries).json()
+        response = server.send("GET", "/info", retries=retries)
     except ConnectionError as error:
         raise ValueError(str(error)) from None
+    fields = ("dtype", "stop_ids", "max_length")
+    info = parsed(
+        response,
+        lambda r: {name: r.json()[name] for name in fields},
+        "the description of a rollout server",
+    )
     needed = {"dtype": dtype.value, "stop_ids": stop_ids}
     for name, value in needed.items():
         if info[name] != value:

@@ -38,6 +38,12 @@ def require_token(request: Request, token: str | None, variable: str) -> None:
         raise Refusal(401, f"the bearer token is missing or wrong; set {variable}")
 
 
+def failure(what: str, error: Exception) -> Response:
+    """The response to a request that a server could not do: status 500, and the error in one line."""
+    words = " ".join(str(error).split())
+    return PlainTextResponse(f"{what} failed: {type(error).__name__}: {words}", status_code=500)
+
+
 async def read_body(request: Request, limit: int) -> bytes:
     """The body, refused as soon as it is too large; the content type keeps web pages from posting here."""
     if request.headers.get("content-type") != MEDIA_TYPE:
@@ -46,6 +52,10 @@ async def read_body(request: Request, limit: int) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size > limit:
-            raise Refusal(413, f"the request is larger than {limit} bytes")
+            raise Refusal(
+                413,
+                f"the request is larger than {limit} bytes: start the server with a larger "
+                "max_request_bytes",
+            )
         parts.append(part)
     return b"".join(parts)

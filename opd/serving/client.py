@@ -1,23 +1,48 @@
 """Requests to an opd service, with retries after transient failures."""
 
+import logging
 import random
+import re
+import ssl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import httpx
+from safetensors import SafetensorError
+
+from opd.serving.token import require_plain_token
 
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
+MAX_SAME_FAILURES = 3
 CONFLICT = 409
+TRANSIENT = (CONFLICT, 502, 503, 504)
 CHUNK_BYTES = 1 << 20
+EXCERPT_CHARACTERS = 500
+
+Parsed = TypeVar("Parsed")
+
+log = logging.getLogger("opd.serving")
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What went wrong with one attempt. ``kind``: how, if a server that works would not fail so often."""
+
+    text: str
+    kind: str | None = None
 
 
 class ServiceClient:
     """Sends to one address; safe to call from several threads.
 
     ``name`` names the service in errors and ``remedy`` says what to do when it cannot be reached. A
-    request times out after ``timeout`` seconds and is repeated up to ``retries`` times after connection
-    errors, time-outs, statuses from 500 on and 409, so every endpoint must be idempotent.
+    request times out after ``timeout`` seconds. It is repeated up to ``retries`` times after connection
+    errors and the statuses 409, 502, 503 and 504. Three times in a row without a response in time, or
+    with the same other status from 500 on and the same body, are final: the fourth would be no other.
+    Every endpoint must be idempotent. ``ValueError`` for an address or a token that cannot be used.
     """
 
     def __init__(
@@ -30,8 +55,11 @@ class ServiceClient:
         timeout: float,
         retries: int,
     ) -> None:
+        require_plain_token(token, f"the bearer token for {name}")
+        _require_address(url, name)
         self.url = url
         self._name, self._remedy, self._retries = name, remedy, retries
+        self._timeout = timeout
         self._http = httpx.Client(
             base_url=url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
@@ -49,27 +77,105 @@ class ServiceClient:
         retries: int | None = None,
     ) -> httpx.Response:
         """The response. ``ValueError`` when refused, ``ConnectionError`` after the last attempt."""
-        started, failure = time.monotonic(), ""
+        started, failures = time.monotonic(), list[_Failure]()
         headers = {"Content-Length": str(len(body)), **(headers or {})} if body else headers
         attempts = 1 + (self._retries if retries is None else retries)
-        for attempt in range(attempts):
-            if attempt:
-                time.sleep(_backoff(attempt))
-            try:
-                content = _chunks(body) if body else None
-                response = self._http.request(method, path, content=content, headers=headers)
-            except httpx.TransportError as error:
-                failure = f"{type(error).__name__}: {error}"
-                continue
-            if response.is_success:
-                return response
-            failure = f"HTTP {response.status_code}: {response.text[:500]}"
-            if response.status_code < 500 and response.status_code != CONFLICT:
-                raise ValueError(f"{self._name} at {self.url} refused {method} {path}: {failure}")
+        while len(failures) < attempts and not _is_final(failures):
+            if failures:
+                time.sleep(_backoff(len(failures)))
+            outcome = self._attempt(method, path, body, headers)
+            if isinstance(outcome, httpx.Response):
+                return outcome
+            if not failures and attempts > 1:
+                log.warning("%s at %s: %s; trying again", self._name, self.url, outcome.text)
+            failures.append(outcome)
+        seconds, last = time.monotonic() - started, failures[-1].text
+        if _is_final(failures):
+            raise ConnectionError(
+                f"{self._name} at {self.url} failed {method} {path} {MAX_SAME_FAILURES} times in the same "
+                f"way: {last}; see the log of that server"
+            )
         raise ConnectionError(
-            f"{self._name} at {self.url} failed {attempts} times in "
-            f"{time.monotonic() - started:.0f} s, last with {failure}; {self._remedy}"
+            f"{self._name} at {self.url} failed {len(failures)} times in {seconds:.0f} s, last with "
+            f"{last}; {self._remedy}"
         )
+
+    def _attempt(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str] | None
+    ) -> httpx.Response | _Failure:
+        """One request. ``ValueError`` when it is refused, or when no attempt could succeed."""
+        content = _chunks(body) if body else None
+        try:
+            response = self._http.request(method, path, content=content, headers=headers)
+        except (httpx.ReadTimeout, httpx.WriteTimeout):
+            text = f"no response in {self._timeout:g} s (a longer timeout may help)"
+            return _Failure(text, kind="timeout")
+        except httpx.RequestError as error:
+            if _is_about_tls(error):
+                raise ValueError(
+                    f"{self._name} at {self.url} cannot be reached by https ({error}): use http://, or "
+                    "an address that its certificate is for"
+                ) from error
+            return _Failure(f"{type(error).__name__}: {error}".rstrip(": "))
+        if response.is_success:
+            return response
+        found = f"HTTP {response.status_code}: {_excerpt(response)}"
+        if response.status_code in TRANSIENT:
+            return _Failure(found)
+        if response.status_code >= 500:
+            # times, sizes, addresses and request ids differ between failures of one kind
+            return _Failure(found, kind=re.sub(r"[\w-]*\d[\w-]*", "#", found))
+        raise ValueError(f"{self._name} at {self.url} refused {method} {path}: {found}")
+
+
+def parsed(
+    response: httpx.Response, parse: Callable[[httpx.Response], Parsed], expected: str
+) -> Parsed:
+    """``parse(response)``; ``ValueError`` that says what came when it is not ``expected``."""
+    try:
+        return parse(response)
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        kind = response.headers.get("content-type", "no content type")
+        raise ValueError(
+            f"{response.request.url} returned {len(response.content)} bytes ({kind}) that are not "
+            f"{expected} ({error!r}): is another service, or another version of opd, at this address?"
+        ) from error
+
+
+def _require_address(url: str, name: str) -> None:
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(
+            f"{url!r} is no address of {name} ({error}): allowed is http://HOST:PORT"
+        ) from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise ValueError(
+            f"{url!r} is no address of {name}: allowed is http://HOST:PORT or https://HOST:PORT"
+        )
+
+
+def _is_final(failures: Sequence[_Failure]) -> bool:
+    last = failures[-MAX_SAME_FAILURES:]
+    kinds = {failure.kind for failure in last}
+    return len(last) == MAX_SAME_FAILURES and len(kinds) == 1 and None not in kinds
+
+
+def _is_about_tls(error: BaseException | None) -> bool:
+    """Whether an error was caused by a failed handshake or certificate."""
+    while error is not None:
+        if isinstance(error, ssl.SSLError):
+            return not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _excerpt(response: httpx.Response) -> str:
+    """The server's words in one line, or what the status means."""
+    if response.has_redirect_location:
+        return f"moved to {response.headers['location']}; use that address"
+    words = " ".join(response.text.split())[:EXCERPT_CHARACTERS]
+    return words or response.reason_phrase or "no reason given"
 
 
 def _chunks(body: bytes) -> Iterator[bytes]:

@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from opd.config.serving import ServingConfig
+from opd.serving.token import require_plain_token
 
 PARENT_POLL_S = 0.5
 MAX_CONNECTIONS = 256  # further ones get 503, and clients retry
@@ -28,11 +29,18 @@ def serve(
     """Bind, make the application, serve until SIGTERM or SIGINT; the port file is written once ready.
 
     ``variable`` is the environment variable of the token. ``ValueError`` when the address is in use,
-    or when it is not loopback and there is no token.
+    when it is not loopback and there is no token, when no header could carry the token, or when the
+    folder of the port file is missing.
     """
     if config.exit_with_parent:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    require_plain_token(token, variable)
     _require_token_beyond_loopback(config.host, token, variable)
+    if config.port_file is not None and not Path(config.port_file).parent.is_dir():
+        raise ValueError(
+            f"port_file={config.port_file}: there is no folder {Path(config.port_file).parent}; "
+            "make it, or name another file"
+        )
     with _bind(config.host, config.port) as listener:
         server = uvicorn.Config(
             make_app(),

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from opd.interfaces import Weights
 from opd.serving.app import MEDIA_TYPE
-from opd.serving.client import ServiceClient
+from opd.serving.client import ServiceClient, parsed
 from opd.sync.sender import WeightSender
 from opd.types import ReceiverState
 from opd.world import World
@@ -15,6 +15,7 @@ from opd.world import World
 MAX_MESSAGES = 6
 """To one receiver in one push; mask and patch are two, a snapshot after a refusal is one."""
 POLL_S = 1.0
+STATE = "the state of a rollout server's weights"
 
 log = logging.getLogger("opd.sync")
 
@@ -89,7 +90,7 @@ class ServerWeights:
                 self._servers[server] = state
                 return sent
             response = server.send("POST", "/weights", message, {"Content-Type": MEDIA_TYPE})
-            state = ReceiverState(**response.json())
+            state = parsed(response, lambda r: ReceiverState(**r.json()), STATE)
             sent += len(message)
         raise ValueError(
             f"the rollout server at {server.url} did not take version {self._sender.version} in "
@@ -125,4 +126,5 @@ class ServerWeights:
 
 
 def _read_state(server: ServiceClient) -> ReceiverState:
-    return ReceiverState(**server.send("GET", "/info", retries=0).json()["receiver"])
+    response = server.send("GET", "/info", retries=0)
+    return parsed(response, lambda r: ReceiverState(**r.json()["receiver"]), STATE)

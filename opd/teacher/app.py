@@ -5,11 +5,11 @@ import logging
 from dataclasses import asdict, replace
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from safetensors.numpy import save
 
 from opd.config.teacher import TeacherServerConfig
-from opd.serving.app import MEDIA_TYPE, Refusal, bare_app, read_body, require_token
+from opd.serving.app import MEDIA_TYPE, Refusal, bare_app, failure, read_body, require_token
 from opd.teacher.backend import Backend
 from opd.teacher.response import require_answerable
 from opd.teacher.scoring import folded_head
@@ -46,7 +46,7 @@ def teacher_app(work: WorkQueue, config: TeacherServerConfig, *, token: str | No
             scores = await asyncio.wrap_future(work.submit(wire_request))
         except Exception as error:
             log.exception("scoring %d sequences failed", len(wire_request.lengths))
-            return PlainTextResponse(f"scoring failed: {error}", status_code=500)
+            return failure("scoring", error)
         return Response(await asyncio.to_thread(response_bytes, scores), media_type=MEDIA_TYPE)
 
     return app

@@ -9,7 +9,7 @@ from safetensors.numpy import load
 from opd.config.teacher import ServedTeacherConfig
 from opd.interfaces import Progress
 from opd.serving.app import MEDIA_TYPE
-from opd.serving.client import ServiceClient
+from opd.serving.client import ServiceClient, parsed
 from opd.teacher.batches import group_by_tokens, progress_bar, score_concurrently
 from opd.teacher.transport import bytes_per_target, transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
@@ -54,13 +54,17 @@ class ServerTeacher:
         self.connections, self.progress = connections, progress
         self._service = ServiceClient(
             url,
-            name="teacher",
-            remedy="is it running? (start one with `opd teacher`)",
+            name="the teacher",
+            remedy="is it running? (start one with `opd teacher model=MODEL`)",
             token=token,
             timeout=config.timeout,
             retries=config.retries,
         )
-        self._info = TeacherInfo(**self._service.send("GET", "/info").json())
+        self._info = parsed(
+            self._service.send("GET", "/info"),
+            lambda response: TeacherInfo(**response.json()),
+            "the description of an opd teacher",
+        )
         self.vocab_size = require_fit(self._info, student)
         self._transport, *_ = transports(
             self._info, request, vocab_size=self.vocab_size, hidden_dtype=config.hidden_dtype
@@ -86,14 +90,20 @@ class ServerTeacher:
         """
         if self._head is None:
             rows = max(1, HEAD_BYTES // (4 * self._info.hidden_size))
-            chunks = [
-                self._service.send(
-                    "GET", f"/head?start={start}&stop={min(start + rows, self.vocab_size)}"
-                ).content
-                for start in range(0, self.vocab_size, rows)
-            ]
-            self._head = np.concatenate([load(chunk)["head"] for chunk in chunks])
+            self._head = np.concatenate(
+                [
+                    self._head_rows(start, min(start + rows, self.vocab_size))
+                    for start in range(0, self.vocab_size, rows)
+                ]
+            )
         return self._head
+
+    def _head_rows(self, start: int, stop: int) -> FloatArray:
+        return parsed(
+            self._service.send("GET", f"/head?start={start}&stop={stop}"),
+            lambda response: load(response.content)["head"],
+            "rows of an output head",
+        )
 
     def groups(self, rollouts: Sequence[Rollout], *, servers: int = 1) -> list[list[Rollout]]:
         """Groups of neighbours, one request each; at least one for each of ``servers``, if possible.
@@ -127,7 +137,8 @@ class ServerTeacher:
         body = request_bytes(self._request(rollouts))
         headers = {"Content-Type": MEDIA_TYPE}
         response = self._service.send("POST", "/score", body, headers, retries=retries)
-        return scored_rollouts(rollouts, read_response(response.content))
+        scores = parsed(response, lambda r: read_response(r.content), "scores of an opd teacher")
+        return scored_rollouts(rollouts, scores)
 
     def _request(self, rollouts: Sequence[Rollout]) -> WireRequest:
         return wire_request_from(

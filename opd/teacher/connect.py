@@ -113,10 +113,7 @@ def _served_info(
     try:
         return server_client(impatient, url, student, ScoreRequest()).info()
     except ConnectionError as error:
-        raise ValueError(
-            f"{setting}={url} cannot be reached ({error}): start one with "
-            "`opd teacher model=MODEL`, or give a model"
-        ) from None
+        raise ValueError(f"{setting}={url} cannot be reached: {error}, or give a model") from None
 
 
 def _read_info(config: TeacherConfig, setting: str, model: str, student: Vocabulary) -> TeacherInfo:

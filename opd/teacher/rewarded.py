@@ -8,6 +8,8 @@ from opd.interfaces import Teacher
 from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo
 
 Reward = Callable[[Rollout], float]
+STD_EPSILON = 1e-4
+"""Added to a group's standard deviation, as TRL does; it bounds an advantage by 1e4 times the distance."""
 
 
 class RewardedTeacher:
@@ -49,16 +51,20 @@ class RewardedTeacher:
 
 
 def advantage(reward: float, group: Sequence[float], *, scale_rewards: bool) -> float:
-    """reward - mean(group), divided by the group's standard deviation with ``scale_rewards``.
+    """reward - mean(group), with ``scale_rewards`` divided by the group's standard deviation + 1e-4.
 
-    0 for a group of equal rewards (GRPO, arXiv 2402.03300; without scaling Dr. GRPO, arXiv
-    2503.20783).
+    The standard deviation is that of a sample (divisor n - 1), and 0 for a group of one. The
+    advantage is exactly 0 in a group of equal rewards, and almost 0 in a group whose rewards differ
+    by rounding only (GRPO, arXiv 2402.03300; without scaling Dr. GRPO, arXiv 2503.20783; the
+    constant is TRL's).
     """
+    if min(group) == max(group):
+        return 0.0
     mean = math.fsum(group) / len(group)
-    if not scale_rewards or len(group) < 2:
+    if not scale_rewards:
         return reward - mean
     spread = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / (len(group) - 1))
-    return 0.0 if spread < 1e-8 else (reward - mean) / spread
+    return (reward - mean) / (spread + STD_EPSILON)
 
 
 def _finite(reward: float, rollout: Rollout) -> float:

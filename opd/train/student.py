@@ -27,7 +27,7 @@ class Student(nn.Module):
         chunk_bytes: size of the largest float32 [C, V] tensor that exists at once.
         teacher_head: returns the head [V, D] of ``Batch.teacher``; called for batches with
             ``teacher_hidden_ND``.
-        sequence_gaps: fill ``Batch.sequence_gap_N``, which applies the head a second time.
+        sequence_gaps: fill ``Batch.sequence_gap_N`` and its mean, which applies the head a second time.
     """
 
     def __init__(
@@ -125,16 +125,21 @@ class TeacherHeads:
 
 
 def with_sequence_gaps(batch: Batch, logp_N: torch.Tensor) -> Batch:
-    """The batch with ``sequence_gap_N``: the mean over a token's completion of learner less engine log-prob.
+    """The batch with ``sequence_gap_N`` and ``sequence_mean_gap_N``, of a token's completion.
 
-    ``logp_N`` are the learner's log-probs of the targets.
+    ``logp_N`` are the learner's log-probs of the targets. Tokens that no engine wrote have no gap.
+    Sums are in float64: thousands of small gaps decide about a whole completion.
     """
     assert batch.sequence_N is not None, "collate fills sequence_N"
-    rows = batch.input_ids_BT.shape[0]
-    gap_N = logp_N - batch.engine_logp_N
-    sums_B = gap_N.new_zeros(rows).index_add_(0, batch.sequence_N, gap_N)
-    counts_B = gap_N.new_zeros(rows).index_add_(0, batch.sequence_N, torch.ones_like(gap_N))
-    return replace(batch, sequence_gap_N=(sums_B / counts_B)[batch.sequence_N])
+    gap_N = (logp_N - batch.engine_logp_N).nan_to_num(nan=0.0).double()
+    zeros_B = gap_N.new_zeros(batch.input_ids_BT.shape[0])
+    sum_B = zeros_B.index_add(0, batch.sequence_N, gap_N)
+    count_B = zeros_B.index_add(0, batch.sequence_N, torch.ones_like(gap_N))
+    return replace(
+        batch,
+        sequence_gap_N=sum_B[batch.sequence_N].to(logp_N.dtype),
+        sequence_mean_gap_N=(sum_B / count_B)[batch.sequence_N].to(logp_N.dtype),
+    )
 
 
 def causal_lm(model: Any) -> Any:

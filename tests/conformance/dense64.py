@@ -145,10 +145,13 @@ def entropy(prob: Tensor) -> Tensor:
 
 def correction(logits_NV: Tensor, tokens: Tokens, choice: Choice) -> Tensor:
     gap = sampled(logits_NV, tokens) - tokens.engine_N
-    if choice.correction.startswith("sequence_"):
+    if choice.correction.startswith(("sequence_", "geometric_")):
         for sequence in tokens.sequence_N.unique():
             inside = tokens.sequence_N == sequence
-            gap = torch.where(inside, gap[inside].mean(), gap)
+            joint = gap[inside].sum()
+            if choice.correction.startswith("geometric_"):
+                joint = joint / inside.sum()
+            gap = torch.where(inside, joint, gap)
     ratio = torch.where(gap.isnan(), torch.ones_like(gap), gap.exp())
     if choice.correction.endswith("truncate"):
         return torch.where(ratio > choice.cap, torch.full_like(ratio, choice.cap), ratio)

@@ -23,7 +23,7 @@ from opd.losses.nll import NegativeLogLikelihood
 from opd.losses.policy_gradient import PolicyGradient
 from opd.losses.with_reward import WithReward
 from opd.train.chunked import chunked_loss
-from opd.types import DivergenceKind, Surrogate
+from opd.types import Correction, DivergenceKind, Surrogate
 from tests.conformance import dense64
 from tests.conformance.loss_cases import (
     CHOICES,
@@ -214,7 +214,9 @@ def test_the_batches_reach_every_branch() -> None:
     assert sizes.min() < sizes.max()
     assert batch.engine_logp_N.isnan().sum() == LENGTHS[3]
     leaf = logits().double()
-    for name in ("truncate", "mask", "sequence_truncate", "sequence_mask"):
+    for name in Correction:
+        if name == Correction.none:
+            continue
         weights = dense64.correction(leaf, tokens, dense64.Choice(correction=name))
         touched = (weights == 0.9) | (weights == 0.0)
         assert 0 < touched.sum() < N, name

@@ -55,7 +55,7 @@ K = 4
 LOSSES: dict[str, LossConfig] = {
     "reverse_kl": DivergenceLossConfig(
         weighting=Weighting.student_entropy,
-        correction=Correction.sequence_truncate,
+        correction=Correction.geometric_truncate,
         correction_cap=0.9,
     ),
     "forward_kl": DivergenceLossConfig(

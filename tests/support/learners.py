@@ -38,14 +38,13 @@ from opd.train.record import WeightRecorder, Write
 from opd.train.student import Student
 from opd.train.torch_engine import TorchEngine
 from opd.train.weights import load_student, named_weights
-from opd.types import Correction, FinishReason, Prompt, Rollout, ScoredRollout
+from opd.types import SEQUENCE_CORRECTIONS, FinishReason, Prompt, Rollout, ScoredRollout
 from opd.world import World
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart" / "student"
 QUICKSTART_VOCAB: int = json.loads((QUICKSTART / "config.json").read_text())["vocab_size"]
 ROWS, LONGEST = 8, 11
 """Completions of a global batch, and the most tokens of one."""
-PER_SEQUENCE = (Correction.sequence_truncate, Correction.sequence_mask)
 FROM_GRADIENTS = (MaskScores.fisher, MaskScores.first_gradient)
 """Scores of gradients at the initial weights: such a run moves nothing."""
 TINY_VOCAB, DENSITY = 61, 0.2
@@ -89,7 +88,7 @@ def build_learner(setup: Setup, world: World, write: Write | None = None) -> Stu
         temperature=1.0,
         chunk_bytes=setup.chunk_rows * 4 * vocab,
         teacher_head=lambda name: torch.empty(0),
-        sequence_gaps=setup.loss.correction in PER_SEQUENCE,
+        sequence_gaps=setup.loss.correction in SEQUENCE_CORRECTIONS,
     )
     engine = _engine(setup, student, parameter_mask, world)
     return StudentLearner(

@@ -88,6 +88,7 @@ def test_absent_teacher_fields_stay_absent() -> None:
         "advantage_N",
         "engine_ids_NK",
         "sequence_gap_N",
+        "sequence_mean_gap_N",
         "teacher_logp_N",
         "support_ids_NK",
         "support_logp_NK",

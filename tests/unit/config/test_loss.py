@@ -2,11 +2,10 @@
 
 import pytest
 
-from opd.assembly.learner import SEQUENCE_CORRECTIONS
 from opd.config.rollout import training_sampling
 from opd.config.schema import Config, problems
 from opd.run.recipe import load_recipe
-from opd.types import ScoreRequest
+from opd.types import SEQUENCE_CORRECTIONS, ScoreRequest
 
 
 def quickstart(*overrides: str) -> Config:
@@ -88,4 +87,9 @@ def test_the_teacher_is_asked_at_the_sampling_temperature() -> None:
 
 def test_only_corrections_of_whole_completions_need_sequence_gaps() -> None:
     names = {correction.value for correction in SEQUENCE_CORRECTIONS}
-    assert names == {"sequence_truncate", "sequence_mask"}
+    assert names == {
+        "sequence_truncate",
+        "sequence_mask",
+        "geometric_truncate",
+        "geometric_mask",
+    }

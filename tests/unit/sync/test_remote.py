@@ -4,8 +4,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -160,3 +162,24 @@ def test_a_receiver_that_stays_away_is_named_in_the_error() -> None:
     sync = ServerWeights([client(port, retries=1)], sender, mark=lambda version: None, world=WORLD)
     with pytest.raises(ConnectionError, match=r"the receiver at .* failed 2 times .* start it"):
         sync.push(state(tied=True).items(), 0)
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"", b"[]", b'{"object": "list"}'])
+def test_another_service_at_the_address_is_named_in_the_error(body: bytes) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Silence."""
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.handle_request, daemon=True).start()
+        sender = WeightSender(dtype=torch.bfloat16, snapshot_every=50)
+        servers = [client(other.server_port, retries=0)]
+        sync = ServerWeights(servers, sender, mark=lambda version: None, world=WORLD)
+        with pytest.raises(ValueError, match=r"/weights returned .* not the state of a rollout"):
+            sync.push(state(tied=True).items(), 0)

@@ -30,7 +30,7 @@ def test_a_group_is_one_prompt_and_advantages_are_the_textbooks() -> None:
     assert [s.rollout for s in scored] == written
     assert [s.reward for s in scored] == [1.0, 2.0, 0.0, 2.0, 0.0]
     group = np.array([1.0, 0.0, 0.0])
-    textbook = (group - group.mean()) / group.std(ddof=1)
+    textbook = (group - group.mean()) / (group.std(ddof=1) + 1e-4)
     found = [s.advantage for s in scored]
     np.testing.assert_allclose([found[0], found[2], found[4]], textbook)
     assert (found[1], found[3]) == (0.0, 0.0)  # no spread, nothing to learn
@@ -38,6 +38,42 @@ def test_a_group_is_one_prompt_and_advantages_are_the_textbooks() -> None:
 
 def test_without_scale_the_advantage_is_the_distance_from_the_mean() -> None:
     assert advantage(1.0, [1.0, 0.0, 0.0, 0.0], scale_rewards=False) == 0.75
+
+
+@pytest.mark.parametrize("group", [[1.0, 1.0, 1.0], [0.1] * 3, [-7.3] * 5, [1e-9] * 2, [0.4]])
+@pytest.mark.parametrize("scale_rewards", [True, False])
+def test_equal_rewards_have_advantages_of_exactly_zero(
+    group: list[float], scale_rewards: bool
+) -> None:
+    assert [advantage(r, group, scale_rewards=scale_rewards) for r in group] == [0.0] * len(group)
+
+
+@pytest.mark.parametrize(
+    ("group", "most"),
+    [
+        ([1.0, 1.0, 1.000001], 0.0067),
+        ([0.1 + 0.2, 0.3, 0.3], 1e-11),
+        ([5.0, 5.0, 5.0, 5.0 + 1e-8], 1e-4),
+        ([0.0, 1e-12], 1e-7),
+    ],
+)
+def test_rewards_that_differ_by_rounding_have_advantages_near_zero(
+    group: list[float], most: float
+) -> None:
+    found = [advantage(r, group, scale_rewards=True) for r in group]
+    assert 0.0 < max(map(abs, found)) <= most
+
+
+@pytest.mark.parametrize(
+    "group", [[1.0, 0.0, 0.0, 0.0], [3.0, -2.0], [0.5, 0.25, 0.125], [1.0, 1.0, 1.000001]]
+)
+def test_scaled_advantages_divide_by_the_samples_deviation_and_a_constant(
+    group: list[float],
+) -> None:
+    rewards = np.array(group)
+    expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+    found = [advantage(r, group, scale_rewards=True) for r in group]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_a_reward_that_is_no_number_is_refused_by_name() -> None:
