@@ -147,7 +147,7 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+    store.store(name="opd_schema", node=Config)
     for group, choices in GROUPS.items():
         for name, node in choices.items():
             store.store(group=group, name=name, node=node)
