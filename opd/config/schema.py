@@ -7,7 +7,6 @@ from omegaconf import MISSING
 
 from opd.config import (
     adapter,
-    data,
     eval,
     launch,
     loss,
@@ -85,7 +84,6 @@ GROUPS: dict[str, dict[str, Any]] = {
 """Group choices: ``loss=jsd`` on the command line picks ``GROUPS["loss"]["jsd"]``."""
 
 RULES = (
-    *data.RULES,
     *loss.RULES,
     *eval.RULES,
     *rollout.RULES,
