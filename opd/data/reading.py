@@ -1,5 +1,6 @@
 """One row becomes one prompt: fields, template, chat template, token ids."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,9 @@ from opd.data.chat import SYSTEM_ROLES, Message, read_messages, render_chat, spl
 from opd.data.columns import column_names, find_column, sequence
 from opd.data.template import RowTemplate
 from opd.types import IntArray
+
+MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
+"""The start of a cell into which a list of messages was printed, as a .csv file has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +144,12 @@ class PromptReader:
             )
         if not text.strip():
             raise ValueError(f"{place}: the prompt is empty; write one or remove the row")
+        if self.template is None and MESSAGES_AS_TEXT.match(text):
+            raise ValueError(
+                f"{place}: found a list of messages written as text, {text[:60]!r}; save the rows as "
+                ".jsonl or .parquet, or read the text as messages with data.function; "
+                "data.template='{prompt}' uses the text as it is"
+            )
         return text, [{"role": "user", "content": text}] if self.chat else None, None
 
     def _filled_turn(self, place: str, row: Mapping[str, Any], last: Message) -> Message:

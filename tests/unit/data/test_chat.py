@@ -1,5 +1,7 @@
 """Conversations as prompts: whose turn is last, what a template refuses, where an answer ends."""
 
+import json
+
 import pytest
 
 from opd.config.data import DataConfig
@@ -99,6 +101,24 @@ def test_a_message_of_another_form_is_named(message, words, tokenizer, write):
 def test_content_in_parts_of_text_is_their_text(content, tokenizer, write):
     (prompt,) = load(write({"prompt": [{"role": "user", "content": content}]}), tokenizer)
     assert prompt.text == "<user>hi there<assistant>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([USER]),
+        str([USER]),
+        ' [ {"content": "q", "role": "user"}]',
+        "[{'from': 'human'}]",
+    ],
+)
+def test_messages_written_as_text_are_refused(text, tokenizer, write):
+    path = write({"prompt": text})
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl:1: found a list of messages written as text"
+    ):
+        load(path, tokenizer)
+    assert load(path, tokenizer, template="{prompt}")[0].text == text
 
 
 def test_keys_that_only_other_rows_have_are_not_shown_to_the_template(make_tokenizer, tmp_path):
