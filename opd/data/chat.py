@@ -1,6 +1,7 @@
 """Conversations: lists of messages, the chat template, and the end that it writes behind an answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from opd.data.columns import sequence
@@ -87,7 +88,8 @@ def render_chat(
 ) -> str:
     """The text that the tokenizer's chat template makes of ``messages``.
 
-    ValueError with ``place`` and the template's own words when it has none or it refuses them.
+    Content goes to the template as strings; where text is lost that way, as parts. ValueError with
+    ``place`` and the template's own words when it has none or it refuses them.
     """
     name = repr(tokenizer.name_or_path)
     if tokenizer.chat_template is None:
@@ -95,19 +97,43 @@ def render_chat(
             f"{place}: the tokenizer {name} has no chat template; use plain strings with "
             "data.chat=false, or an instruct model"
         )
-    try:
+
+    def render(content: Callable[[str], Any]) -> str:
+        given = [message | {"content": content(message["content"])} for message in messages]
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            given, tokenize=False, add_generation_prompt=add_generation_prompt, **options
         )
+        assert isinstance(text, str)
+        return text
+
+    try:
+        text = render(str)
+        refusal = None
     except Exception as error:  # a template is a program and may raise anything
-        words = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{place}: the chat template of {name} refuses the turns {_roles(messages)}: {words}; "
-            "change the row, data.system, data.teacher_system or data.chat_options to what this "
-            "template takes, or correct the template"
-        ) from error
-    assert isinstance(text, str)
-    return text
+        text, refusal = "", error
+    if refusal is None and _holds(text, messages):
+        return text
+    with suppress(Exception):  # a template that takes strings alone
+        in_parts = render(_parts)
+        if _holds(in_parts, messages):
+            return in_parts
+    if refusal is None:
+        return text
+    words = " ".join(str(refusal).split()) or type(refusal).__name__
+    raise ValueError(
+        f"{place}: the chat template of {name} refuses the turns {_roles(messages)}: {words}; change "
+        "the row, data.system, data.teacher_system or data.chat_options to what this template takes, "
+        "or correct the template"
+    ) from refusal
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    """Content as templates of vision models take it; of a string they may render nothing at all."""
+    return [{"type": "text", "text": content}]
+
+
+def _holds(text: str, messages: Sequence[Message]) -> bool:
+    return all(message["content"].strip() in text for message in messages)
 
 
 def _roles(messages: Sequence[Message]) -> str:

@@ -134,6 +134,34 @@ def test_keys_that_only_other_rows_have_are_not_shown_to_the_template(make_token
     assert [prompt.text for prompt in prompts] == ["qn", "q"]
 
 
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' %}"
+    "{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{{ m.content[0].text }}!{% endif %}{% endfor %}"
+)
+STRIPS = "{% for m in messages %}<{{ m.role }}>{{ m.content.strip() }}{% endfor %}"
+FIRST_PART = "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text.strip() }}{% endfor %}"
+DROPS = "{% for m in messages %}<{{ m.role }}>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (PARTS, "<system>s<user> q "),
+        (EITHER, "<system>s<user> q "),
+        (STRIPS, "<system>s<user>q"),
+        (FIRST_PART, "<system>s<user>q"),
+        (DROPS, "<system><user>"),
+    ],
+)
+def test_a_template_that_takes_parts_alone_gets_them(template, text, make_tokenizer, write):
+    path = write({"prompt": [SYSTEM, {"role": "user", "content": " q "}]})
+    assert load(path, make_tokenizer(template))[0].text == text
+
+
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}q"
 )
