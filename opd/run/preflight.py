@@ -9,13 +9,12 @@ from pathlib import Path
 import httpx
 from huggingface_hub import constants
 
-from opd.config.eval import GraderKind
 from opd.config.functions import load_function
 from opd.config.launch import LaunchEngine, merged_deepspeed
 from opd.config.loss import FunctionLossConfig
 from opd.config.mask import DiscoverMaskConfig, MaskRule, active_mask
 from opd.config.optim import clipped_warmup
-from opd.config.reward import GraderRewardConfig, GroupRewardConfig
+from opd.config.reward import GroupRewardConfig
 from opd.config.rollout import ServerRolloutConfig, VllmEngineConfig, training_sampling
 from opd.config.schema import Config, problems
 from opd.config.teacher import (
@@ -28,11 +27,11 @@ from opd.config.teacher import (
 from opd.data.prompt_sets import PromptSets, read_prompt_sets
 from opd.data.stream import ShuffledPrompts
 from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
-from opd.evaluate.grade import grader
 from opd.evaluate.reward import reward_function
 from opd.rollout.client import require_servers_fit
 from opd.run.findings import findings
 from opd.run.folder import open_folder
+from opd.run.gradable import require_gradable
 from opd.run.mask import require_mask_fits
 from opd.run.recipe import Recipe
 from opd.teacher.connect import describe_transport, pool_models, teacher_infos
@@ -86,7 +85,7 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     if isinstance(config.teacher, SelfTeacherConfig):
         _require_teacher_prompts_fit(prompts, config.teacher.max_model_len or tokenizer.max_length)
     _require_functions(config)
-    _require_gradable(config, prompts)
+    require_gradable(config, prompts)
     require_mask_fits(recipe, folder)
     require_servers_fit(config, tokenizer.stop_ids, prompts.max_length)
     return Preflight(
@@ -107,20 +106,6 @@ def _require_functions(config: Config) -> None:
     mask = active_mask(config)
     if isinstance(mask, DiscoverMaskConfig) and mask.rule == MaskRule.function and mask.function:
         load_function("mask.function", mask.function)
-
-
-def _require_gradable(config: Config, prompts: PromptSets) -> None:
-    """ValueError when the grader number would meet an answer without a number."""
-    graded = [(config.eval.grader, prompts.eval)]
-    if isinstance(config.reward, GraderRewardConfig):
-        graded.append((config.reward.grader or config.eval.grader, prompts.train))
-    for kind, those in graded:
-        for prompt in those if kind == GraderKind.number else []:
-            assert prompt.answer is not None
-            try:
-                grader(kind.value)("", prompt.answer)
-            except ValueError as error:
-                raise ValueError(f"prompt {prompt.uid}: {error}") from None
 
 
 def _adjustments(config: Config) -> list[str]:

@@ -69,9 +69,22 @@ def test_rows_are_found_by_the_uids_of_their_prompts(
     assert dict(_rows(config)) == dict(zip(expected, rows, strict=True))
 
 
-def test_only_correct_needs_answers_before_a_model_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ({}, r"rows\.jsonl:2: .* first of 1 of 2 rows.*the grader"),
+        ({"answer": ""}, r"rows\.jsonl:2: .* first of 1 of 2 rows.*the grader"),
+        ({"answer": "four"}, r"prompt 1: found the answer 'four' without a number"),
+        ({"answer": ["four", "vier"]}, r"prompt 1: found the answer .* without a number"),
+    ],
+)
+def test_only_correct_needs_answers_before_a_model_is_loaded(
+    second: dict[str, object], words: str, tmp_path: Path
+) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "1+2=", "answer": "3"}\n{"prompt": "1+3="}\n')
-    recipe = composed(QUICKSTART, [f"data.train={path}", "rollout=transformers"])
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: .* first of 1 of 2 rows.*the grader"):
+    rows = [{"prompt": "1+2=", "answer": "3"}, {"prompt": "1+3="} | second]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["rollout=transformers", "eval.grader=number", f"data.train={path}"]
+    recipe = composed(QUICKSTART, settings)
+    with pytest.raises(ValueError, match=words):
         generate(recipe, model=None, out=str(tmp_path / "out.jsonl"), only_correct=True)
