@@ -19,6 +19,8 @@ IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BFloat16Bits = npt.NDArray[np.uint16]
 """bfloat16 numbers as their bits; numpy has no such type."""
+Answer = str | tuple[str, ...]
+"""The right answer of a prompt; a tuple holds alternatives, each of which is right."""
 
 
 class FinishReason(StrEnum):
@@ -67,14 +69,10 @@ class Correction(StrEnum):
     geometric_truncate = "geometric_truncate"
     geometric_mask = "geometric_mask"
 
-
-SEQUENCE_CORRECTIONS = (
-    Correction.sequence_truncate,
-    Correction.sequence_mask,
-    Correction.geometric_truncate,
-    Correction.geometric_mask,
-)
-"""Corrections by the log-probs of a whole completion, which the student computes first."""
+    @property
+    def of_sequence(self) -> bool:
+        """Whether it needs the log-probs of a whole completion, which the student computes first."""
+        return self.value.startswith(("sequence", "geometric"))
 
 
 class Surrogate(StrEnum):
@@ -102,13 +100,16 @@ class Prompt:
 
     ``teacher`` names the teacher that scores it, if there are several. ``teacher_ids`` is the
     teacher's prompt (another template, a reference solution), by default ``token_ids``.
-    ``completion_ids`` is the completion in the data set, end token included.
+    ``completion_ids`` is the completion in the data set, end token included. ``is_chat``: the chat
+    template rendered it; ``has_answer_turn``: the assistant's turn followed it in the data set.
     """
 
     uid: str
     token_ids: IntArray
-    answer: str | None = None
+    answer: Answer | None = None
     text: str = ""
+    is_chat: bool = False
+    has_answer_turn: bool = False
     teacher: str | None = None
     teacher_ids: IntArray | None = None
     completion_ids: IntArray | None = None

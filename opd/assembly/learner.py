@@ -26,7 +26,6 @@ from opd.train.parameter_mask import ParameterMask
 from opd.train.record import NoRecord, Recorder, WeightRecorder, Write
 from opd.train.student import Student, causal_lm
 from opd.train.torch_engine import TorchEngine
-from opd.types import SEQUENCE_CORRECTIONS
 from opd.world import World
 
 GRADIENT_SCORES = (MaskScores.fisher, MaskScores.first_gradient)
@@ -92,7 +91,7 @@ def _student(
         temperature=config.rollout.temperature,
         chunk_bytes=config.train.chunk_mib << 20,
         teacher_head=teachers.heads,
-        sequence_gaps=config.loss.correction in SEQUENCE_CORRECTIONS,
+        sequence_gaps=config.loss.correction.of_sequence,
     )
 
 

@@ -1,14 +1,11 @@
 """``data``: the prompts for training and for evaluation."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import MISSING
 
 from opd.config.fields import bounded
-
-if TYPE_CHECKING:
-    from opd.config.schema import Config
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,15 +27,15 @@ class DataConfig:
     function: str | None = None
     """path.py:name or module:name of a function from a row (dict) to the row to use; None drops it."""
     prompt_field: str = "prompt"
-    """Column that holds the prompt: a string, or a list of {role, content} messages."""
+    """Column with the prompt: a string, or a list of messages; struct.name is a column inside a struct."""
     answer_field: str = "answer"
-    """Column that holds the answer that graders compare with."""
+    """Column with the answer that graders compare with; of a list, each one is right."""
     eval_prompt_field: str | None = None
     """The same for data.eval; by default data.prompt_field."""
     eval_answer_field: str | None = None
     """The same for data.eval; by default data.answer_field."""
     completion_field: str | None = None
-    """Column that holds a whole completion, for rollout.on_policy below 1."""
+    """Column with whole completions, for rollout.on_policy below 1; by default the assistant's last turns."""
     teacher_field: str | None = None
     """Column that names the teacher of a row, for teacher=pool."""
     teacher_template: str | None = None
@@ -52,7 +49,7 @@ class DataConfig:
     answer_regex: str | None = None
     """Regular expression whose first group is the answer, for example '#### (.*)' on GSM8K."""
     template: str | None = None
-    """Text around a string prompt, with {prompt} in it."""
+    """Text around a string prompt, or around the last user's turn of messages, with {prompt} in it."""
     chat: bool = False
     """Put string prompts into the tokenizer's chat template as the user's turn."""
     chat_options: dict[str, Any] = field(default_factory=dict)
@@ -76,16 +73,3 @@ class DataConfig:
             completion_field=None,
             limit=self.eval_limit,
         )
-
-
-def off_policy_prompts_have_completions(config: "Config") -> str | None:
-    """Completions that the student does not generate are read from the data set."""
-    if config.rollout.on_policy < 1 and config.data.completion_field is None:
-        return (
-            f"rollout.on_policy={config.rollout.on_policy:g} reads completions from data.train: name "
-            "their column with data.completion_field (`opd generate` makes such a file)"
-        )
-    return None
-
-
-RULES = (off_policy_prompts_have_completions,)

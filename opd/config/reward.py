@@ -39,7 +39,7 @@ class FunctionRewardConfig(GroupRewardConfig):
     """The value of a user's own function."""
 
     function: str = MISSING
-    """path.py:name or module:name of a function (completion: str, answer: str | None) -> float."""
+    """path.py:name or module:name of a function (completion: str, answer: str | tuple | None) -> float."""
 
 
 CHOICES = {"none": RewardConfig, "grader": GraderRewardConfig, "function": FunctionRewardConfig}

@@ -7,7 +7,6 @@ from omegaconf import MISSING
 
 from opd.config import (
     adapter,
-    data,
     eval,
     launch,
     loss,
@@ -86,7 +85,6 @@ GROUPS: dict[str, dict[str, Any]] = {
 
 RULES = (
     *adapter.RULES,
-    *data.RULES,
     *loss.RULES,
     *eval.RULES,
     *rollout.RULES,
@@ -148,7 +146,7 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+    store.store(name="opd_schema", node=Config)
     for group, choices in GROUPS.items():
         for name, node in choices.items():
             store.store(group=group, name=name, node=node)

@@ -7,12 +7,17 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from opd.config.data import DataConfig
+from opd.config.reward import GraderRewardConfig
 from opd.config.rollout import VllmEngineConfig
 from opd.config.schema import Config
-from opd.data.prompts import load_prompts
-from opd.data.reading import Completions
+from opd.data.completions import Completions
+from opd.data.prompts import RequiredAnswers, load_prompts
 from opd.data.tokenizer import StudentTokenizer
 from opd.types import Prompt
+
+EVALUATION_ANSWERS = RequiredAnswers(
+    who="the evaluation", setting="data.eval_answer_field or data.answer_field"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +38,13 @@ class PromptSets:
         return [int(i) for prompt in self.train[:8] for i in prompt.token_ids]
 
 
-def read_prompt_sets(config: Config, student: StudentTokenizer) -> PromptSets:
-    """Load and tokenise every prompt. Raises ValueError naming file and line of what is wrong."""
+def read_prompt_sets(
+    config: Config, student: StudentTokenizer, *, grades_training: bool = False
+) -> PromptSets:
+    """Load and tokenise every prompt. Raises ValueError naming file and line of what is wrong.
+
+    Held-out prompts need answers; training prompts do with reward=grader or ``grades_training``.
+    """
     data, context = config.data, student.max_length
     if isinstance(config.rollout, VllmEngineConfig) and config.rollout.max_model_len:
         context = min(context, config.rollout.max_model_len)
@@ -42,12 +52,16 @@ def read_prompt_sets(config: Config, student: StudentTokenizer) -> PromptSets:
     eval_tokens = config.eval.max_tokens or train_tokens
     reader = _SetReader(student=student, teacher_tokenizer=_teacher_tokenizer(data, student))
     train = reader.read(
-        data.train, data, context - train_tokens, completions=_completions(config, student)
+        data.train,
+        data,
+        context - train_tokens,
+        completions=_completions(config, student),
+        answers=_training_answers(config, grades_training),
     )
     held_out: list[Prompt] = []
     if data.eval is not None:
         room = context - max(eval_tokens, train_tokens)
-        held_out = reader.read(data.eval, data.for_eval(), room)
+        held_out = reader.read(data.eval, data.for_eval(), room, answers=EVALUATION_ANSWERS)
     divergence = held_out
     if config.eval.kl_data is not None:
         divergence = reader.read(config.eval.kl_data, data.for_eval(), context - train_tokens)
@@ -71,7 +85,12 @@ class _SetReader:
     teacher_tokenizer: Any
 
     def read(
-        self, source: str, data: DataConfig, room: int, completions: Completions | None = None
+        self,
+        source: str,
+        data: DataConfig,
+        room: int,
+        completions: Completions | None = None,
+        answers: RequiredAnswers | None = None,
     ) -> list[Prompt]:
         """The prompts of a source; each has at most ``room`` tokens."""
         if room < 1:
@@ -86,6 +105,7 @@ class _SetReader:
             max_prompt_tokens=room,
             completions=completions,
             teacher_tokenizer=self.teacher_tokenizer,
+            answers=answers,
         )
 
 
@@ -94,14 +114,19 @@ def _longest_for_teacher(prompts: Sequence[Prompt]) -> int:
     return max(map(len, token_ids), default=0)
 
 
+def _training_answers(config: Config, grades_training: bool) -> RequiredAnswers | None:
+    if isinstance(config.reward, GraderRewardConfig):
+        return RequiredAnswers(who="reward=grader", setting="data.answer_field")
+    if grades_training:
+        return RequiredAnswers(who="the grader", setting="data.answer_field")
+    return None
+
+
 def _completions(config: Config, student: StudentTokenizer) -> Completions | None:
-    if config.data.completion_field is None or config.rollout.on_policy == 1:
+    if config.rollout.on_policy == 1:
         return None
-    return Completions(
-        field=config.data.completion_field,
-        tokenizer=student.tokenizer,
-        end_id=student.end_id,
-        max_tokens=config.rollout.max_tokens,
+    return Completions.of_student(
+        student, field=config.data.completion_field, max_tokens=config.rollout.max_tokens
     )
 
 

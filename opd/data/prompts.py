@@ -1,7 +1,7 @@
 """Rows become tokenised prompts; every row is checked, and an error names the file and line."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -9,9 +9,19 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.config.data import DataConfig
 from opd.config.functions import load_function
-from opd.data.reading import Completions, PromptReader, teacher_name
+from opd.data.columns import column_names, compile_regex, read_answer, read_teacher, read_uid
+from opd.data.completions import Completions
+from opd.data.reading import PromptReader, RenderedPrompt
 from opd.data.rows import Row, read_rows
-from opd.types import Prompt
+from opd.types import IntArray, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequiredAnswers:
+    """Every prompt must have an answer, because ``who`` compares with it; ``setting`` names its column."""
+
+    who: str
+    setting: str
 
 
 def load_prompts(
@@ -22,6 +32,7 @@ def load_prompts(
     max_prompt_tokens: int | None = None,
     completions: Completions | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    answers: RequiredAnswers | None = None,
 ) -> list[Prompt]:
     """The prompts of ``source`` in file order, at most the first ``data.limit``.
 
@@ -31,32 +42,81 @@ def load_prompts(
     uid: the row's ``uid`` when it has one, else its number in the source.
 
     Raises ``ValueError`` naming file, line, what was found and what is allowed: for unreadable
-    rows, missing or empty prompts, wrong types, duplicate uids and prompts of more than
-    ``max_prompt_tokens`` tokens. Prompts are never truncated or dropped silently.
+    rows, missing or empty prompts, wrong types, duplicate uids, prompts of more than
+    ``max_prompt_tokens`` tokens, and prompts without one of the ``answers`` that are required.
+    Prompts are never truncated or dropped silently.
     """
     reader = PromptReader.from_config(data, tokenizer, max_prompt_tokens)
     teacher_reader = reader.for_teacher(data, teacher_tokenizer)
+    answer_regex = compile_regex(data.answer_regex)
     prompts: list[Prompt] = []
     first_seen: dict[str, str] = {}
+    unanswered: list[tuple[str, str]] = []
     for index, (place, row) in enumerate(source_rows(source, data)):
-        prompt = reader.prompt(place, row, index)
-        if prompt.uid in first_seen:
+        rendered = reader.read(place, row)
+        uid = read_uid(place, row, index)
+        if uid in first_seen:
             raise ValueError(
-                f"{place}: found uid {prompt.uid!r} again, first at {first_seen[prompt.uid]}; "
+                f"{place}: found uid {uid!r} again, first at {first_seen[uid]}; "
                 "make each uid unique, or leave uid out"
             )
-        first_seen[prompt.uid] = place
+        first_seen[uid] = place
+        prompt = Prompt(
+            uid=uid,
+            token_ids=rendered.token_ids,
+            answer=read_answer(place, row, data.answer_field, answer_regex),
+            text=rendered.text,
+            is_chat=rendered.turns is not None,
+            has_answer_turn=rendered.answer is not None,
+        )
+        if prompt.answer is None:
+            unanswered.append((place, column_names(row)))
         if data.teacher_field is not None:
-            prompt = replace(prompt, teacher=teacher_name(place, row, data.teacher_field))
+            prompt = replace(prompt, teacher=read_teacher(place, row, data.teacher_field))
         if completions is not None:
-            prompt = replace(prompt, completion_ids=completions.read(place, row))
+            ids = _completion_ids(completions, reader, rendered, place, row)
+            prompt = replace(prompt, completion_ids=ids)
         if teacher_reader is not None:
-            teacher_prompt = teacher_reader.prompt(place, row, index)
-            prompt = replace(prompt, teacher_ids=teacher_prompt.token_ids)
+            prompt = replace(prompt, teacher_ids=teacher_reader.read(place, row).token_ids)
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{source}: found no rows; expected at least one prompt")
+    if answers is not None and unanswered:
+        raise ValueError(_without_answers(unanswered, len(prompts), data.answer_field, answers))
     return prompts
+
+
+def _without_answers(
+    rows: Sequence[tuple[str, str]], total: int, field: str, answers: RequiredAnswers
+) -> str:
+    """The message for ``rows``, (place, columns) of those that have no answer."""
+    place, names = rows[0]
+    return (
+        f"{place}: found no answer in field {field!r} (the fields are {names}), the first of {len(rows)} "
+        f"of {total} rows without one, and {answers.who} compares completions with it: name the right "
+        f"field with {answers.setting}, or remove those rows"
+    )
+
+
+def _completion_ids(
+    completions: Completions,
+    reader: PromptReader,
+    prompt: RenderedPrompt,
+    place: str,
+    row: Mapping[str, Any],
+) -> IntArray:
+    end_id = completions.end_id if prompt.turns is None else completions.turn_end_id
+    if completions.field is not None:
+        text = completions.read_column(place, row)
+    elif prompt.answer is not None:
+        text = reader.answer_text(place, prompt)
+    else:
+        raise ValueError(
+            f"{place}: found no completion: data.completion_field is not set, and the prompt is not a "
+            "list of messages that ends with the assistant's turn; name the column of completions "
+            "with data.completion_field (`opd generate` makes such a file)"
+        )
+    return completions.encode(place, text, end_id)
 
 
 def source_rows(source: str, data: DataConfig) -> Iterator[Row]:

@@ -1,7 +1,6 @@
 """One row becomes one prompt: fields, template, chat template, token ids."""
 
 import re
-import string
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,49 +10,27 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.data import DataConfig
-from opd.types import IntArray, Prompt
+from opd.data.chat import SYSTEM_ROLES, Message, read_messages, render_chat, split_answer
+from opd.data.columns import column_names, find_column, sequence
+from opd.data.template import RowTemplate
+from opd.types import IntArray
+
+MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
+"""The start of a cell into which a list of messages was printed, as a .csv file has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completions:
-    """Reads the completions of a data set: the text in ``field``, tokenised, plus the end token.
+class RenderedPrompt:
+    """A prompt as text and tokens.
 
-    A completion of more than ``max_tokens`` tokens, end token included, is refused.
+    ``turns``: what the chat template rendered; None for plain text. ``answer``: the assistant's turn
+    that the row has behind the prompt; it is no part of the prompt.
     """
 
-    field: str
-    tokenizer: PreTrainedTokenizerBase
-    end_id: int
-    max_tokens: int
-
-    def read(self, place: str, row: Mapping[str, Any]) -> IntArray:
-        """Token ids [T] of one row; ValueError naming the row when it has no completion."""
-        text = row.get(self.field)
-        if not isinstance(text, str) or not text:
-            raise ValueError(
-                f"{place}: found {'no' if text is None else 'an unusable'} completion in field "
-                f"{self.field!r}; found the fields {_names(row)}; expected a non-empty string, as "
-                "`opd generate` writes"
-            )
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        token_ids = np.asarray([*ids, self.end_id], np.int32)
-        if len(token_ids) > self.max_tokens:
-            raise ValueError(
-                f"{place}: found a completion of {len(token_ids)} tokens; allowed: "
-                f"rollout.max_tokens={self.max_tokens}; shorten or remove it, or raise the limit"
-            )
-        return token_ids
-
-
-def teacher_name(place: str, row: Mapping[str, Any], field: str) -> str:
-    """The teacher that ``row`` names in ``field``; ValueError when it names none."""
-    name = row.get(field)
-    if not isinstance(name, str) or not name:
-        raise ValueError(
-            f"{place}: found {name!r} in field {field!r}; expected the name of a teacher, one of "
-            "teacher.members"
-        )
-    return name
+    text: str
+    token_ids: IntArray
+    turns: list[Message] | None
+    answer: Message | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,26 +39,23 @@ class PromptReader:
 
     tokenizer: PreTrainedTokenizerBase
     prompt_field: str
-    answer_field: str
-    answer_regex: re.Pattern[str] | None
-    template: str | None
-    chat_template: bool
+    template: RowTemplate | None
+    chat: bool
     chat_options: dict[str, Any] = field(default_factory=dict)
     system: str | None
+    replaces_system: bool = False
     max_prompt_tokens: int | None
 
     @classmethod
     def from_config(
         cls, data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int | None
     ) -> "PromptReader":
-        """A reader of the student's prompts; ValueError for an invalid ``answer_regex``."""
+        """A reader of the student's prompts."""
         return cls(
             tokenizer=tokenizer,
             prompt_field=data.prompt_field,
-            answer_field=data.answer_field,
-            answer_regex=_compile(data.answer_regex),
-            template=data.template,
-            chat_template=data.chat,
+            template=_template("data.template", data.template, data),
+            chat=data.chat,
             chat_options=dict(data.chat_options),
             system=data.system,
             max_prompt_tokens=max_prompt_tokens,
@@ -95,24 +69,25 @@ class PromptReader:
             return None
         return replace(
             self,
-            template=data.teacher_template or self.template,
+            template=_template("data.teacher_template", data.teacher_template, data)
+            or self.template,
             system=data.teacher_system or self.system,
+            replaces_system=bool(data.teacher_system),
             tokenizer=tokenizer or self.tokenizer,
             max_prompt_tokens=None,
         )
 
-    def prompt(self, place: str, row: Mapping[str, Any], index: int) -> Prompt:
-        """The prompt of ``row``; ``index`` is its uid where the row has none.
-
-        ValueError naming ``place`` for a row that cannot be used.
-        """
-        if self.template is not None:
-            content: str | list[dict[str, Any]] = self._fill_template(place, row)
+    def read(self, place: str, row: Mapping[str, Any]) -> RenderedPrompt:
+        """The prompt of ``row``. ValueError naming ``place`` for a row that cannot be used."""
+        text, turns, answer = self._content(place, row)
+        if turns is None:
+            if self.system:
+                warnings.warn("data.system has no effect without data.chat=true", stacklevel=2)
         else:
-            content = self._read_content(place, row)
-        text, templated = self._render(place, content)
+            turns = self._with_system(turns)
+            text = render_chat(self.tokenizer, turns, self.chat_options, place=place)
         # The chat template writes the special tokens itself; the tokenizer must not add them again.
-        ids = self.tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=turns is None, verbose=False)["input_ids"]
         token_ids: IntArray = np.asarray(ids, dtype=np.int32)
         if len(token_ids) == 0:
             raise ValueError(f"{place}: the prompt {text[:60]!r} tokenises to nothing; remove it")
@@ -121,122 +96,94 @@ class PromptReader:
                 f"{place}: found a prompt of {len(token_ids)} tokens; allowed: "
                 f"{self.max_prompt_tokens}; shorten or remove it, or raise the limit"
             )
-        return Prompt(
-            uid=_uid(place, row, index),
-            token_ids=token_ids,
-            answer=self._read_answer(place, row),
-            text=text,
+        return RenderedPrompt(text=text, token_ids=token_ids, turns=turns, answer=answer)
+
+    def answer_text(self, place: str, prompt: RenderedPrompt) -> str:
+        """The text of the assistant's turn behind ``prompt``, as the chat template continues the prompt.
+
+        The message's content where the template changes it (some remove the reasoning) or where it
+        renders a prompt otherwise than the start of the whole conversation. ValueError for a turn
+        without content, such as a tool call, that the template does not render behind the prompt.
+        """
+        assert prompt.turns is not None
+        assert prompt.answer is not None
+        content = prompt.answer["content"]
+        whole = render_chat(
+            self.tokenizer,
+            [*prompt.turns, prompt.answer],
+            self.chat_options,
+            place=place,
+            add_generation_prompt=False,
         )
-
-    def _fill_template(self, place: str, row: Mapping[str, Any]) -> str:
-        assert self.template is not None
-        try:
-            named = {"prompt": row[self.prompt_field]} if self.prompt_field in row else {}
-            return string.Formatter().vformat(self.template, (), {**row, **named})
-        except (KeyError, IndexError) as error:
+        continued = whole.removeprefix(prompt.text)
+        if continued != whole and content in continued:
+            return continued
+        if not content.strip():
             raise ValueError(
-                f"{place}: the template needs the field {error}; found the fields {_names(row)}; "
-                "double literal braces: {{ }}"
-            ) from error
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"data.template={self.template!r} cannot be filled ({error}); write fields as {{name}} "
-                "and double literal braces: {{ }}"
-            ) from error
-
-    def _read_content(self, place: str, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
-        if self.prompt_field not in row:
-            raise ValueError(
-                f"{place}: no field {self.prompt_field!r}; found {_names(row)}; name the right one "
-                "with data.prompt_field, or use data.template"
+                f"{place}: the assistant's last turn has no content to learn from; write it, or "
+                "remove the row"
             )
-        content = row[self.prompt_field]
-        if isinstance(content, str):
-            return content
-        if not isinstance(content, list):
-            raise ValueError(
-                f"{place}: found a prompt of type {type(content).__name__}; expected a string or a "
-                'list of {"role", "content"} messages'
-            )
-        return [_message(place, number, message) for number, message in enumerate(content, start=1)]
+        return content
 
-    def _render(self, place: str, content: str | list[dict[str, Any]]) -> tuple[str, bool]:
-        """The prompt's text, and whether the chat template rendered it."""
-        if not (content.strip() if isinstance(content, str) else content):
+    def _content(
+        self, place: str, row: Mapping[str, Any]
+    ) -> tuple[str, list[Message] | None, Message | None]:
+        """(plain text, the turns of a conversation or None, the answer behind them or None)."""
+        value = self._prompt(place, row)
+        if (items := sequence(value)) is not None:
+            turns, answer = split_answer(place, read_messages(place, items))
+            if self.template is None:
+                return "", turns, answer
+            return "", [*turns[:-1], self._filled_turn(place, row, turns[-1])], answer
+        text = value if self.template is None else self.template.fill(place, row, value)
+        if not isinstance(text, str):
+            kind = "null" if text is None else f"type {type(text).__name__}"
+            raise ValueError(
+                f"{place}: found a prompt of {kind}; expected a string or a list of "
+                '{"role", "content"} messages'
+            )
+        if not text.strip():
             raise ValueError(f"{place}: the prompt is empty; write one or remove the row")
-        if isinstance(content, list):
-            messages = content
-        elif self.chat_template:
-            messages = [{"role": "user", "content": content}]
-        else:
-            if self.system:
-                warnings.warn("data.system has no effect without data.chat=true", stacklevel=2)
-            return content, False
-        if self.tokenizer.chat_template is None:
+        if self.template is None and MESSAGES_AS_TEXT.match(text):
             raise ValueError(
-                f"{place}: the tokenizer {self.tokenizer.name_or_path!r} has no chat template; "
-                "use plain strings with data.chat=false, or an instruct model"
+                f"{place}: found a list of messages written as text, {text[:60]!r}; save the rows as "
+                ".jsonl or .parquet, or read the text as messages with data.function; "
+                "data.template='{prompt}' uses the text as it is"
             )
-        if self.system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.chat_options
-        )
-        assert isinstance(text, str)
-        return text, True
+        return text, [{"role": "user", "content": text}] if self.chat else None, None
 
-    def _read_answer(self, place: str, row: Mapping[str, Any]) -> str | None:
-        value = row.get(self.answer_field)
-        if value is None:
+    def _filled_turn(self, place: str, row: Mapping[str, Any], last: Message) -> Message:
+        """The last user's turn, with the template around it."""
+        assert self.template is not None
+        if last["role"] != "user":
+            raise ValueError(
+                f"{place}: found a {last['role']} turn last, and {self.template.setting} is put around "
+                "a user's turn; leave the template out, or remove the row"
+            )
+        return last | {"content": self.template.fill(place, row, last["content"])}
+
+    def _prompt(self, place: str, row: Mapping[str, Any]) -> Any:
+        """The value of the prompt's column; None where a template is over other columns."""
+        if self.template is not None and not self.template.takes_prompt:
             return None
-        parts = value if isinstance(value, list) else [value]
-        if not parts or not all(isinstance(part, str | int | float) for part in parts):
+        try:
+            return find_column(row, self.prompt_field)
+        except KeyError:
+            if self.template is not None:
+                return None
             raise ValueError(
-                f"{place}: found an answer of type {type(value).__name__} ({str(value)[:60]!r}); "
-                "expected a string, a number, a boolean or a list of these"
-            )
-        answer = "|".join(str(part) for part in parts)
-        if self.answer_regex is None:
-            return answer
-        match = self.answer_regex.search(answer)
-        if match is None:
-            raise ValueError(
-                f"{place}: data.answer_regex={self.answer_regex.pattern!r} finds nothing in "
-                f"{answer[-60:]!r}; correct the expression or the row"
-            )
-        return (match.group(1) if self.answer_regex.groups else match.group()).strip()
+                f"{place}: no field {self.prompt_field!r}; found {column_names(row)}; name the right "
+                "one with data.prompt_field, or use data.template"
+            ) from None
+
+    def _with_system(self, turns: list[Message]) -> list[Message]:
+        has_own = turns[0]["role"] in SYSTEM_ROLES
+        if not self.system or (has_own and not self.replaces_system):
+            return turns
+        return [{"role": "system", "content": self.system}, *turns[has_own:]]
 
 
-def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, row)) or "none"
-
-
-def _uid(place: str, row: Mapping[str, Any], index: int) -> str:
-    uid = row.get("uid")
-    if uid is None:
-        return str(index)
-    if not isinstance(uid, str | int) or isinstance(uid, bool) or not str(uid):
-        raise ValueError(f"{place}: found uid {uid!r}; expected a non-empty string or an integer")
-    return str(uid)
-
-
-def _message(place: str, number: int, message: Any) -> dict[str, Any]:
-    if (
-        not isinstance(message, dict)
-        or not isinstance(message.get("role"), str)
-        or not isinstance(message.get("content"), str)
-    ):
-        raise ValueError(
-            f"{place}: message {number} is {str(message)[:60]}; expected "
-            '{"role": "user", "content": "..."}'
-        )
-    return message
-
-
-def _compile(answer_regex: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if answer_regex is None else re.compile(answer_regex)
-    except re.error as error:
-        raise ValueError(
-            f"data.answer_regex={answer_regex!r} is not a regular expression ({error})"
-        ) from error
+def _template(setting: str, text: str | None, data: DataConfig) -> RowTemplate | None:
+    if not text:
+        return None
+    return RowTemplate(setting=setting, text=text, prompt_field=data.prompt_field)

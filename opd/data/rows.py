@@ -12,6 +12,7 @@ from typing import Any
 
 Row = tuple[str, Mapping[str, Any]]
 FILE_KINDS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+MOST_CELL_CHARACTERS = 2**31 - 1
 
 
 def read_rows(source: str, *, split: str = "train", subset: str | None = None) -> Iterator[Row]:
@@ -110,8 +111,15 @@ def _read_json(source: str, path: Path) -> Iterator[Row]:
 
 
 def _read_csv(source: str, path: Path) -> Iterator[Row]:
+    csv.field_size_limit(MOST_CELL_CHARACTERS)  # Python's own limit is 131,072
     reader = csv.DictReader(io.StringIO(_text(source, path), newline=""), strict=True)
     try:
+        header = list(reader.fieldnames or ())
+        twice = sorted({name for name in header if header.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"{source}:1: found the column {twice[0]!r} twice; give each column its own name"
+            )
         for row in reader:
             place = f"{source}:{reader.line_num}"
             # DictReader files surplus cells under None and fills missing ones with None.

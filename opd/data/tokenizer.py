@@ -7,31 +7,55 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from opd.config.student import StudentConfig
+from opd.data.chat import end_of_turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentTokenizer:
     """A tokenizer with what the model's configs say about tokens and lengths.
 
-    ``stop_ids`` end a completion; ``max_length`` is the model's context in tokens;
-    ``vocab_size`` is the number of rows of its embedding.
+    ``stop_ids`` end a completion: ``declared_stop_ids``, the end tokens of tokenizer and generation
+    config, and ``turn_end_id``, the token that the chat template writes behind an answer (``end_id``
+    where it writes none); ``max_length`` is the model's context in tokens; ``vocab_size`` is the
+    number of rows of its embedding.
     """
 
     tokenizer: Any
-    stop_ids: list[int]
+    declared_stop_ids: list[int]
+    turn_end_id: int
     pad_id: int
     max_length: int
     vocab_size: int
 
     @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end a completion, in order."""
+        return sorted({*self.declared_stop_ids, self.turn_end_id})
+
+    @property
     def end_id(self) -> int:
-        """The token that is appended to a completion of a data set."""
-        end = self.tokenizer.eos_token_id
-        return self.stop_ids[0] if end is None else end
+        """The token that ends a completion of plain text."""
+        return plain_end(self.tokenizer, self.declared_stop_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self._decode(ids, skip_special_tokens=True)
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Text with special tokens."""
+        return self._decode(ids, skip_special_tokens=False)
+
+    def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        # The clean-up removes spaces before punctuation, so that "x != y" would become "x!= y".
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+
+def plain_end(tokenizer: Any, stop_ids: Sequence[int]) -> int:
+    """The token that ends plain text: the tokenizer's eos, else the first of ``stop_ids``."""
+    end = tokenizer.eos_token_id
+    return stop_ids[0] if end is None else end
 
 
 def read_student_tokenizer(student: StudentConfig) -> StudentTokenizer:
@@ -63,11 +87,18 @@ def read_tokenizer(model: str, *, trust_remote_code: bool = False) -> StudentTok
     stop_ids = sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
     if not stop_ids:
         raise ValueError(f"student.model={model} has no end token: set eos_token in its tokenizer")
+    try:
+        turn_end = end_of_turn(tokenizer, stop_ids)
+    except ValueError:  # a template that renders no answer: a check says so where it is used
+        turn_end = None
     text = config.get_text_config()
+    if turn_end is None or turn_end >= text.vocab_size:
+        turn_end = plain_end(tokenizer, stop_ids)
     pad_id = tokenizer.pad_token_id
     return StudentTokenizer(
         tokenizer=tokenizer,
-        stop_ids=stop_ids,
+        declared_stop_ids=stop_ids,
+        turn_end_id=turn_end,
         pad_id=stop_ids[0] if pad_id is None else pad_id,
         max_length=text.max_position_embeddings,
         vocab_size=text.vocab_size,

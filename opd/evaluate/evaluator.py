@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from opd.config.eval import EvalConfig
-from opd.evaluate.grade import Grade
+from opd.evaluate.grade import Grade, shown_answer
 from opd.interfaces import Evaluator, RolloutEngine, Teacher
 from opd.types import Evaluation, FinishReason, Prompt, Rollout, Sampling
 from opd.world import World
@@ -173,12 +173,13 @@ def _transcript(
     task: str, rollout: Rollout, decode: Decode, correct: bool, gap: list[float] | None
 ) -> dict[str, Any]:
     token_ids = rollout.token_ids.tolist()
+    assert rollout.prompt.answer is not None
     row: dict[str, Any] = {
         "task": task,
         "uid": rollout.prompt.uid,
         "prompt": rollout.prompt.text or decode(rollout.prompt.token_ids.tolist()),
         "completion": decode(token_ids),
-        "answer": rollout.prompt.answer,
+        "answer": shown_answer(rollout.prompt.answer),
         "correct": correct,
         "finish_reason": str(rollout.finish_reason),
         "tokens": token_texts(token_ids, decode),

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from decimal import Decimal
 from functools import partial
 
-Grade = Callable[[str, str], bool]
-"""(completion, answer) -> whether the completion is correct."""
+from opd.types import Answer
+
+Grade = Callable[[str, Answer], bool]
+"""(completion, answer) -> whether the completion is correct: it gives one of the alternatives."""
 
 GRADERS = ("exact", "after", "contains", "number", "math")
 
@@ -20,28 +22,44 @@ _PARSE_SECONDS = 5
 def grader(name: str, marker: str = "#") -> Grade:
     """The grader called ``name``; all of them ignore white space around both texts.
 
+    Of an answer that is a tuple, every alternative is right.
+
     exact: the completion is the answer.
     after: what follows the last ``marker`` is the answer; without a marker it is wrong.
-    contains: the answer occurs as whole words, ignoring case and punctuation; ``|`` separates
-        alternatives.
-    number: the completion's last number equals the answer's, ``1,000.0`` being ``1000``.
+    contains: the answer occurs as whole words, ignoring case and punctuation; ``|`` in an answer that
+        is one text separates alternatives.
+    number: the completion's last number equals the answer's, ``1,000.0`` being ``1000``; an answer
+        without a number is a ValueError.
     math: equal as mathematics, by math-verify (LaTeX, fractions, sets, intervals). It may be called
         in any thread; its time is limited in the main thread only.
     """
     match name:
         case "exact":
-            return _exact
+            return partial(_any, _exact)
         case "after":
             if not marker:
                 raise ValueError('found an empty marker for the grader "after"; give one, e.g. "#"')
-            return partial(_after, marker)
+            return partial(_any, partial(_after, marker))
         case "contains":
             return _contains
         case "number":
             return _number
         case "math":
-            return _math
+            return partial(_any, _math)
     raise ValueError(f"found grader {name!r}; allowed: {', '.join(GRADERS)}; choose one of them")
+
+
+def shown_answer(answer: Answer) -> str:
+    """The answer as one text, for people."""
+    return answer if isinstance(answer, str) else " | ".join(answer)
+
+
+def _alternatives(answer: Answer) -> tuple[str, ...]:
+    return (answer,) if isinstance(answer, str) else answer
+
+
+def _any(is_right: Callable[[str, str], bool], completion: str, answer: Answer) -> bool:
+    return any(is_right(completion, one) for one in _alternatives(answer))
 
 
 def _exact(completion: str, answer: str) -> bool:
@@ -61,10 +79,10 @@ def _normalise(text: str) -> str:
     return f" {' '.join(spaced.split())} "
 
 
-def _contains(completion: str, answer: str) -> bool:
+def _contains(completion: str, answer: Answer) -> bool:
     words = _normalise(completion)
-    alternatives = (_normalise(part) for part in answer.split("|"))
-    return any(part in words for part in alternatives if part.strip())
+    alternatives = answer.split("|") if isinstance(answer, str) else answer
+    return any(part in words for part in map(_normalise, alternatives) if part.strip())
 
 
 def _last_number(text: str) -> Decimal | None:
@@ -76,14 +94,15 @@ def _last_number(text: str) -> Decimal | None:
     return -Decimal(digits) if sign else Decimal(digits)
 
 
-def _number(completion: str, answer: str) -> bool:
-    expected = _last_number(answer)
-    if expected is None:
+def _number(completion: str, answer: Answer) -> bool:
+    expected = [_last_number(one) for one in _alternatives(answer)]
+    if all(number is None for number in expected):
         raise ValueError(
-            f"found the answer {answer[:60]!r} without a number; the grader number needs one: "
-            "use exact, contains or math, or extract it with answer_regex"
+            f"found the answer {shown_answer(answer)[:60]!r} without a number; the grader number needs "
+            "one: use exact, contains or math, or extract it with answer_regex"
         )
-    return _last_number(completion) == expected
+    found = _last_number(completion)
+    return found is not None and found in expected
 
 
 def _math(completion: str, answer: str) -> bool:

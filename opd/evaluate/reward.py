@@ -6,8 +6,9 @@ from opd.config.eval import EvalConfig
 from opd.config.functions import load_function
 from opd.config.reward import FunctionRewardConfig, GraderRewardConfig, RewardConfig
 from opd.evaluate.grade import Grade, grader
+from opd.types import Answer
 
-RewardFunction = Callable[[str, str | None], float]
+RewardFunction = Callable[[str, Answer | None], float]
 """(completion, answer) -> reward"""
 
 
@@ -25,7 +26,7 @@ def reward_function(config: RewardConfig, evaluation: EvalConfig) -> RewardFunct
 def grade_reward(grade: Grade) -> RewardFunction:
     """1 for a correct completion, 0 for a wrong one and for a prompt without an answer."""
 
-    def reward(completion: str, answer: str | None) -> float:
+    def reward(completion: str, answer: Answer | None) -> float:
         return 0.0 if answer is None else float(grade(completion, answer))
 
     return reward

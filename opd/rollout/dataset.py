@@ -11,9 +11,7 @@ from opd.types import FinishReason, Prompt, Rollout, Sampling
 
 def read_rollout(prompt: Prompt) -> Rollout:
     """The data set's completion of a prompt; no engine wrote it, so its log-probs are NaN."""
-    assert prompt.completion_ids is not None, (
-        "data.completion_field names the column of completions"
-    )
+    assert prompt.completion_ids is not None, "read together with the prompt"
     return Rollout(
         prompt=prompt,
         token_ids=prompt.completion_ids,

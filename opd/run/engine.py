@@ -10,6 +10,7 @@ from opd.config.schema import Config
 from opd.data.prompt_sets import PromptSets, read_prompt_sets
 from opd.data.tokenizer import StudentTokenizer, read_tokenizer
 from opd.interfaces import RolloutEngine
+from opd.run.gradable import require_gradable
 from opd.world import World, join_world
 
 
@@ -23,16 +24,18 @@ class ModelEngine:
     world: World
 
 
-def load_engine(config: Config, model: str) -> ModelEngine:
+def load_engine(config: Config, model: str, *, grades_training: bool = False) -> ModelEngine:
     """Load ``model`` (a folder or hub id) into the recipe's rollout engine.
 
-    ``config.rollout`` runs in this process. Raises ValueError for prompts that cannot be read.
+    ``config.rollout`` runs in this process. Raises ValueError for prompts that cannot be read, and
+    with ``grades_training`` for training prompts without answers that the grader can use.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     world = join_world()
     _, progress = build_console(world, sys.stdout)
     tokenizer = read_tokenizer(model, trust_remote_code=config.student.trust_remote_code)
-    prompts = read_prompt_sets(config, tokenizer)
+    prompts = read_prompt_sets(config, tokenizer, grades_training=grades_training)
+    require_gradable(config, prompts, grades_training=grades_training)
     inputs = EngineInputs(
         config=config,
         model=model,

@@ -5,8 +5,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from opd.config.reward import FunctionRewardConfig
 from opd.config.schema import Config
 from opd.config.teacher import PoolTeacherConfig
+from opd.data.chat import end_of_turn
 from opd.data.prompt_sets import PromptSets
 from opd.data.tokenizer import StudentTokenizer
 from opd.teacher.connect import pool_models
@@ -20,33 +22,95 @@ def findings(config: Config, student: StudentTokenizer, prompts: PromptSets) -> 
 
     Raises ValueError for what cannot work: image tokens, special tokens outside the embedding.
     """
-    found = [*_end_tokens(config, student), *_special_tokens(student), *_prompts(student, prompts)]
+    found = [
+        *_end_tokens(student, prompts),
+        *_special_tokens(student),
+        *_prompts(student, prompts),
+        *_messages(config, prompts),
+        *_answers(config, prompts),
+    ]
     for name, tokenizer in _teacher_tokenizers(config):
         found += _teacher_end_tokens(name, tokenizer, student)
-        found += _templates(config, name, tokenizer, student)
+        found += _templates(config, name, tokenizer, student, prompts)
     return found
 
 
-def _end_tokens(config: Config, student: StudentTokenizer) -> Iterator[str]:
-    end = student.tokenizer.eos_token_id
-    if end is None:
+def _end_tokens(student: StudentTokenizer, prompts: PromptSets) -> Iterator[str]:
+    tokenizer = student.tokenizer
+    if tokenizer.eos_token_id is None:
         yield (
             "the student's tokenizer has no eos_token: completions of a data set end with token id "
-            f"{student.stop_ids[0]} of its generation config"
+            f"{student.end_id} of its generation config"
         )
-    template = student.tokenizer.chat_template
-    if config.data.chat and template and end is not None:
-        rendered = student.tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-            tokenize=False,
+    if not any(prompt.is_chat for prompt in prompts.train):
+        return
+    try:
+        end = end_of_turn(tokenizer, student.declared_stop_ids)
+    except ValueError as error:
+        end = None
+        yield f"the end of an answer is not known ({error})"
+    declared = tokenizer.convert_ids_to_tokens(student.declared_stop_ids)
+    if end is None:
+        yield (
+            "the chat template writes no end token behind an answer, and the student stops at "
+            f"{declared}: completions of a data set end with "
+            f"{tokenizer.convert_ids_to_tokens(student.turn_end_id)!r}"
         )
-        ids = student.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        if not set(ids[-3:]) & set(student.stop_ids):
+    elif end >= student.vocab_size:
+        raise ValueError(
+            f"the chat template ends an answer with {tokenizer.convert_ids_to_tokens(end)!r}, id {end}, "
+            f"outside the model's {student.vocab_size} embedding rows: resize the model, or use another "
+            "chat template"
+        )
+    elif end not in student.declared_stop_ids:
+        yield (
+            f"the chat template ends an answer with {tokenizer.convert_ids_to_tokens(end)!r}, and the "
+            f"model's files name {declared} as end tokens: this run stops at both; for other engines, "
+            f"add {end} to eos_token_id in generation_config.json"
+        )
+
+
+def _messages(config: Config, prompts: PromptSets) -> Iterator[str]:
+    """Templates that are put around messages, where strings would get no chat template."""
+    given = [
+        setting
+        for setting, template in (
+            ("data.template", config.data.template),
+            ("data.teacher_template", config.data.teacher_template),
+        )
+        if template
+    ]
+    lists = sum(prompt.is_chat for prompt in prompts.train)
+    if given and lists and not config.data.chat:
+        yield (
+            f"{lists} of the {len(prompts.train)} prompts of data.train are lists of messages: "
+            f"{' and '.join(given)} is put around their last user's turn"
+        )
+
+
+def _answers(config: Config, prompts: PromptSets) -> Iterator[str]:
+    """What happens to answers that stand behind the prompts, and to those that nobody has."""
+    use = (
+        "it is the completion that is learned"
+        if config.rollout.on_policy < 1 and config.data.completion_field is None
+        else "it is left out"
+    )
+    for setting, those, what in (
+        ("data.train", prompts.train, use),
+        ("data.eval", prompts.eval, "it is left out"),
+    ):
+        answered = sum(prompt.has_answer_turn for prompt in those)
+        if answered:
             yield (
-                f"the chat template ends an answer with {student.tokenizer.decode(ids[-1:])!r}, and the "
-                f"student stops at {student.tokenizer.convert_ids_to_tokens(student.stop_ids)}: completions "
-                "may run to rollout.max_tokens; correct eos_token_id in generation_config.json"
+                f"{answered} of the {len(those)} prompts of {setting} have the assistant's turn behind "
+                f"them: {what}, and the prompt ends in front of it"
             )
+    unanswered = sum(prompt.answer is None for prompt in prompts.train)
+    if isinstance(config.reward, FunctionRewardConfig) and unanswered == len(prompts.train):
+        yield (
+            f"no training prompt has an answer in field {config.data.answer_field!r}: reward.function "
+            "gets None for each; name the field with data.answer_field if it needs one"
+        )
 
 
 def _special_tokens(student: StudentTokenizer) -> Iterator[str]:
@@ -120,9 +184,12 @@ def _teacher_end_tokens(name: str, teacher: Any, student: StudentTokenizer) -> I
         )
 
 
-def _templates(config: Config, name: str, teacher: Any, student: StudentTokenizer) -> Iterator[str]:
+def _templates(
+    config: Config, name: str, teacher: Any, student: StudentTokenizer, prompts: PromptSets
+) -> Iterator[str]:
     own = student.tokenizer.chat_template
-    if not config.data.chat or config.data.teacher_chat_template or not teacher.chat_template:
+    is_chat = any(prompt.is_chat for prompt in prompts.train)
+    if not is_chat or config.data.teacher_chat_template or not teacher.chat_template:
         return
     if teacher.chat_template != own:
         yield (

@@ -11,9 +11,11 @@ import yaml
 
 from opd.config.optim import LearningRateSchedule
 from opd.config.run import Resume
+from opd.mask.file import RUN_MASK
 from opd.run.recipe import Recipe
+from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
 from opd.tracking.runs import CONFIG
-from opd.train.checkpoints import newest_checkpoint
+from opd.train.checkpoints import checkpoints, newest_checkpoint
 
 DRY_RUN = "dry_run.yaml"
 COMMAND_LINE = tuple(sys.argv[1:])  # as typed; sys.argv is replaced for Hydra
@@ -39,17 +41,37 @@ MAY_CHANGE = (
     "dry_run",
 )
 """Settings that a resumed run may change and still be the same run."""
+BEFORE_THE_FIRST_STEP = {
+    CONFIG,
+    DRY_RUN,
+    "logs",
+    "checkpoints",
+    METRICS,
+    SAMPLES,
+    WEIGHTS,
+    RUN_MASK,
+    "wandb",
+    "wandb_run_id.txt",
+}
+"""What a run that failed before its first step may have left in its folder."""
 
 
 def open_folder(recipe: Recipe, folder: Path) -> int:
     """Claim ``folder`` for this run; the step to resume from (0: from the start).
 
     Raises ValueError when it belongs to another recipe, when resume=never finds a checkpoint, or
-    when the newest checkpoint is incomplete.
+    when the newest checkpoint is incomplete. A run that never took a step owns nothing yet: its
+    settings may be corrected.
     """
     written = folder / CONFIG
     if written.exists():
-        _refuse_another_run(recipe, written)
+        changed = _changed_setting(recipe, written)
+        if changed is not None and not _may_be_corrected(folder):
+            key, old, new = changed
+            raise ValueError(
+                f"the folder {folder} belongs to another run: it has {key}={old}, "
+                f"found {key}={new}; give another run.dir, or the same settings"
+            )
     elif folder.exists() and any(folder.iterdir()) and not _is_unused(folder):
         raise ValueError(
             f"the folder {folder} holds files but no {CONFIG}, so it is not a run: "
@@ -65,8 +87,11 @@ def open_folder(recipe: Recipe, folder: Path) -> int:
 
 
 def describe(recipe: Recipe, folder: Path) -> None:
-    """Write config.yaml into the run folder."""
+    """Write config.yaml into the run folder; a mask made with other settings is removed."""
     folder.mkdir(parents=True, exist_ok=True)
+    written = folder / CONFIG
+    if written.exists() and _changed_setting(recipe, written) is not None:
+        (folder / RUN_MASK).unlink(missing_ok=True)
     (folder / CONFIG).write_text(description(recipe))
 
 
@@ -89,7 +114,19 @@ def _is_unused(folder: Path) -> bool:
     return all(p.name in ("logs", DRY_RUN) for p in folder.iterdir())
 
 
-def _refuse_another_run(recipe: Recipe, written: Path) -> None:
+def took_a_step(folder: Path) -> bool:
+    """Whether the run in ``folder`` trained: it logged a step, or left a checkpoint or a model."""
+    left = checkpoints(folder) or (folder / "final").exists()
+    return bool(left) or any(row["step"] > 0 for row in read_lines(folder / METRICS))
+
+
+def _may_be_corrected(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    return names <= BEFORE_THE_FIRST_STEP and not took_a_step(folder)
+
+
+def _changed_setting(recipe: Recipe, written: Path) -> tuple[str, Any, Any] | None:
+    """(name, value in ``written``, value in the recipe) of a setting that makes it another run."""
     try:
         before = yaml.safe_load(written.read_text())
         old = _flat(before["config"]) | _flat(before["choices"], "choice of ")
@@ -108,10 +145,8 @@ def _refuse_another_run(recipe: Recipe, written: Path) -> None:
             continue
         if key.startswith("teacher.members.") and _are_addresses(old.get(key), new.get(key)):
             continue
-        raise ValueError(
-            f"the folder {written.parent} belongs to another run: it has {key}={old.get(key)}, "
-            f"found {key}={new.get(key)}; give another run.dir, or the same settings"
-        )
+        return key, old.get(key), new.get(key)
+    return None
 
 
 def _are_addresses(*members: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from opd.assembly.rollout import in_process
 from opd.config.rollout import training_sampling
 from opd.config.schema import Config, problems
+from opd.data.columns import read_uid
 from opd.data.prompts import source_rows
 from opd.data.tokenizer import StudentTokenizer
 from opd.evaluate.grade import grader
@@ -37,8 +38,8 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
     found = problems(config)
     if found:
         raise ValueError("\n".join(found))
-    rows = {str(row.get("uid", i)): row for i, row in enumerate(_rows(config))}
-    loaded = load_engine(config, name)
+    rows = dict(_rows(config))
+    loaded = load_engine(config, name, grades_training=only_correct)
     tokenizer = loaded.tokenizer
     sampling = replace(training_sampling(config), support_k=0)
     rollouts = loaded.engine.generate(loaded.prompts.train, sampling)
@@ -65,15 +66,16 @@ def _reward(config: Config, only_correct: bool) -> RewardFunction:
     return grade_reward(grader(config.eval.grader.value, config.eval.marker))
 
 
-def _rows(config: Config) -> Iterator[dict[str, Any]]:
-    for place, row in source_rows(config.data.train, config.data):
+def _rows(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(uid, row) of the training prompts."""
+    for index, (place, row) in enumerate(source_rows(config.data.train, config.data)):
         try:
             json.dumps(dict(row))
         except TypeError as error:
             raise ValueError(
                 f"{place}: cannot be written as JSON ({error}); drop that field"
             ) from None
-        yield dict(row)
+        yield read_uid(place, row, index), dict(row)
 
 
 def _line(
@@ -83,4 +85,4 @@ def _line(
     ids: Sequence[int] = rollout.token_ids.tolist()
     text_ids = ids[:-1] if ids[-1] in tokenizer.stop_ids else ids
     own_uid = uid if rollout.sample == 0 else f"{uid}#{rollout.sample}"
-    return rows[uid] | {"uid": own_uid, "completion": tokenizer.tokenizer.decode(text_ids)}
+    return rows[uid] | {"uid": own_uid, "completion": tokenizer.decode_all(text_ids)}

@@ -20,6 +20,7 @@ from opd.config.mask import (
 from opd.mask.discover import Summary, discover_mask
 from opd.mask.file import RUN_MASK
 from opd.mask.mask import Mask
+from opd.run.folder import took_a_step
 from opd.run.recipe import Recipe, composed
 
 RunJob = Callable[[Recipe, Path], None]
@@ -41,7 +42,8 @@ def require_mask_fits(recipe: Recipe, folder: Path) -> None:
             mask.require_base(base.fingerprint(), config.student.model)
             mask.require_parameters(base.shapes)
             kept = folder / RUN_MASK
-            if kept.exists() and Mask.read(kept).fingerprint() != mask.fingerprint():
+            is_started = kept.exists() and took_a_step(folder)
+            if is_started and Mask.read(kept).fingerprint() != mask.fingerprint():
                 raise ValueError(
                     f"the run {folder} was started with another mask than {path}: give another "
                     "run.dir, or the mask it was started with"
@@ -68,7 +70,7 @@ def prepare_mask(recipe: Recipe, folder: Path, run: RunJob) -> None:
         case None:
             return
         case FileMaskConfig(path=str(path)):
-            if not target.exists():
+            if not (target.exists() and took_a_step(folder)):
                 Mask.read(path).save(target)
         case DiscoverMaskConfig() as discover:
             if not target.exists():

@@ -85,5 +85,7 @@ def _writer(config: Config) -> str:
     share = config.rollout.on_policy
     if share == 1:
         return "the student"
-    column = f"{config.data.train}, column {config.data.completion_field}"
+    field = config.data.completion_field
+    place = "the assistant's last turns" if field is None else f"column {field}"
+    column = f"{config.data.train}, {place}"
     return column if share == 0 else f"the student {share:.0%}, the rest from {column}"

@@ -31,6 +31,7 @@ from opd.evaluate.reward import reward_function
 from opd.rollout.client import require_servers_fit
 from opd.run.findings import findings
 from opd.run.folder import open_folder
+from opd.run.gradable import require_gradable
 from opd.run.mask import require_mask_fits
 from opd.run.model_check import check_student_model
 from opd.run.recipe import Recipe
@@ -89,6 +90,7 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     if isinstance(config.teacher, SelfTeacherConfig):
         _require_teacher_prompts_fit(prompts, config.teacher.max_model_len or tokenizer.max_length)
     _require_functions(config)
+    require_gradable(config, prompts)
     require_mask_fits(recipe, folder)
     require_servers_fit(config, tokenizer.stop_ids, prompts.max_length)
     return Preflight(

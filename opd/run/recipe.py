@@ -10,7 +10,8 @@ from typing import Any
 
 import hydra
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -21,6 +22,9 @@ from opd.config.schema import GROUPS, Config, register
 from opd.run.recipe_errors import explain, require_present_names
 
 CONF = "pkg://opd.conf"
+PRIMARY = (
+    "opd recipe"  # the recipe's name for Hydra: whatever its file is called, it shadows nothing
+)
 METHODS = Path(__file__).parent.parent / "conf" / "method"
 RECIPE_FOLDERS = (
     Path(__file__).parent.parent / "recipes",  # installed
@@ -81,12 +85,9 @@ def composed(recipe: Path, overrides: Sequence[str]) -> Recipe:
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(recipe.parent), version_base="1.3"):
-            cfg = compose(
-                recipe.stem,
-                [f"hydra.searchpath=[{CONF}]", *overrides],
-                return_hydra_config=True,
-            )
+        # The bundled defaults come first, so that a file base.yaml beside the recipe is not taken for them.
+        with initialize_config_module(CONF.removeprefix("pkg://"), version_base="1.3"):
+            cfg = compose(PRIMARY, [_search_path(recipe), *overrides], return_hydra_config=True)
         return _typed(cfg, cfg.hydra.runtime.choices, recipe, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
@@ -112,7 +113,7 @@ def sweep(recipe: Path, overrides: Sequence[str], job: Callable[[Recipe, str], N
     sys.argv = ["opd train", "--multirun", *_hydra_arguments(recipe), *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
     try:
-        hydra.main(version_base="1.3", config_path=None)(one)()
+        hydra.main(version_base="1.3", config_path=CONF)(one)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
     finally:
@@ -127,21 +128,34 @@ def job_name(own: Sequence[str], given: Sequence[str], number: int) -> str:
 
 
 def _prepare(recipe: Path) -> None:
-    """Register the schema and the group choices, and resolve ``${here:x}`` to x beside the recipe.
+    """Register schema, group choices and the recipe, and resolve ``${here:x}`` to x beside the recipe.
 
     ``${choice:optim,{sgd:0.1,else:1e-3}}`` is the value for the group's choice (see ``_typed``), so
     that ``optim=sgd`` alone comes with a suitable learning rate.
     """
     register()
+    try:
+        content = OmegaConf.load(recipe)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{recipe} cannot be read as YAML ({words}): correct it") from error
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{recipe} holds a list: a recipe is a mapping of settings")
+    ConfigStore.instance().store(name=PRIMARY, node=content)
     OmegaConf.register_new_resolver("here", lambda path: str(recipe.parent / path), replace=True)
+
+
+def _search_path(recipe: Path) -> str:
+    """The override with which a recipe can name other files beside it in its defaults."""
+    folder = str(recipe.parent).replace("'", "\\'")
+    return f"hydra.searchpath=['file://{folder}']"
 
 
 def _hydra_arguments(recipe: Path) -> list[str]:
     """Arguments that make a recipe the primary config of Hydra."""
     return [
-        f"--config-dir={recipe.parent}",
-        f"--config-name={recipe.stem}",
-        f"hydra.searchpath=[{CONF}]",
+        f"--config-name={PRIMARY}",
+        _search_path(recipe),
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
     ]
@@ -187,7 +201,10 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
             "; ".join(f"{k} is not set: give it in the recipe or as {k}=..." for k in unset)
         )
     config = OmegaConf.to_object(bare)
-    assert isinstance(config, Config)
+    if not isinstance(config, Config):
+        raise ValueError(
+            f"{recipe} does not build on the defaults of opd: begin it with `defaults: [base, _self_]`"
+        )
     plain = OmegaConf.to_container(bare, resolve=True, throw_on_missing=False)
     assert isinstance(plain, dict)
     return Recipe(

@@ -1,6 +1,8 @@
 """Every method trains, from the command line, with what it alone needs."""
 
+import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.support.command import SMALL, opd
 
+STUDENT = Path(__file__).parents[2] / "recipes" / "quickstart" / "student"
 LIGHT = [
     *SMALL, "rollout=transformers", "launch.processes=1", "train.steps=2", "eval.kl_prompts=8",
 ]  # fmt: skip
@@ -28,6 +31,34 @@ def test_sft_reads_its_completions_and_the_teacher_only_looks_on(tmp_path: Path)
     assert not [name for name in rows[-1] if name == "engine/logp_gap"], "no engine wrote this"
     pushed = [row["step"] for row in rows if "sync/bytes" in row]
     assert pushed == [0, 2], "weights travel to be examined, not to write"
+
+
+def test_sft_learns_the_assistant_s_turns_of_conversations(tmp_path: Path) -> None:
+    shutil.copytree(STUDENT, tmp_path / "student")
+    settings = tmp_path / "student" / "tokenizer_config.json"
+    template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}"
+    )
+    given = json.loads(settings.read_text()) | {"chat_template": template + "{% endfor %}"}
+    settings.write_text(json.dumps(given))
+    with gzip.open(STUDENT.parent / "written.jsonl.gz", "rt") as lines:
+        rows = [json.loads(next(lines)) for _ in range(16)]
+    turns = [
+        [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+        for row in rows
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    metrics = trained(
+        tmp_path, "method=sft", "rollout=dataset", "rollout.max_tokens=48", "teacher=none",
+        "student.model=student", "data.train=chats.jsonl", "data.prompt_field=messages",
+        "data.completion_field=null", "data.eval=null", "data.limit=16",
+    )  # fmt: skip
+    assert 0 < metrics[-1]["loss/nll"] < 3
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
 
 def test_half_on_policy_learns_from_both(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from opd.train.record import WeightRecorder, Write
 from opd.train.student import Student
 from opd.train.torch_engine import TorchEngine
 from opd.train.weights import load_student, named_weights
-from opd.types import SEQUENCE_CORRECTIONS, FinishReason, Prompt, Rollout, ScoredRollout
+from opd.types import FinishReason, Prompt, Rollout, ScoredRollout
 from opd.world import World
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart" / "student"
@@ -88,7 +88,7 @@ def build_learner(setup: Setup, world: World, write: Write | None = None) -> Stu
         temperature=1.0,
         chunk_bytes=setup.chunk_rows * 4 * vocab,
         teacher_head=lambda name: torch.empty(0),
-        sequence_gaps=setup.loss.correction in SEQUENCE_CORRECTIONS,
+        sequence_gaps=setup.loss.correction.of_sequence,
     )
     engine = _engine(setup, student, parameter_mask, world)
     return StudentLearner(

@@ -5,7 +5,7 @@ import pytest
 from opd.config.rollout import training_sampling
 from opd.config.schema import Config, problems
 from opd.run.recipe import load_recipe
-from opd.types import SEQUENCE_CORRECTIONS, ScoreRequest
+from opd.types import Correction, ScoreRequest
 
 
 def quickstart(*overrides: str) -> Config:
@@ -86,7 +86,7 @@ def test_the_teacher_is_asked_at_the_sampling_temperature() -> None:
 
 
 def test_only_corrections_of_whole_completions_need_sequence_gaps() -> None:
-    names = {correction.value for correction in SEQUENCE_CORRECTIONS}
+    names = {correction.value for correction in Correction if correction.of_sequence}
     assert names == {
         "sequence_truncate",
         "sequence_mask",

@@ -5,39 +5,16 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from opd.config.data import DataConfig
 from opd.data.prompts import load_prompts
-
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
 
 def load(source, tokenizer, max_prompt_tokens=None, **settings):
     return load_prompts(
         source, tokenizer, DataConfig(**settings), max_prompt_tokens=max_prompt_tokens
     )
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHAT)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows, name="rows.jsonl"):
-        path = tmp_path / name
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return str(path)
-
-    return write
 
 
 def test_a_row_becomes_a_tokenised_prompt(tokenizer, write):
@@ -97,11 +74,6 @@ def test_a_template_calls_the_prompt_field_prompt(tokenizer, write):
     assert prompt.text == "<hi>"
 
 
-def test_alternative_answers_are_joined_and_none_stays_none(tokenizer, write):
-    prompts = load(write({"prompt": "a", "answer": ["x", "y"]}, {"prompt": "b"}), tokenizer)
-    assert [p.answer for p in prompts] == ["x|y", None]
-
-
 def test_limit_takes_the_first_rows_and_reads_no_further(tokenizer, write):
     path = write({"prompt": "a"}, {"prompt": "b"}, "{broken")
     assert [p.text for p in load(path, tokenizer, limit=2)] == ["a", "b"]
@@ -115,7 +87,11 @@ WRONG_ROWS = {
     "empty": ({"prompt": "  "}, r"rows\.jsonl:2: the prompt is empty"),
     "no messages": ({"prompt": []}, r"rows\.jsonl:2: the prompt is empty"),
     "message": ({"prompt": [{"role": "user"}]}, r"rows\.jsonl:2: message 1 is"),
-    "answer": ({"prompt": "x", "answer": {}}, r"rows\.jsonl:2: found an answer of type dict"),
+    "null": ({"prompt": None}, r"rows\.jsonl:2: found a prompt of null"),
+    "answer": (
+        {"prompt": "x", "answer": {"text": "y"}},
+        r"rows\.jsonl:2: found an answer of a struct .* dotted path",
+    ),
     "uid": ({"prompt": "x", "uid": [1]}, r"rows\.jsonl:2: found uid \[1\]"),
     "again": ({"prompt": "x", "uid": "0"}, r"rows\.jsonl:2: found uid '0' again, first at .*:1"),
     "long": ({"prompt": "x" * 9}, r"rows\.jsonl:2: found a prompt of 9 tokens; allowed: 8"),
@@ -164,6 +140,8 @@ def test_a_wrong_file_is_named(tokenizer, tmp_path):
         load_file("object.json", b"{}")
     with pytest.raises(ValueError, match=r"short\.csv:2: found a row with fewer cells"):
         load_file("short.csv", b"prompt,answer\nx\n")
+    with pytest.raises(ValueError, match=r"twice\.csv:1: found the column 'prompt' twice"):
+        load_file("twice.csv", b"prompt,answer,prompt\nx,y,z\n")
     with pytest.raises(ValueError, match="not a readable parquet file"):
         load_file("bad.parquet", b"nonsense")
 
@@ -179,3 +157,45 @@ def test_a_data_set_folder_is_read_by_split(tokenizer, tmp_path):
 def test_a_subset_of_a_file_warns_that_it_has_no_effect(tokenizer, write):
     with pytest.warns(UserWarning, match="subset=main has no effect"):
         load(write({"prompt": "a"}), tokenizer, subset="main")
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["read", "not read"])
+def test_a_cell_of_a_csv_may_be_longer_than_python_s_limit(read, tokenizer, tmp_path):
+    path = tmp_path / "long.csv"
+    path.write_text(f"prompt,trace\n{'y' * 200_000 if read else 'x'},{'z' * 140_000}\n")
+    (prompt,) = load(str(path), tokenizer)
+    assert len(prompt.token_ids) == (200_000 if read else 1)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_a_null_uid_is_no_uid(kind, tokenizer, tmp_path):
+    rows = [{"uid": None, "prompt": "a"}, {"uid": "x", "prompt": "b"}, {"uid": None, "prompt": "c"}]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        lines = "\n".join(map(json.dumps, rows))
+        path.write_text(lines if kind == "jsonl" else json.dumps(rows))
+    assert [p.uid for p in load(str(path), tokenizer)] == ["0", "x", "2"]
+
+
+@pytest.mark.parametrize("field", ["extra.question", "extra.deep.question", "a.b"])
+def test_a_dotted_path_reads_the_prompt_inside_structs(field, tokenizer, write):
+    row = {"a.b": "hi", "extra": {"question": "hi", "deep": {"question": "hi"}}}
+    assert load(write(row), tokenizer, prompt_field=field)[0].text == "hi"
+
+
+@pytest.mark.parametrize("field", ["extra.absent", "question.text", "extra"])
+def test_a_dotted_path_that_leads_nowhere_is_named_with_what_there_is(field, tokenizer, write):
+    path = write({"question": "x", "extra": {"question": "hi"}})
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1") as refused:
+        load(path, tokenizer, prompt_field=field)
+    assert "extra.question" in str(refused.value) or "type dict" in str(refused.value)
+
+
+def test_a_dotted_path_names_the_teacher(tokenizer, write):
+    path = write({"prompt": "a", "meta": {"teacher": "mathematician"}})
+    assert load(path, tokenizer, teacher_field="meta.teacher")[0].teacher == "mathematician"

@@ -45,7 +45,7 @@ class Parrot:
     def _rollout(self, prompt, sample, sampling):
         number = int(prompt.uid)
         right = number % 2 == 0 if sampling.temperature == 0 else sample < number % 4
-        token_ids = encode(prompt.answer if right else "no")
+        token_ids = encode(prompt.uid if right else "no")
         return Rollout(
             prompt=prompt,
             token_ids=token_ids,
@@ -155,6 +155,12 @@ def test_a_transcript_carries_tokens_and_the_teachers_gap():
         "tokens": ["n", "o"],
         "gap": [0.75, 0.75],
     }
+
+
+def test_a_transcript_shows_every_alternative_of_an_answer():
+    several = [replace(prompt, answer=("x", prompt.uid)) for prompt in prompts(8)]
+    sample = evaluator(prompts=several).evaluate(0).samples[0]
+    assert (sample["answer"], sample["correct"]) == ("x | 0", True)
 
 
 def test_without_a_teacher_a_transcript_has_no_gap():

@@ -33,6 +33,30 @@ CASES = [
 ]
 
 
+ALTERNATIVES = [
+    ("exact", "Lutetia", ("Paris", "Lutetia"), True),
+    ("exact", "Paris|Lutetia", ("Paris", "Lutetia"), False),
+    ("exact", "Rome", ("Paris", "Lutetia"), False),
+    ("after", "it is #8", ("7", "8"), True),
+    ("after", "it is #7|8", ("7", "8"), False),
+    ("contains", "In New York.", ("London", "new york"), True),
+    ("contains", "In York.", ("London", "new york"), False),
+    ("contains", "a", ("a|b",), False),
+    ("contains", "a b", ("a|b",), True),
+    ("number", "it is 8", ("7", "8.0"), True),
+    ("number", "it is 8", ("eight", "8"), True),
+    ("number", "it is 9", ("eight", "8"), False),
+    ("number", "nothing", ("eight", "8"), False),
+    ("math", r"$\frac{1}{2}$", ("2", "0.5"), True),
+    ("math", r"$\frac{1}{3}$", ("2", "0.5"), False),
+]
+
+
+@pytest.mark.parametrize(("name", "completion", "answer", "right"), ALTERNATIVES)
+def test_every_alternative_is_right(name, completion, answer, right):
+    assert grader(name)(completion, answer) is right
+
+
 @pytest.mark.parametrize(("name", "completion", "answer", "right"), CASES)
 def test_the_grader_says(name, completion, answer, right):
     assert grader(name)(completion, answer) is right
@@ -57,3 +81,5 @@ def test_an_unknown_grader_is_refused_with_the_known_ones():
 def test_an_answer_without_a_number_is_refused_by_number():
     with pytest.raises(ValueError, match="without a number"):
         grader("number")("5", "five")
+    with pytest.raises(ValueError, match=r"the answer 'five \| six' without a number"):
+        grader("number")("5", ("five", "six"))

@@ -10,7 +10,7 @@ from opd.config.loss import NllLossConfig
 from opd.losses.nll import NegativeLogLikelihood
 from opd.losses.token_weights import ImportanceCorrection
 from opd.train.student import with_sequence_gaps
-from opd.types import SEQUENCE_CORRECTIONS, Correction
+from opd.types import Correction
 
 V = 3
 
@@ -74,7 +74,7 @@ def test_each_correction_is_the_ratio_that_its_name_says(
     found, changed = ratios(correction, gaps, [0.1, -0.1])
     expected = textbook(correction, gaps) + textbook(correction, [0.1, -0.1])
     assert found == pytest.approx(expected, rel=2e-4)
-    if correction in SEQUENCE_CORRECTIONS:
+    if correction.of_sequence:
         assert len(set(changed[: len(gaps)])) == 1
 
 
@@ -86,7 +86,7 @@ def test_the_product_grows_with_the_length_and_the_geometric_mean_does_not() -> 
         assert math.log(mean) == pytest.approx(0.01, rel=1e-4)
 
 
-@pytest.mark.parametrize("correction", SEQUENCE_CORRECTIONS)
+@pytest.mark.parametrize("correction", [c for c in Correction if c.of_sequence])
 @pytest.mark.parametrize("gap", [0.5, 5.0, 50.0, -0.5, -50.0, -math.inf])
 @pytest.mark.parametrize("bound", [3.0, math.inf])
 def test_thousands_of_tokens_give_finite_ratios_with_any_bound(
@@ -101,7 +101,7 @@ def test_thousands_of_tokens_give_finite_ratios_with_any_bound(
     assert loss(student_NV, batch).total.isfinite()
 
 
-@pytest.mark.parametrize("correction", SEQUENCE_CORRECTIONS)
+@pytest.mark.parametrize("correction", [c for c in Correction if c.of_sequence])
 @pytest.mark.parametrize(
     ("gaps", "expected"),
     [

@@ -1,5 +1,6 @@
 """The run folder: what a dry run leaves in it, and whose it is."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 import opd
 from opd.cli.main import run
+from opd.mask.file import RUN_MASK
 from opd.run.folder import CONFIG, DRY_RUN, describe, open_folder
 from opd.run.recipe import composed, find_recipe
 
@@ -78,9 +80,73 @@ def test_the_api_s_dry_run_is_a_run_with_a_configuration_and_no_more() -> None:
         opd.Run(dry.folder)
 
 
-def test_a_run_with_other_settings_is_refused_by_name() -> None:
+def started(*overrides: str) -> Path:
+    """The folder of a run that was described and took no step."""
     folder = Path("runs/quickstart")
-    describe(composed(QUICKSTART, []), folder)
+    describe(composed(QUICKSTART, overrides), folder)
+    (folder / "logs").mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 0, "eval/heldout/accuracy": 0.3}\n')
+    return folder
+
+
+def log_a_step(folder: Path) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "loss/total": 0.5}\n')
+
+
+def leave_a_checkpoint(folder: Path) -> None:
+    (folder / "checkpoints" / "step_000001").mkdir(parents=True)
+
+
+def leave_a_model(folder: Path) -> None:
+    (folder / "final").mkdir()
+
+
+def leave_a_first_run(folder: Path) -> None:
+    (folder / "full").mkdir()
+
+
+@pytest.mark.parametrize(
+    "leave", [log_a_step, leave_a_checkpoint, leave_a_model, leave_a_first_run]
+)
+def test_a_run_with_other_settings_is_refused_by_name(leave: Callable[[Path], None]) -> None:
+    folder = started()
+    leave(folder)
     with pytest.raises(ValueError, match=r"belongs to another run: it has .*loss"):
         open_folder(composed(QUICKSTART, ["loss=jsd"]), folder)
+
+
+def test_a_run_with_steps_may_still_change_how_it_is_watched() -> None:
+    folder = started()
+    log_a_step(folder)
     assert open_folder(composed(QUICKSTART, ["eval.every=7"]), folder) == 0
+
+
+@pytest.mark.parametrize(
+    "corrected", ["loss=jsd", "student.attn_implementation=eager", "optim.lr=3e-4", "teacher=local"]
+)
+def test_a_setting_of_a_run_without_a_step_may_be_corrected(corrected: str) -> None:
+    folder = started()
+    recipe = composed(QUICKSTART, [corrected])
+    assert open_folder(recipe, folder) == 0
+    describe(recipe, folder)
+    assert yaml.safe_load((folder / CONFIG).read_text())["config"] == recipe.plain
+
+
+def test_a_correction_removes_the_mask_of_the_former_settings() -> None:
+    folder = started()
+    (folder / RUN_MASK).write_bytes(b"made before")
+    describe(composed(QUICKSTART, ["eval.every=7"]), folder)
+    assert (folder / RUN_MASK).exists(), "the same run"
+    corrected = composed(QUICKSTART, ["optim.lr=3e-4"])
+    assert open_folder(corrected, folder) == 0
+    assert (folder / RUN_MASK).exists(), "a check changes nothing"
+    describe(corrected, folder)
+    assert not (folder / RUN_MASK).exists()
+
+
+def test_a_configuration_that_cannot_be_read_is_refused() -> None:
+    folder = started()
+    (folder / CONFIG).write_text("nonsense")
+    with pytest.raises(ValueError, match="not readable: give another"):
+        open_folder(composed(QUICKSTART, []), folder)

@@ -68,7 +68,6 @@ def test_an_unknown_method_is_refused_with_those_there_are() -> None:
     ("overrides", "sentence"),
     [
         (["teacher=none"], "teacher=none, and this loss needs one"),
-        (["rollout.on_policy=0.5", "data.completion_field=null"], "data.completion_field"),
         (["rollout.on_policy=0.5", "loss=policy_gradient"], "tokens that the student sampled"),
         (["rollout.on_policy=0.5", "loss.support=union"], "whose ids the engine reports"),
         (["rollout=dataset"], "no engine to evaluate"),

@@ -1,6 +1,71 @@
-"""A job of a sweep is named by what is particular to it."""
+"""Recipes build on the bundled defaults whatever files are called; a job of a sweep has its own name."""
 
-from opd.run.recipe import job_name
+from pathlib import Path
+
+import pytest
+
+from opd.run.recipe import Recipe, composed, find_recipe, job_name, sweep
+
+OWN = """defaults: [base, {override teacher: local}, _self_]
+student: {model: student}
+teacher: {model: teacher}
+data: {train: rows.jsonl}
+optim: {lr: 1e-4}
+"""
+NAMES = ("base.yaml", "schema.yaml", "opd_schema.yml", "opd recipe.yaml", "method.yaml")
+
+
+@pytest.fixture
+def _names_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "it's mine, a=b"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in (*NAMES, "mine.yaml"):
+        Path(name).write_text(OWN)
+
+
+@pytest.mark.usefixtures("_names_of_ours")
+@pytest.mark.parametrize("name", [*NAMES, "mine.yaml"])
+def test_a_recipe_may_be_called_as_ours_and_lie_beside_such_a_file(name: str) -> None:
+    recipe = composed(find_recipe(name), ["optim.lr=2e-4"])
+    assert recipe.config.run.name == Path(name).stem
+    assert (recipe.config.student.model, recipe.config.optim.lr) == ("student", 2e-4)
+    assert recipe.choices["optim"] == "adamw"
+
+
+@pytest.mark.usefixtures("_names_of_ours")
+def test_a_recipe_builds_on_another_one_beside_it() -> None:
+    Path("child.yaml").write_text("defaults: [mine, _self_]\ntrain: {steps: 7}\n")
+    config = composed(find_recipe("child.yaml"), []).config
+    assert (config.train.steps, config.student.model) == (7, "student")
+
+
+@pytest.mark.usefixtures("_names_of_ours")
+@pytest.mark.parametrize("name", ["base.yaml", "mine.yaml"])
+def test_a_sweep_of_a_recipe_called_as_ours_runs_each_job(name: str) -> None:
+    rates: list[float] = []
+
+    def job(recipe: Recipe, _: str) -> None:
+        rates.append(recipe.config.optim.lr)
+
+    sweep(find_recipe(name), ["optim.lr=1e-3,1e-2"], job)
+    assert rates == [1e-3, 1e-2]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1\n b", "cannot be read as YAML"),
+        (b"\xff\xfe\xfa", "cannot be read as YAML"),
+        (b"- base\n- _self_", "holds a list"),
+        (b"", "does not build on the defaults"),
+        (b"optim: {lr: 1}", "does not build on the defaults"),
+    ],
+)
+def test_a_recipe_that_is_none_is_one_sentence(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        composed(tmp_path / "mine.yaml", [])
 
 
 def test_only_what_was_swept_is_in_the_name() -> None:

@@ -1,0 +1,237 @@
+"""Conversations as prompts: whose turn is last, what a template refuses, where an answer ends."""
+
+import json
+
+import pytest
+
+from opd.config.data import DataConfig
+from opd.data.chat import end_of_turn
+from opd.data.prompts import load_prompts
+
+SYSTEM = {"role": "system", "content": "s"}
+USER = {"role": "user", "content": "q"}
+ASSISTANT = {"role": "assistant", "content": "a"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+TOOL = {"role": "tool", "content": "4"}
+
+
+def load(source, tokenizer, **settings):
+    return load_prompts(source, tokenizer, DataConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([USER, ASSISTANT], "<user>q<assistant>"),
+        ([SYSTEM, USER, ASSISTANT], "<system>s<user>q<assistant>"),
+        ([USER, ASSISTANT, USER, ASSISTANT], "<user>q<assistant>a<|im_end|>\n<user>q<assistant>"),
+        ([USER, CALL, TOOL, ASSISTANT], "<user>q<assistant><|im_end|>\n<tool>4<assistant>"),
+        ([USER, CALL], "<user>q<assistant>"),
+        ([USER, {"role": "assistant", "content": ""}], "<user>q<assistant>"),
+    ],
+)
+def test_an_answer_behind_the_prompt_is_no_part_of_it(messages, text, tokenizer, write):
+    (prompt,) = load(write({"prompt": messages}), tokenizer)
+    assert prompt.text == text
+    assert prompt.has_answer_turn
+
+
+@pytest.mark.parametrize(
+    "messages", [[USER], [SYSTEM, USER], [USER, ASSISTANT, USER], [USER, CALL, TOOL]]
+)
+def test_a_prompt_that_ends_with_a_question_is_used_whole(messages, tokenizer, write):
+    (prompt,) = load(write({"prompt": messages}), tokenizer)
+    assert prompt.text.endswith(f"<{messages[-1]['role']}>{messages[-1]['content']}<assistant>")
+    assert not prompt.has_answer_turn
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (
+            [SYSTEM],
+            "found a system turn last .turns: system.; expected a prompt that ends with a user",
+        ),
+        ([SYSTEM, ASSISTANT], "found a system turn last .turns: system, assistant"),
+        ([USER, SYSTEM], "found a system turn last"),
+        ([{"role": "developer", "content": "d"}], "found a developer turn last"),
+        ([ASSISTANT], "the prompt is empty in front of the assistant's turn"),
+        ([USER, ASSISTANT, ASSISTANT], "found two assistant turns at the end"),
+        ([{"role": "user", "content": " \n"}], "the prompt is empty; write one"),
+        ([SYSTEM, {"role": "user", "content": ""}, ASSISTANT], "the prompt is empty in front of"),
+    ],
+)
+def test_a_conversation_without_a_question_is_refused(messages, words, tokenizer, write):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: {words}"):
+        load(write({"prompt": "fine"}, {"prompt": messages}), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "human", "content": "q"}, "call the role 'human' 'user': rename it"),
+        ({"role": "gpt", "content": "q"}, "call the role 'gpt' 'assistant'"),
+        ({"role": "User", "content": "q"}, "call the role 'User' 'user'"),
+        ({"role": "SYSTEM", "content": "q"}, "call the role 'SYSTEM' 'system'"),
+        ({"role": 1, "content": "q"}, 'expected {"role": "user"'),
+        ({"from": "human", "value": "q"}, 'expected {"role": "user"'),
+        ({"role": "user", "content": None}, 'expected {"role": "user"'),
+        ({"role": "user", "content": 5}, 'expected {"role": "user"'),
+        ("q", 'expected {"role": "user"'),
+        ({"role": "user", "content": [{"type": "image"}]}, "images and other media are not"),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}, 3]}, "expected parts of text"),
+    ],
+)
+def test_a_message_of_another_form_is_named(message, words, tokenizer, write):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: message 1 is") as refused:
+        load(write({"prompt": [message]}), tokenizer)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "hi there",
+        ["hi there"],
+        [{"type": "text", "text": "hi there"}],
+        [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}],
+        [{"type": "text", "text": "hi there", "image_url": None}],
+    ],
+)
+def test_content_in_parts_of_text_is_their_text(content, tokenizer, write):
+    (prompt,) = load(write({"prompt": [{"role": "user", "content": content}]}), tokenizer)
+    assert prompt.text == "<user>hi there<assistant>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([USER]),
+        str([USER]),
+        ' [ {"content": "q", "role": "user"}]',
+        "[{'from': 'human'}]",
+    ],
+)
+def test_messages_written_as_text_are_refused(text, tokenizer, write):
+    path = write({"prompt": text})
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl:1: found a list of messages written as text"
+    ):
+        load(path, tokenizer)
+    assert load(path, tokenizer, template="{prompt}")[0].text == text
+
+
+def test_keys_that_only_other_rows_have_are_not_shown_to_the_template(make_tokenizer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": [USER | {"name": "n"}]}, {"prompt": [USER]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    names = (
+        "{% for m in messages %}{{ m.content }}{% if m.name is defined %}{{ m.name }}{% endif %}"
+    )
+    prompts = load(str(tmp_path / "rows.parquet"), make_tokenizer(names + "{% endfor %}"))
+    assert [prompt.text for prompt in prompts] == ["qn", "q"]
+
+
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' %}"
+    "{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{{ m.content[0].text }}!{% endif %}{% endfor %}"
+)
+STRIPS = "{% for m in messages %}<{{ m.role }}>{{ m.content.strip() }}{% endfor %}"
+FIRST_PART = "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text.strip() }}{% endfor %}"
+DROPS = "{% for m in messages %}<{{ m.role }}>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (PARTS, "<system>s<user> q "),
+        (EITHER, "<system>s<user> q "),
+        (STRIPS, "<system>s<user>q"),
+        (FIRST_PART, "<system>s<user>q"),
+        (DROPS, "<system><user>"),
+    ],
+)
+def test_a_template_that_takes_parts_alone_gets_them(template, text, make_tokenizer, write):
+    path = write({"prompt": [SYSTEM, {"role": "user", "content": " q "}]})
+    assert load(path, make_tokenizer(template))[0].text == text
+
+
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}q"
+)
+ALTERNATE = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('turns must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "settings", "words"),
+    [
+        (NO_SYSTEM, [SYSTEM, USER], {}, "refuses the turns system, user: no system turn"),
+        (NO_SYSTEM, "q", {"chat": True, "system": "s"}, "no system turn"),
+        (NO_SYSTEM, "q", {"chat": True, "teacher_system": "s"}, "no system turn"),
+        (ALTERNATE, [USER, USER], {}, "refuses the turns user, user: turns must alternate"),
+        ("{{ messages[0].content + messages[0].tool }}", [USER], {}, "no attribute 'tool'"),
+        ("{% for m in messages %}{% endif %}", [USER], {}, "unknown tag 'endif'"),
+        ("{{ 1 / 0 }}", "q", {"chat": True}, "division by zero"),
+        ("{{ messages[9]['content']['x'] }}", [USER], {}, "no element 9"),
+        ("{{ strftime_later('%Y') }}", [USER], {}, "'strftime_later' is undefined"),
+    ],
+)
+def test_a_template_s_refusal_is_one_sentence_with_its_words_and_the_row(
+    template, row, settings, words, make_tokenizer, write
+):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: the chat template of ") as refused:
+        load(write({"prompt": row}), make_tokenizer(template), **settings)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "stops", "end"),
+    [
+        ("{{ messages[-1].content }}<|im_end|>\n", [], "<|im_end|>"),
+        ("{{ messages[-1].content }} <eos>", [], "<eos>"),
+        ("{{ messages[-1].content }}<|im_end|>\n<eos>", [], "<|im_end|>"),
+        ("<bos>{{ messages[-1].content }}<bos><eos>", [], "<eos>"),
+        ("{{ messages[-1].content }}~", ["~"], "~"),
+        ("{{ messages[-1].content }}~", [], None),
+        ("{{ messages[-1].content }}", [], None),
+        ("{{ messages[0].content }}<eos>", [], None),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}~{% endif %}{{ m.content }}{% endfor %}",
+            ["~"],
+            "~",
+        ),
+        (None, [], None),
+    ],
+    ids=lambda value: None if value is None else str(value),
+)
+def test_the_end_of_a_turn_is_what_the_template_writes_behind_an_answer(
+    template, stops, end, make_tokenizer
+):
+    tokenizer = make_tokenizer(template)
+    found = end_of_turn(tokenizer, tokenizer.convert_tokens_to_ids(stops))
+    assert (None if found is None else tokenizer.convert_ids_to_tokens(found)) == end
+
+
+def test_a_template_that_refuses_an_answer_has_no_known_end(make_tokenizer):
+    refuses = "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}q<eos>"
+    with pytest.raises(ValueError, match=r"a question and its answer: .* one turn only"):
+        end_of_turn(make_tokenizer(refuses), [])
+
+
+def test_a_system_message_of_the_teacher_replaces_the_row_s(tokenizer, write):
+    path = write({"prompt": [SYSTEM, USER]}, {"prompt": [USER]})
+    prompts = load(path, tokenizer, system="ours", teacher_system="expert")
+    assert [prompt.text[:8] for prompt in prompts] == ["<system>"] * 2
+    assert [prompt.text[8] for prompt in prompts] == ["s", "o"], "data.system is for rows without"
+    for prompt in prompts:
+        assert tokenizer.decode(prompt.teacher_ids).startswith("<system>expert<user>q")
