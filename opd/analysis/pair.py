@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from opd.checkpoint.tensors import Stored, dtype_name, model_config, model_folder, open_checkpoint
+from opd.checkpoint.files import model_config, model_folder
+from opd.checkpoint.stored import Stored
+from opd.checkpoint.tensors import dtype_name, open_checkpoint
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module\.|_orig_mod\.|^module\.)")
 _SUBMODELS = "language_model|visual|vision_tower|vision_model|multi_modal_projector"
 
@@ -112,8 +113,6 @@ def canonical_tensors(model: str) -> CanonicalTensors:
                     f"{model} holds {name} twice under different names: export it again"
                 )
             found[name] = tensor
-    if config.get("tie_word_embeddings") and EMBEDDING in found:
-        found.pop(HEAD, None)
     return CanonicalTensors(tensors=found, part_of=part_of)
 
 

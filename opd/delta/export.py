@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from opd.checkpoint.tensors import Checkpoint, Stored, combine_digests, digest, dtype_name
+from opd.checkpoint.stored import Stored
+from opd.checkpoint.tensors import Checkpoint, combine_digests, digest, dtype_name
 from opd.checkpoint.writer import write_tensors
 from opd.delta.format import FORMAT, INDICES, INTEGERS, XOR, Delta, Side, read_delta
 from opd.mask.file import index_dtype
