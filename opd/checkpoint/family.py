@@ -5,10 +5,10 @@ Nothing here lists families. The model is built from its ``config.json`` without
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -21,27 +21,54 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
-from opd.checkpoint.files import config_folder
+from opd.checkpoint.files import config_folder, model_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """A model of transformers on the meta device, and its conversions of names and tensors.
 
-    ``known`` holds the names of its parameters (True) and buffers (False) in memory.
+    ``known`` holds the names of its parameters (True) and buffers (False) in memory; ``merged`` takes
+    tensors of memory apart that files hold in parts, and ``fused`` those of files that memory holds
+    in parts. A conversion of the layout alone is in both.
     """
 
     model: PreTrainedModel
     renamings: tuple[WeightRenaming, ...]
-    converters: tuple[WeightConverter, ...]
+    merged: tuple[WeightConverter, ...]
+    fused: tuple[WeightConverter, ...]
     known: dict[str, bool]
 
     def renamed(self, name: str) -> str:
         """A stored tensor's name in memory, before tensors are merged, split or transposed."""
         prefix = self.model.base_model_prefix
         return rename_source_key(name, list(self.renamings), [], prefix, self.known)[0]
+
+    def conversion(self, name: str, shape: tuple[int, ...]) -> "Conversion | None":
+        """How to take a tensor apart, by its name from ``renamed``; None when there is nothing to do.
+
+        A tensor that memory holds merged (stacked experts) becomes those that files hold. One that
+        files hold fused or transposed becomes those of memory.
+        """
+        for converter in self.merged if name in self.known else self.fused:
+            target, pattern = converter.rename_source_key(name)
+            if pattern is None:
+                continue
+            conversion = Conversion(self.model, converter, name, target, pattern)
+            try:
+                found = conversion.apply(torch.empty(shape, device="meta"))
+            except Exception:  # a tensor of another shape than the family's own
+                return None
+            conversion.shapes.update({part: tuple(t.shape) for part, t in found.items()})
+            return conversion
+        return None
 
     def is_parameter(self, name: str) -> bool:
         """Whether a stored tensor is trained: no buffer, and nothing that the model ignores."""
@@ -58,6 +85,29 @@ class Family:
         return {stored.get(a, a): stored.get(b, b) for a, b in in_memory.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """One tensor as several, or in another layout, by a conversion of transformers.
+
+    ``shapes`` holds those of the results by name.
+    """
+
+    model: PreTrainedModel
+    converter: WeightConverter
+    source: str
+    target: str
+    pattern: str
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def apply(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The results by name; views of ``tensor`` where the conversion only splits."""
+        converter = deepcopy(self.converter)
+        # saving gives tensors, loading futures of them
+        converter.add_tensor(self.target, self.source, self.pattern, tensor)  # pyright: ignore[reportArgumentType]
+        found = converter.convert(self.target, model=self.model, config=self.model.config)
+        return {name: part[0] if isinstance(part, list) else part for name, part in found.items()}
+
+
 def read_family(folder: Path) -> Family | None:
     """The architecture of a model folder; None without a config that transformers knows.
 
@@ -69,17 +119,30 @@ def read_family(folder: Path) -> Family | None:
     return _family(found, (found / "config.json").read_text())
 
 
-def ties_embeddings(folder: Path, config: dict[str, Any]) -> bool:
+def is_tied(folder: Path) -> bool:
     """Whether a model ties its head to its embedding: by its config, or by its family's default.
 
-    ``config`` is its config.json, which answers alone where transformers does not know the family.
+    The config.json answers alone where transformers does not know the family.
     """
     found = config_folder(folder)
     known = None if found is None else _config(found, (found / "config.json").read_text())
     if known is not None:
         return bool(known.to_dict().get("tie_word_embeddings", False))
+    config = model_config(folder)
     text = config.get("text_config") or {}
     return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+
+
+def _merges(converter: WeightConverter) -> bool:
+    """Whether loading makes one tensor of several."""
+    stacks = any(isinstance(operation, MergeModulelist) for operation in converter.operations)
+    return stacks or len(converter.source_patterns) > 1
+
+
+def _reversed(converter: WeightConverter) -> WeightConverter:
+    found = converter.reverse_transform()
+    assert isinstance(found, WeightConverter)
+    return found
 
 
 @lru_cache(maxsize=8)
@@ -100,10 +163,15 @@ def _family(folder: Path, content: str) -> Family | None:
     if model is None:
         return None
     conversions = get_model_conversion_mapping(model)
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
     return Family(
         model=model,
         renamings=tuple(each for each in conversions if isinstance(each, WeightRenaming)),
-        converters=tuple(each for each in conversions if isinstance(each, WeightConverter)),
+        merged=(
+            *(_reversed(each) for each in converters if _merges(each)),
+            *(each for each in converters if each.source_patterns == each.target_patterns),
+        ),
+        fused=tuple(each for each in converters if not _merges(each)),
         known=dict.fromkeys((name for name, _ in model.named_buffers()), False)
         | dict.fromkeys((name for name, _ in model.named_parameters(remove_duplicate=False)), True),
     )

@@ -61,9 +61,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     formats.
     """
     folder = model_folder(model)
-    config = model_config(folder)
-    tensors = plain_tensors(read_files(weight_files(folder)), config, model)
-    return Checkpoint(model, without_tied(tensors, folder, config))
+    tensors = plain_tensors(read_files(weight_files(folder)), model_config(folder), model)
+    return Checkpoint(model, without_tied(tensors, folder))
 
 
 def open_tensors(file: Path) -> Checkpoint:

@@ -3,18 +3,15 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from opd.checkpoint.family import read_family, ties_embeddings
+from opd.checkpoint.family import is_tied, read_family
 from opd.checkpoint.names import place
 from opd.checkpoint.stored import Stored, is_equal
 
 
-def without_tied(
-    tensors: Mapping[str, Stored], folder: Path, config: Mapping[str, Any]
-) -> dict[str, Stored]:
+def without_tied(tensors: Mapping[str, Stored], folder: Path) -> dict[str, Stored]:
     """The tensors that transformers loads as weights of their own.
 
     Where the config (or the default of its family) ties head and embedding, transformers ties them if
@@ -27,7 +24,7 @@ def without_tied(
     shapes = [tensors[name].shape for name in outside]
     if not heads and len(set(shapes)) == len(shapes):
         return found
-    if not ties_embeddings(folder, dict(config)):
+    if not is_tied(folder):
         return found
     for head, embedding in tied_names(folder, outside).items():
         if head not in found:
