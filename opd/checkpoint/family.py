@@ -3,7 +3,6 @@
 Nothing here lists families. The model is built from its ``config.json`` without weights, and asked.
 """
 
-import re
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ class Family:
 
     model: PreTrainedModel
     renamings: tuple[WeightRenaming, ...]
+    converters: tuple[WeightConverter, ...]
     merged: tuple[WeightConverter, ...]
     fused: tuple[WeightConverter, ...]
     known: dict[str, bool]
@@ -71,12 +71,11 @@ class Family:
         return None
 
     def is_parameter(self, name: str) -> bool:
-        """Whether a stored tensor is trained: no buffer, and nothing that the model ignores."""
-        renamed = self.renamed(name)
-        if renamed in self.known:
-            return self.known[renamed]
-        patterns = self.model._keys_to_ignore_on_load_unexpected or ()
-        return not any(re.search(pattern, renamed) for pattern in patterns)
+        """Whether loading puts a stored tensor into a parameter: not for buffers and leftovers."""
+        prefix = self.model.base_model_prefix
+        renamings, converters = list(self.renamings), list(self.converters)
+        loaded = rename_source_key(name, renamings, converters, prefix, self.known)[0]
+        return self.known.get(loaded, False)
 
     def ties(self, names: Iterable[str]) -> dict[str, str]:
         """(tied tensor, the tensor it shares) by names in memory, under the names that are stored."""
@@ -167,6 +166,7 @@ def _family(folder: Path, content: str) -> Family | None:
     return Family(
         model=model,
         renamings=tuple(each for each in conversions if isinstance(each, WeightRenaming)),
+        converters=tuple(converters),
         merged=(
             *(_reversed(each) for each in converters if _merges(each)),
             *(each for each in converters if each.source_patterns == each.target_patterns),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from opd.checkpoint.family import read_family
 from opd.checkpoint.files import model_config, model_folder, weight_files
 from opd.checkpoint.quantised import plain_tensors
 from opd.checkpoint.stored import Stored, read_file, read_files
@@ -19,11 +20,15 @@ READERS = 2
 class Checkpoint(Mapping[str, Stored]):
     """Weights of a model folder by name, in the order of their names; each is read when needed.
 
-    A head that is tied to the embedding is not listed, whether or not the file repeats it.
+    A head that is tied to the embedding is not listed, whether or not the file repeats it. ``folder``
+    is that of the model's config.
     """
 
-    def __init__(self, model: str, tensors: Mapping[str, Stored]) -> None:
+    def __init__(
+        self, model: str, tensors: Mapping[str, Stored], folder: Path | None = None
+    ) -> None:
         self.model = model
+        self._folder = folder
         self._tensors = {name: tensors[name] for name in sorted(tensors)}
 
     def __getitem__(self, name: str) -> Stored:
@@ -45,6 +50,19 @@ class Checkpoint(Mapping[str, Stored]):
         """Number of weights."""
         return sum(tensor.numel for tensor in self._tensors.values())
 
+    @property
+    def parameters(self) -> "Checkpoint":
+        """The tensors that training can change: no buffers, no integers, nothing that is not loaded.
+
+        All floating-point tensors where transformers does not know the model or none of its names.
+        """
+        floating = {n: t for n, t in self._tensors.items() if t.dtype.is_floating_point}
+        family = None if self._folder is None else read_family(self._folder)
+        if family is not None:
+            loaded = {n: t for n, t in floating.items() if family.is_parameter(n)}
+            floating = loaded or floating
+        return Checkpoint(self.model, floating, self._folder)
+
     def fingerprint(self) -> str:
         """Hexadecimal digest of names, shapes, dtypes and every bit, whatever the sharding."""
         with ThreadPoolExecutor(READERS) as pool:
@@ -62,7 +80,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     folder = model_folder(model)
     tensors = plain_tensors(read_files(weight_files(folder)), model_config(folder), model)
-    return Checkpoint(model, without_tied(tensors, folder))
+    return Checkpoint(model, without_tied(tensors, folder), folder)
 
 
 def open_tensors(file: Path) -> Checkpoint:
