@@ -90,9 +90,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _indexed(folder: Path, index: str) -> WeightFiles:
     """The shards that an index names."""
-    weight_map = _read_json(folder / index).get("weight_map")
-    if not weight_map:
-        raise ValueError(f"{folder / index} has no weight_map: fetch it again")
+    weight_map = _weight_map(folder / index)
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
@@ -100,6 +98,14 @@ def _indexed(folder: Path, index: str) -> WeightFiles:
             f"{folder} lacks the shard {missing[0]} that {index} names: fetch it again"
         )
     return WeightFiles(files=tuple(folder / shard for shard in shards), weight_map=weight_map)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of each tensor. ValueError when the index does not say."""
+    weight_map = _read_json(index).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map of tensors to shards: fetch it again")
+    return weight_map
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -152,7 +158,7 @@ def _download(model: str) -> Path:
         return folder
     for name, fallback in ((INDEX, None), (FILES[3], FILES[2])):
         if (folder / name).is_file():
-            shards = sorted(set((_read_json(folder / name).get("weight_map") or {}).values()))
+            shards = sorted(set(_weight_map(folder / name).values()))
             return _snapshot(model, [*COMPANIONS, *shards])
         if fallback is not None:
             return _snapshot(model, [*COMPANIONS, fallback])

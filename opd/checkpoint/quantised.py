@@ -67,8 +67,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The quantization settings of a config.json, of the text model's where the outer has none."""
     for place in (config, config.get("text_config") or {}):
         for key in QUANTISATION:
-            if place.get(key):
-                return dict(place[key])
+            if isinstance(place.get(key), dict) and place[key]:
+                return place[key]
     return {}
 
 

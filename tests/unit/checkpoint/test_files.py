@@ -121,6 +121,7 @@ def test_numbered_shards_of_two_models_are_refused(tmp_path: Path) -> None:
         ),
         ('{"weight_map": {"a": "../elsewhere.safetensors"}}', r"lacks the shard \.\./elsewhere"),
         ("{}", "has no weight_map"),
+        ('{"weight_map": ["s.safetensors"]}', "has no weight_map"),
         ('{"weight_map": {"a":', "is not JSON"),
         ("[]", "holds a list, expected an object"),
     ],
