@@ -32,7 +32,7 @@ class Counts:
 
     ``below``: abs(D) < THRESHOLDS; ``relative_below``: abs(D) < RELATIVE x rms(W0); ``top``: energy
     of the ceil(share x n) largest abs(D); ``binades`` [3, BINS]: weights, those with abs(D) > 0, and
-    with abs(D) > VISIBLE.
+    with abs(D) > VISIBLE; ``powers`` [BINS]: weights that are powers of two.
     """
 
     numel: int
@@ -47,6 +47,7 @@ class Counts:
     ulps: np.ndarray = field(default_factory=lambda: np.zeros(ULPS, np.int64))
     top: np.ndarray = field(default_factory=lambda: np.zeros(len(TOP)))
     binades: np.ndarray = field(default_factory=lambda: np.zeros((3, BINS), np.int64))
+    powers: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
 
 def describe_non_finite(sides: Sides) -> str:
@@ -81,8 +82,10 @@ def count(sides: Sides) -> Counts:
         moved = magnitude_keys(chunk.update.numpy())
         kind = (moved > 0).astype(np.int32)
         kind += moved > VISIBLE_KEY
-        cells = np.bincount(kind * np.int32(BINS) + binades(chunk.base), minlength=3 * BINS)
+        bins = binades(chunk.base)
+        cells = np.bincount(kind * np.int32(BINS) + bins, minlength=3 * BINS)
         counts.binades += cells.reshape(3, BINS)
+        counts.powers += np.bincount(bins[_are_powers_of_two(chunk.base)], minlength=BINS)
         histogram += count_keys(moved)
         _count_changed(sides, part, chunk, counts)
     counts.binades = counts.binades[::-1].cumsum(axis=0)[::-1]
@@ -91,6 +94,12 @@ def count(sides: Sides) -> Counts:
     else:
         _from_values(sides, counts, histogram)
     return counts
+
+
+def _are_powers_of_two(values: torch.Tensor) -> np.ndarray:
+    """Whether each float32 number is 2^n or -2^n."""
+    bits = values.numpy().view(np.uint32)
+    return (bits & np.uint32(0x7FFFFF) == 0) & (bits & np.uint32(0x7FFFFFFF) != 0)
 
 
 def _squares(values: torch.Tensor) -> float:

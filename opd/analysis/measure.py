@@ -102,10 +102,11 @@ def _view(sides: Sides, s: float | None, spectrum: Spectrum) -> Row:
     is_rounded = sides.mantissa == MANTISSA[torch.bfloat16]
     on_grid = not is_rounded or on_bf16_grid(sides.base)
     weights = counts.binades[0]
+    powers = counts.powers / np.maximum(weights, 1)
     if s is None:
-        null = solve_null(weights, counts.energy, sides.mantissa, on_grid)
+        null = solve_null(weights, counts.energy, sides.mantissa, on_grid, powers)
     else:
-        null = Null(s=s, mantissa=sides.mantissa, on_grid=on_grid)
+        null = Null(s=s, mantissa=sides.mantissa, on_grid=on_grid, powers=powers)
     view = _coordinate_figures(counts, null)
     view["null"] = {"s": null.s, "s_from": "the visible norm" if s is None else "the true update"}
     if sides.base.dim() == 2 and counts.energy > 0:

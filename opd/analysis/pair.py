@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
-from opd.checkpoint.tensors import Stored, dtype_name, model_config, model_folder, open_checkpoint
+from opd.checkpoint.family import Conversion, Family, is_tied, read_family
+from opd.checkpoint.files import model_config, model_folder
+from opd.checkpoint.stored import Stored
+from opd.checkpoint.tensors import dtype_name, open_checkpoint
+from opd.checkpoint.ties import tied_names
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module\.|_orig_mod\.|^module\.)")
 _SUBMODELS = "language_model|visual|vision_tower|vision_model|multi_modal_projector"
 
@@ -50,10 +53,23 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanonicalTensors:
-    """A model's tensors by canonical name, and for each part the name of its fused tensor."""
+    """A model's tensors by canonical name, and for each part the name of its fused tensor.
+
+    ``ties`` maps heads that are tied, and not listed, to the embeddings that they share.
+    """
 
     tensors: Mapping[str, Stored]
     part_of: Mapping[str, str]
+    ties: Mapping[str, str]
+
+    def beside(self, other: "CanonicalTensors") -> dict[str, Stored]:
+        """The tensors, with a tied head listed where the other model has one of its own."""
+        heads = {
+            head: self.tensors[embedding]
+            for head, embedding in self.ties.items()
+            if head in other.tensors and head not in self.tensors and embedding in self.tensors
+        }
+        return {**self.tensors, **heads}
 
 
 def pair_checkpoints(base: str, trained: str) -> list[Pair]:
@@ -63,19 +79,22 @@ def pair_checkpoints(base: str, trained: str) -> list[Pair]:
     can be taken apart or one of them is stored in parts. Raises ValueError when a checkpoint cannot be
     opened or nothing is common to both.
     """
-    ours, theirs = canonical_tensors(base), canonical_tensors(trained)
-    part_of = {**ours.part_of, **theirs.part_of}
-    whole = {name for name in part_of.values() if name in ours.tensors and name in theirs.tensors}
+    families = [read_family(model_folder(model)) for model in (base, trained)]
+    known = next((family for family in families if family is not None), None)
+    a, b = (
+        canonical_tensors(m, f or known) for m, f in zip((base, trained), families, strict=True)
+    )
+    ours, theirs = a.beside(b), b.beside(a)
+    part_of = {**a.part_of, **b.part_of}
+    whole = {name for name in part_of.values() if name in ours and name in theirs}
     unmatched = {
         part
         for part, name in part_of.items()
-        if name in whole and not (part in ours.tensors and part in theirs.tensors)
+        if name in whole and not (part in ours and part in theirs)
     }
     fused = set(part_of.values())
-    names = {*ours.tensors, *theirs.tensors} - (fused - whole) - unmatched
-    pairs = [
-        _pair(name, ours.tensors.get(name), theirs.tensors.get(name)) for name in sorted(names)
-    ]
+    names = {*ours, *theirs} - (fused - whole) - unmatched
+    pairs = [_pair(name, ours.get(name), theirs.get(name)) for name in sorted(names)]
     if all(pair.reason for pair in pairs):
         raise ValueError(
             f"no tensor of {trained} compares with one of {base} "
@@ -97,14 +116,24 @@ def as_parts(pairs: Sequence[Pair], names: Collection[str]) -> list[Pair]:
     ]
 
 
-def canonical_tensors(model: str) -> CanonicalTensors:
-    """A model's tensors, tied heads once, fused matrices and experts whole and in parts."""
-    checkpoint, config = open_checkpoint(model), _config(model_folder(model))
+def canonical_tensors(model: str, family: Family | None) -> CanonicalTensors:
+    """A model's tensors, tied heads once, fused matrices and experts whole and in parts.
+
+    ``family`` says under which names transformers holds them in memory, and how it merges them.
+    """
+    folder = model_folder(model)
+    checkpoint, config = open_checkpoint(model), _config(folder)
     found: dict[str, Stored] = {}
     part_of: dict[str, str] = {}
     for stored_name, stored in checkpoint.items():
-        whole = canonical(stored_name)
-        parts = dict(_split(whole, stored, config))
+        in_memory = _WRAPPERS.sub("", stored_name)
+        parts: dict[str, Stored] = {}
+        if family is not None:
+            in_memory = family.renamed(in_memory)
+            parts = _converted(family.conversion(in_memory, stored.shape), stored)
+        whole = canonical(in_memory)
+        stored = parts.pop(whole, stored)
+        parts = parts or dict(_split(whole, stored, config))
         part_of |= dict.fromkeys(parts, whole)
         for name, tensor in {whole: stored, **parts}.items():
             if name in found:
@@ -112,9 +141,25 @@ def canonical_tensors(model: str) -> CanonicalTensors:
                     f"{model} holds {name} twice under different names: export it again"
                 )
             found[name] = tensor
-    if config.get("tie_word_embeddings") and EMBEDDING in found:
-        found.pop(HEAD, None)
-    return CanonicalTensors(tensors=found, part_of=part_of)
+    ties = tied_names(folder, list(checkpoint)) if is_tied(folder) else {}
+    return CanonicalTensors(
+        tensors=found,
+        part_of=part_of,
+        ties={canonical(head): canonical(embedding) for head, embedding in ties.items()},
+    )
+
+
+def _converted(conversion: Conversion | None, stored: Stored) -> dict[str, Stored]:
+    """The tensors that a conversion makes of a stored one, by canonical name."""
+    if conversion is None:
+        return {}
+    apply = conversion.apply
+    return {
+        canonical(name): Stored(
+            shape=shape, dtype=stored.dtype, read=lambda name=name: apply(stored.read())[name]
+        )
+        for name, shape in conversion.shapes.items()
+    }
 
 
 def canonical(name: str) -> str:

@@ -10,7 +10,8 @@ import torch
 
 from opd.checkpoint.chunks import Chunk, chunk_values, chunks, float32
 from opd.checkpoint.companions import copy_companions, require_free
-from opd.checkpoint.tensors import Checkpoint, model_folder
+from opd.checkpoint.files import model_folder
+from opd.checkpoint.tensors import Checkpoint
 from opd.checkpoint.writer import write_tensors
 from opd.mask.rules import require_same_shapes
 from opd.mask.top_k import Selection, TopKQuery

@@ -14,7 +14,7 @@ from opd.analysis.measure import measure_pair
 from opd.analysis.pair import Pair, as_parts, pair_checkpoints
 from opd.analysis.rows import Row
 from opd.checkpoint.chunks import THREADS, Progress, quiet
-from opd.checkpoint.tensors import model_folder, weight_files
+from opd.checkpoint.files import model_folder, weight_files
 
 ROWS = "tensors.jsonl"
 FORMAT = 3
@@ -39,7 +39,7 @@ class AnalysisInputs:
 
 
 def _file_stamps(model: str) -> list[list[Any]]:
-    files = weight_files(model_folder(model))
+    files = weight_files(model_folder(model)).files
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 

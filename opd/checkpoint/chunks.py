@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from opd.checkpoint.tensors import Stored
+from opd.checkpoint.stored import Stored
 
 CHUNK = 1 << 18
 """Coordinates processed together: a few MiB of temporaries."""

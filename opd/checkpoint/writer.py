@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import torch
 
-from opd.checkpoint.tensors import DTYPES
+from opd.checkpoint.stored import DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 COPY_BYTES = 1 << 22

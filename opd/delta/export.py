@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from opd.checkpoint.tensors import Checkpoint, Stored, combine_digests, digest, dtype_name
+from opd.checkpoint.stored import Stored
+from opd.checkpoint.tensors import Checkpoint, combine_digests, digest, dtype_name
 from opd.checkpoint.writer import write_tensors
 from opd.delta.format import FORMAT, INDICES, INTEGERS, XOR, Delta, Side, read_delta
 from opd.mask.file import index_dtype
@@ -47,7 +48,7 @@ def export_delta(
     _require_same_model(base, trained)
     if mask is not None:
         mask.require_base(base.fingerprint(), base.model)
-        mask.require_parameters(base.shapes)
+        mask.require_parameters(base.parameters.shapes)
     digests: dict[Side, list[bytes]] = {side: [] for side in Side}
     tensors: dict[str, dict[str, Any]] = {}
 
@@ -130,7 +131,8 @@ def _require_same_model(base: Checkpoint, trained: Checkpoint) -> None:
 def _require_inside(name: str, indices: torch.Tensor, mask: Mask | None, trained: str) -> None:
     if mask is None:
         return
-    outside = len(indices) - int(torch.isin(indices, mask.indices[name]).sum())
+    inside = mask.indices[name] if name in mask.shapes else indices[:0]
+    outside = len(indices) - int(torch.isin(indices, inside).sum())
     if outside:
         raise ValueError(
             f"{outside} of {len(indices)} changed weights of {name} in {trained} lie outside the "

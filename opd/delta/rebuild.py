@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from opd.checkpoint.companions import copy_companions, require_free
-from opd.checkpoint.tensors import Checkpoint, model_folder, open_checkpoint
+from opd.checkpoint.files import model_folder
+from opd.checkpoint.tensors import Checkpoint, open_checkpoint
 from opd.checkpoint.writer import write_tensors
 from opd.delta.format import Delta, Side
 

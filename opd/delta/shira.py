@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from opd.checkpoint.tensors import Checkpoint, model_folder
+from opd.checkpoint.files import model_folder
+from opd.checkpoint.tensors import Checkpoint
 from opd.checkpoint.writer import write_tensors
 from opd.delta.format import Delta, Side
 

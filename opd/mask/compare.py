@@ -110,7 +110,7 @@ def compare(
     b.require_parameters(a.shapes)
     if base is not None:
         a.require_base(base.fingerprint(), base.model)
-        a.require_parameters(base.shapes)
+        a.require_parameters(base.parameters.shapes)
     tensors = list(_tensors(a, b, base, progress))
     modules: dict[str, list[_TensorOverlap]] = {}
     for tensor in tensors:

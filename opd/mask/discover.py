@@ -17,6 +17,9 @@ from opd.mask.search import Search
 if TYPE_CHECKING:
     from opd.mask.mask import Mask
 
+MOST_LISTED = 3
+"""Tensors that a warning names."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
@@ -61,10 +64,10 @@ def discover_mask(
     """
     require_valid_rule(rule)
     assert (like is None) == (rule.like is None), "like is the mask that rule.like names"
-    fingerprint = base.fingerprint()
+    fingerprint, parameters = base.fingerprint(), base.parameters
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=".discover-") as folder:
-        search = Search(base, rule, like, fingerprint, Path(folder) / "scores", progress)
+        search = Search(parameters, rule, like, fingerprint, Path(folder) / "scores", progress)
         counts: dict[str, int] = {}
 
         def counted() -> Iterator[tuple[str, torch.Tensor]]:
@@ -79,12 +82,21 @@ def discover_mask(
             seed=rule.seed,
             command=command,
         )
-        write_mask(out, base.shapes, counted(), origin)
+        write_mask(out, parameters.shapes, counted(), origin)
         return Summary(
             path=out,
-            counts={name: counts[name] for name in base},
-            numel=base.numel,
+            counts={name: counts[name] for name in parameters},
+            numel=parameters.numel,
             tied=search.tied,
             tied_kept=search.tied_kept,
-            warnings=tuple(search.warnings),
+            warnings=(*search.warnings, *_left_out(base, parameters)),
         )
+
+
+def _left_out(base: Checkpoint, parameters: Checkpoint) -> list[str]:
+    """A warning that counts the tensors of a base that no training can change."""
+    names = [name for name in base if name not in parameters]
+    if not names:
+        return []
+    listed = ", ".join(names[:MOST_LISTED]) + (", ..." if names[MOST_LISTED:] else "")
+    return [f"{len(names)} stored tensors are no parameters of the model: {listed}"]

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from opd.checkpoint.chunks import CHUNK, ChunkReader, Progress, float32
-from opd.checkpoint.tensors import Checkpoint, Stored
+from opd.checkpoint.stored import Stored
+from opd.checkpoint.tensors import Checkpoint
 from opd.mask.spool import spool_scores
 
 

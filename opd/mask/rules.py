@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from opd.checkpoint.chunks import Chunk, ChunkReader, Progress, chunk_values, float32
-from opd.checkpoint.tensors import Checkpoint, Stored, open_checkpoint, open_tensors
+from opd.checkpoint.stored import Stored
+from opd.checkpoint.tensors import Checkpoint, open_checkpoint, open_tensors
 from opd.config.functions import load_function
 from opd.mask.spool import spool_scores
 

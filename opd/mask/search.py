@@ -94,7 +94,7 @@ class Search:
             case MaskRule.delta:
                 assert rule.trained is not None
                 other = rules.trained_weights(rule.trained)
-                return rules.delta(base, other, rule.trained), other.fingerprint()
+                return rules.delta(base, other.parameters, rule.trained), other.fingerprint()
             case MaskRule.near_zero:
                 return rules.near_zero(base), ""
             case MaskRule.safe:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from opd.checkpoint.chunks import Chunk, ChunkReader, Progress
-from opd.checkpoint.tensors import Checkpoint, Stored
+from opd.checkpoint.stored import Stored
+from opd.checkpoint.tensors import Checkpoint
 
 
 def spool_scores(

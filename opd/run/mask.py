@@ -40,7 +40,7 @@ def require_mask_fits(recipe: Recipe, folder: Path) -> None:
             mask = Mask.read(path)
             base = open_checkpoint(config.student.model)
             mask.require_base(base.fingerprint(), config.student.model)
-            mask.require_parameters(base.shapes)
+            mask.require_parameters(base.parameters.shapes)
             kept = folder / RUN_MASK
             is_started = kept.exists() and took_a_step(folder)
             if is_started and Mask.read(kept).fingerprint() != mask.fingerprint():

@@ -1,23 +1,21 @@
 """What a teacher reads from a Hugging Face checkpoint besides the layers: tokenizer, sizes, head."""
 
-import json
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
+from opd.checkpoint.family import is_tied
+from opd.checkpoint.files import model_folder
+from opd.checkpoint.tensors import open_checkpoint
 from opd.head import HeadSpec
 from opd.reference import head_spec
 from opd.teacher.vocabulary import base_and_added, fingerprint
 from opd.types import TeacherInfo
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 PROBE_TEXT = "The capital of France is Paris, and 12 + 30 = 42."
-HEADS = ("lm_head.weight",)
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 def read_info(model: str, *, max_length: int, dtype: torch.dtype | None = None) -> TeacherInfo:
@@ -61,46 +59,30 @@ def max_positions(model: str) -> int:
 
 
 def read_head(model: str) -> torch.Tensor:
-    """The output head [V, D], float32, from the safetensors files.
+    """The output head [V, D], float32, as transformers loads it from the checkpoint's files.
 
-    It is ``lm_head.weight``, under any prefix; where the checkpoint has none, the head is tied to the
-    input embedding, which is read. ``ValueError`` for a head that is not a plain matrix.
+    It is ``lm_head.weight``, under any prefix; where the checkpoint has none and ties it to the input
+    embedding, that is read. ``ValueError`` for a head that is not a plain matrix.
     """
-    files = _tensor_files(model)
-    names = _names_ending(files, HEADS) or _names_ending(files, EMBEDDINGS)
+    checkpoint = open_checkpoint(model)
+    names = _names_ending(checkpoint, HEADS)
+    if not names and is_tied(model_folder(model)):
+        names = _names_ending(checkpoint, EMBEDDINGS)
     if len(names) != 1:
         raise ValueError(
             f"{model}: expected one tensor named {' or '.join(HEADS + EMBEDDINGS)} to use as the "
             f"output head and found {names or 'none'}; use an unquantised causal language model"
         )
     bias = names[0].removesuffix("weight") + "bias"
-    if bias in files:
+    if bias in checkpoint:
         raise ValueError(f"{model}: the output head has a bias ({bias}), which is not supported")
-    with safe_open(files[names[0]], framework="pt") as opened:
-        return opened.get_tensor(names[0]).float()
+    return checkpoint[names[0]].read().float()
 
 
 def checkpoint_bytes(model: str) -> int:
-    """Bytes of the weight files."""
-    return sum(file.stat().st_size for file in set(_tensor_files(model).values()))
+    """Bytes of the weights as stored."""
+    return sum(t.numel * t.dtype.itemsize for t in open_checkpoint(model).values())
 
 
-def _names_ending(files: dict[str, Path], endings: tuple[str, ...]) -> list[str]:
-    return [n for n in files for end in endings if n == end or n.endswith(f".{end}")]
-
-
-def _tensor_files(model: str) -> dict[str, Path]:
-    """The file of each tensor."""
-    folder = Path(model)
-    if not folder.is_dir():
-        patterns = ["*.safetensors", f"*{INDEX}"]
-        folder = Path(snapshot_download(model, allow_patterns=patterns))
-    if (folder / INDEX).exists():
-        shards = json.loads((folder / INDEX).read_text())["weight_map"]
-        return {name: folder / shard for name, shard in shards.items()}
-    if not (folder / SINGLE).exists():
-        raise ValueError(
-            f"{model}: found neither {SINGLE} nor {INDEX}; a teacher needs a safetensors checkpoint"
-        )
-    with safe_open(folder / SINGLE, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), folder / SINGLE)
+def _names_ending(names: Iterable[str], endings: tuple[str, ...]) -> list[str]:
+    return [n for n in names for end in endings if n == end or n.endswith(f".{end}")]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from opd.mask.mask import Mask
-from opd.train.checkpoint_layout import layer_key, stored_buffers
+from opd.train.checkpoint_layout import layer_key
 from opd.train.compact import MaskedWeight
 from opd.train.engine import TrainingEngine
 from opd.train.weights import checkpoint_layout, named_weights
@@ -105,12 +105,10 @@ def _write_back(values: torch.Tensor, masked: MaskedWeight, engine: TrainingEngi
 def _indices_in_memory(causal: nn.Module, mask: Mask) -> dict[str, torch.Tensor]:
     """The kept coordinates of every parameter, sorted, by its name in memory.
 
-    Kept coordinates of stored buffers, which nothing trains, are left out. ValueError when the mask has
-    other tensors than the checkpoint of the model.
+    ValueError when the mask has other parameters than the checkpoint of the model.
     """
     layout = checkpoint_layout(causal)
-    buffers = {name: tuple(b.shape) for name, b in stored_buffers(causal)}
-    mask.require_parameters({**layout.checkpoint_shapes, **buffers})
+    mask.require_parameters(layout.checkpoint_shapes)
     return dict(layout.indices(mask.indices))
 
 

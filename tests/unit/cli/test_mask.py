@@ -131,7 +131,7 @@ def test_help_explains_every_key_to_the_end(capsys: pytest.CaptureFixture[str]) 
         (["discover", "base=other", "out=m", "rule=random", "like=a"], ["made for base"]),
         (["show", "nowhere"], ["there is no mask file nowhere"]),
         (["show", "a", "more"], ["unexpected argument more"]),
-        (["show", "base/model-0.safetensors"], ["is not an opd mask file"]),
+        (["show", "base/model.safetensors"], ["is not an opd mask file"]),
         (["compare", "a", "a", "base=other"], ["made for base", "found other"]),
         (["compare", "a", "a", "bass=other"], ["did you mean base?"]),
         (["combine", "xor", "a", "a", "out=m"], ["xor", "union, intersection, difference"]),

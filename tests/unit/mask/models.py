@@ -51,7 +51,8 @@ def stored(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> P
     names = list(tensors)[::-1] if shards > 1 else list(tensors)
     for number in range(shards):
         part = {name: tensors[name].contiguous() for name in names[number::shards]}
-        save_file(part, folder / f"model-{number}.safetensors")
+        file = "model.safetensors" if shards == 1 else f"model-{number}.safetensors"
+        save_file(part, folder / file)
     if shards > 1:
         index = {name: f"model-{n % shards}.safetensors" for n, name in enumerate(names)}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))

@@ -1,5 +1,6 @@
 """Teachers whose ids mean the student's tokens, and others."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,7 +75,20 @@ def test_the_head_is_found_alone_under_a_prefix_or_tied(checkpoint: Path, tmp_pa
     _save(tmp_path, tensors | {"language_model.lm_head.weight": head_VD.bfloat16()})
     assert torch.equal(read_head(str(tmp_path)), head_VD.bfloat16().float())
     _save(tmp_path, tensors)
+    with pytest.raises(ValueError, match="as the output head and found none"):
+        read_head(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
     assert torch.equal(read_head(str(tmp_path)), embedding_VD)
+
+
+def test_files_beside_the_teacher_do_not_change_its_head(checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    _save(tmp_path, tensors)
+    stale = {"lm_head.weight": torch.zeros(2, 2)}
+    save_file(stale, tmp_path / "old.safetensors")
+    index = {"weight_map": {"lm_head.weight": "old.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(read_head(str(tmp_path)), tensors["lm_head.weight"])
 
 
 def test_heads_that_are_no_plain_matrix_are_refused(tmp_path: Path) -> None:
