@@ -1,6 +1,7 @@
 """transformers' ``generate`` as a rollout engine: slow and simple, for machines without vLLM."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,20 @@ from transformers import GenerationConfig
 from opd.interfaces import Progress
 from opd.rollout.seeds import request_seed
 from opd.types import FinishReason, Prompt, Rollout, Sampling
+
+
+@contextmanager
+def _without_own_defaults(model: Any) -> Iterator[None]:
+    """Inside, ``generate`` samples as it is told: a model's generation_config.json adds nothing.
+
+    Its repetition penalty, for example, would fill in what a given configuration leaves open.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class TransformersRollouts:
@@ -58,11 +73,12 @@ class TransformersRollouts:
             ids_BT[row, width - len(prompt.token_ids) :] = prompt.token_ids
             mask_BT[row, width - len(prompt.token_ids) :] = 1
         torch.manual_seed(request_seed(rows[0][0], sampling) + rows[0][1])
-        out = self.model.generate(
-            input_ids=torch.from_numpy(ids_BT).to(device),
-            attention_mask=torch.from_numpy(mask_BT).to(device),
-            generation_config=self._generation_config(sampling),
-        )
+        with _without_own_defaults(self.model):
+            out = self.model.generate(
+                input_ids=torch.from_numpy(ids_BT).to(device),
+                attention_mask=torch.from_numpy(mask_BT).to(device),
+                generation_config=self._generation_config(sampling),
+            )
         logits = out.logits if sampling.temperature == 0 else out.scores
         logps_BTV = torch.stack([torch.log_softmax(step.float(), -1) for step in logits], 1)
         completion_BT = out.sequences[:, width:]

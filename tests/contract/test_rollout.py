@@ -1,9 +1,11 @@
 """The contract of a rollout engine, for vLLM and for transformers."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import GenerationConfig, Qwen3ForCausalLM
 from vllm import LLM
 
 from opd.interfaces import RolloutEngine
@@ -141,3 +143,37 @@ def test_support_holds_the_likeliest_ids(
 
 def test_no_prompts_no_rollouts(engine: RolloutEngine) -> None:
     assert engine.generate([], Sampling(max_tokens=4)) == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "leak",
+    [
+        {"repetition_penalty": 1.8},
+        {"no_repeat_ngram_size": 2},
+        {"temperature": 0.3, "top_k": 2, "top_p": 0.5, "do_sample": True},
+        {"min_p": 0.3, "typical_p": 0.5},
+        {"suppress_tokens": [7, 8, 9]},
+        {"min_new_tokens": 19},
+    ],
+    ids=lambda leak: "+".join(leak),
+)
+def test_a_models_own_generation_config_changes_nothing(
+    engine_pair: tuple[LLM, Qwen3ForCausalLM], leak: dict[str, Any], temperature: float
+) -> None:
+    model = engine_pair[1]
+    engine = TransformersRollouts(
+        model, stop_ids=STOP, pad_id=0, batch_size=100, progress=SilentProgress()
+    )
+    sampling = Sampling(n=2, temperature=temperature, max_tokens=20)
+    expected = engine.generate(prompts(), sampling)
+    own = model.generation_config
+    model.generation_config = leaking = GenerationConfig(**leak)
+    try:
+        found = engine.generate(prompts(), sampling)
+        assert model.generation_config is leaking
+    finally:
+        model.generation_config = own
+    for a, b in zip(expected, found, strict=True):
+        assert np.array_equal(a.token_ids, b.token_ids)
+        assert np.array_equal(a.logps, b.logps)
