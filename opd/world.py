@@ -76,6 +76,11 @@ def join_world() -> World:
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
 
 
+def has_group() -> bool:
+    """Whether this process is in a process group."""
+    return dist.is_initialized()
+
+
 def join_alone(device: torch.device) -> None:
     """Make a process group of this process alone, unless it is in one; for a vLLM engine in it.
 

@@ -1,11 +1,14 @@
 """The command ``opd``: each sub-command is a module of this folder, imported when it is called."""
 
+import atexit
 import importlib
 import importlib.metadata
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from opd.run.status import DONE, FAILED, USAGE_ERROR
 
@@ -55,7 +58,18 @@ example: opd train quickstart loss=jsd optim.lr=1e-4
 def main() -> None:
     """Entry point; exits with the status of ``run``."""
     warnings.filterwarnings("ignore", message=".*hydra.searchpath.*")
-    sys.exit(run(sys.argv[1:]))
+    _leave(run(sys.argv[1:]))
+
+
+def _leave(status: int) -> NoReturn:
+    """Exit; at once where a process group was made, after which an interpreter may abort at its exit."""
+    world = sys.modules.get("opd.world")  # not loaded for --help
+    if world is not None and world.has_group():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from opd.config.student import DType
 from opd.interfaces import Progress
 from opd.rollout.seeds import request_seed
 from opd.types import FinishReason, IntArray, Prompt, Rollout, Sampling
+from opd.vllm_errors import explain_refusal
 from opd.world import join_alone
 
 if TYPE_CHECKING:
@@ -60,22 +61,22 @@ def start_llm(
         # a prompt prefilled in chunks rewinds its random generator, which a CPU generator cannot do
         memory["enable_chunked_prefill"] = False
         memory["max_num_batched_tokens"] = max(CPU_STEP_TOKENS, max_model_len)
-    return LLM(
-        model,
-        tokenizer=model,
-        skip_tokenizer_init=True,
-        dtype=dtype.value,  # pyright: ignore[reportArgumentType]
-        max_model_len=max_model_len,
-        seed=seed,
-        enforce_eager=eager,
-        enable_sleep_mode=sleeps,
-        trust_remote_code=trust_remote_code,
-        distributed_executor_backend="external_launcher" if launched else "uni",
-        max_logprobs=-1,
-        use_tqdm_on_load=False,
-        logprobs_mode="processed_logprobs",
-        **memory,
-    )
+    arguments = memory | {"max_model_len": max_model_len, "dtype": dtype.value}
+    with explain_refusal(model, arguments, "rollout"):
+        return LLM(
+            model,
+            tokenizer=model,
+            skip_tokenizer_init=True,
+            seed=seed,
+            enforce_eager=eager,
+            enable_sleep_mode=sleeps,
+            trust_remote_code=trust_remote_code,
+            distributed_executor_backend="external_launcher" if launched else "uni",
+            max_logprobs=-1,
+            use_tqdm_on_load=False,
+            logprobs_mode="processed_logprobs",
+            **arguments,
+        )
 
 
 class VllmRollouts:

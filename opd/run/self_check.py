@@ -1,25 +1,31 @@
-"""Checks that a student scored by itself has loss 0; otherwise scoring and learning disagree."""
+"""The comparisons before a first step: the student scored by itself, and changed weights in the engine."""
 
-import math
+import io
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
-from opd.assembly.learner import build_learner
 from opd.assembly.loss import build_loss
-from opd.assembly.model import build_model
-from opd.assembly.teacher import no_teachers
-from opd.assembly.training import Training
+from opd.assembly.rollout import in_process
+from opd.assembly.training import Training, build_training
 from opd.checkpoint.tensors import open_checkpoint
 from opd.config.launch import LaunchEngine
 from opd.config.mask import MaskConfig
+from opd.config.record import RecordConfig
 from opd.config.rollout import training_sampling
 from opd.config.schema import Config
 from opd.config.student import DType
 from opd.config.sync import DEFAULT_MAX_GAP
-from opd.data.prompt_sets import PromptSets
-from opd.data.tokenizer import StudentTokenizer
+from opd.config.teacher import (
+    LocalTeacherConfig,
+    PoolTeacherConfig,
+    ServerTeacherConfig,
+    TeacherConfig,
+)
+from opd.config.tracking import TrackingConfig
 from opd.head import head_logps
 from opd.teacher.backend import Backend
 from opd.teacher.local import LocalTeacher
@@ -27,10 +33,8 @@ from opd.teacher.model_info import max_positions, read_info, read_spec
 from opd.teacher.self_teacher import ModuleBackend
 from opd.teacher.vocabulary import read_vocabulary
 from opd.tracking.console import SilentProgress
-from opd.train.learner import StudentLearner
 from opd.train.student import causal_lm
 from opd.types import FinishReason, Prompt, Rollout, ScoredRollout, ScoreRequest
-from opd.world import join_world
 
 TOKENS = 8
 SMALL = 2 << 30
@@ -43,31 +47,52 @@ def applies(config: Config) -> bool:
     return config.loss.needs_teacher and not sharded
 
 
-def self_loss_alone(
-    config: Config, tokenizer: StudentTokenizer, prompts: PromptSets
-) -> float | None:
-    """``self_loss`` in this process, for `opd doctor`; None for a large model or where it does not apply."""
-    stored = open_checkpoint(config.student.model).values()
-    size = sum(math.prod(s.shape) * s.dtype.itemsize for s in stored)
-    if not applies(config) or size > SMALL:
+def compare_at_start(config: Config, training: Training) -> list[str]:
+    """Resume, and compare what a run compares before its first step; a line for each. Collective.
+
+    Building ``training`` has compared student and local teachers with their models' own forward pass.
+    Raises ValueError or SyncMismatch when a comparison fails.
+    """
+    lines = ["the student's log-probs are those of the model's own forward pass"]
+    if training.checkpoint is None and applies(config):
+        loss = self_loss(config, training)
+        lines.append(f"the student scored by itself: loss {loss:.2g} nats a token")
+    training.resume()
+    gap = training.check_sync()
+    if gap is not None:
+        lines.append(f"the engine after a push of changed weights: gap {gap:.2g} nats")
+    return lines
+
+
+def compare_alone(config: Config) -> list[str] | None:
+    """``compare_at_start`` in this process, for `opd doctor`; None for large models and teacher pools.
+
+    One process without a mask and DeepSpeed; servers that the run would start are replaced by the same
+    models in this process.
+    """
+    teacher: TeacherConfig = config.teacher
+    if isinstance(teacher, ServerTeacherConfig) and teacher.url is None:
+        teacher = LocalTeacherConfig(model=teacher.model, dtype=teacher.dtype)
+    models = [config.student.model, *([teacher.model] if teacher.model else [])]
+    if isinstance(teacher, PoolTeacherConfig) or any(map(_is_large, models)):
         return None
+    launch = replace(config.launch, engine=LaunchEngine.torch, processes=1)
     alone = replace(
-        config, launch=replace(config.launch, engine=LaunchEngine.torch), mask=MaskConfig()
+        config,
+        launch=launch,
+        mask=MaskConfig(),
+        teacher=teacher,
+        rollout=in_process(config.rollout),
+        tracking=TrackingConfig(),
+        record=RecordConfig(),
     )
-    world = join_world()
-    model, everything = build_model(alone, None, world)
-    learner = build_learner(
-        alone,
-        model,
-        everything,
-        no_teachers(tokenizer, world),
-        tokenizer,
-        world,
-        SilentProgress(),
-        lambda step, row: None,
-        prompts.probe,
-    )
-    return _self_loss(alone, tokenizer, prompts, learner, model)
+    with TemporaryDirectory(prefix="opd-doctor-") as folder:
+        training = build_training(alone, Path(folder), {}, io.StringIO(), None)
+        return compare_at_start(alone, training)
+
+
+def _is_large(model: str) -> bool:
+    return sum(t.numel * t.dtype.itemsize for t in open_checkpoint(model).values()) > SMALL
 
 
 def self_loss(config: Config, training: Training) -> float:
@@ -76,18 +101,8 @@ def self_loss(config: Config, training: Training) -> float:
     Covers the scoring head, support and tail or hidden states, chunks and loss. Raises ValueError when
     it is not nearly 0.
     """
-    return _self_loss(
-        config, training.tokenizer, training.prompts, training.learner, training.model
-    )
-
-
-def _self_loss(
-    config: Config,
-    tokenizer: StudentTokenizer,
-    prompts: PromptSets,
-    learner: StudentLearner,
-    model: torch.nn.Module,
-) -> float:
+    tokenizer, prompts = training.tokenizer, training.prompts
+    learner, model = training.learner, training.model
     student = config.student.model
     request = config.loss.request(config.rollout.temperature)
     backend = ModuleBackend(

@@ -13,10 +13,10 @@ from opd.checkpoint.tensors import open_checkpoint
 from opd.checkpoint.writer import write_tensors
 from opd.config.schema import Config
 from opd.config.train import MaskScores
-from opd.run import self_check
 from opd.run.launch import TEACHER_ACCURACY
 from opd.run.mask import SCORES
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder
+from opd.run.self_check import compare_at_start
 from opd.run.status import DONE, FAILED, USAGE_ERROR, USAGE_ERROR_MARK
 from opd.teacher.connect import describe_transport
 from opd.teacher.vocabulary import read_vocabulary
@@ -37,13 +37,7 @@ def run_rank(recipe: Recipe, terminal: TextIO) -> int:
             teacher_accuracy=None if accuracy is None else float(accuracy),
         )
         _describe_teacher(config, training)
-        if training.checkpoint is None and self_check.applies(config):
-            loss = self_check.self_loss(config, training)
-            print(f"the student scored by itself: loss {loss:.2g} nats a token", file=sys.stderr)
-        training.resume()
-        gap = training.check_sync()
-        if gap is not None:
-            print(f"after a push of changed weights: gap {gap:.2g} nats", file=sys.stderr)
+        print("\n".join(compare_at_start(config, training)), file=sys.stderr)
     except ValueError as error:
         traceback.print_exc()
         print(f"{USAGE_ERROR_MARK}{error}", file=sys.stderr)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 import torch
@@ -26,6 +27,7 @@ from opd.teacher.model_info import (
 )
 from opd.teacher.scoring import log_probs
 from opd.types import IntArray, TeacherInfo
+from opd.vllm_errors import explain_refusal
 from opd.world import join_alone
 
 SOCKET_VARIABLE = "VLLM_RPC_BASE_PATH"
@@ -58,18 +60,24 @@ class VllmBackend:
         has_workers = config.tensor_parallel_size > 1
         if not has_workers:
             join_alone(torch.device("cuda" if cuda else "cpu"))
-        with _socket_folder() if has_workers else nullcontext():
+        arguments: dict[str, Any] = {
+            "dtype": config.dtype.value,
+            "max_model_len": config.max_model_len,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "kv_cache_memory_bytes": None if cuda else config.kv_cache_memory_bytes,
+        }
+        with (
+            _socket_folder() if has_workers else nullcontext(),
+            explain_refusal(model, arguments, "teacher"),
+        ):
             self.engine = LLM(
                 model,
                 runner="pooling",
                 convert="embed",
                 pooler_config=PoolerConfig(task="token_embed"),
-                dtype=config.dtype.value,
-                max_model_len=config.max_model_len,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                tensor_parallel_size=config.tensor_parallel_size,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                kv_cache_memory_bytes=None if cuda else config.kv_cache_memory_bytes,
+                **arguments,
                 enforce_eager=not cuda,
                 distributed_executor_backend=None if has_workers else "uni",
                 enable_prefix_caching=False,  # a cached prefix has no hidden states to return

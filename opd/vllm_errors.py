@@ -1,0 +1,35 @@
+"""What vLLM says when it refuses its settings, as one sentence that names ours."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def explain_refusal(model: str, arguments: Mapping[str, Any], room: str) -> Iterator[None]:
+    """Turn a ValueError of vLLM's start into one sentence.
+
+    ``arguments`` are those that vLLM was given; the ones that it names are listed with their values, as
+    settings of ``room`` (rollout or teacher).
+    """
+    try:
+        yield
+    except ValueError as error:
+        reason = " ".join("; ".join(_messages(error)).split())
+        named = [f"{name}={value}" for name, value in arguments.items() if name in reason]
+        given = f"; it was given {', '.join(named)}" if named else ""
+        raise ValueError(
+            f"vLLM cannot start with {model}: {reason}{given}. Change the {room} settings that it names, or "
+            f"use {room}={ALTERNATIVES[room]}"
+        ) from error
+
+
+ALTERNATIVES = {"rollout": "transformers", "teacher": "local"}
+
+
+def _messages(error: ValueError) -> list[str]:
+    """The messages of a pydantic ValidationError, which its first line only counts; else the error's own."""
+    errors = getattr(error, "errors", None)
+    if errors is None:
+        return [str(error)]
+    return [each["msg"].removeprefix("Value error, ") for each in errors()]
