@@ -22,6 +22,13 @@ def check_student_model(config: Config) -> list[str]:
     model_config = AutoConfig.from_pretrained(
         student.model, trust_remote_code=student.trust_remote_code
     )
+    quantised = model_config.to_dict().get("quantization_config")
+    if quantised:
+        raise ValueError(
+            f"student.model={student.model} is quantised "
+            f"({quantised.get('quant_method', 'unknown method')}): training needs plain weights; dequantise it "
+            "first, or take the model that it was made from"
+        )
     attention = student.attn_implementation
     try:
         causal = skeleton(

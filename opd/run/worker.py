@@ -78,7 +78,14 @@ def _export(training: Training, folder: Path) -> None:
     """Write final/ and the report on rank 0; collective, since weights are gathered."""
     weights = training.learner.weights()
     if training.world.is_main:
-        export(weights, training.model, training.tokenizer.tokenizer, folder / "final")
+        tokenizer = training.tokenizer
+        export(
+            weights,
+            training.model,
+            tokenizer.tokenizer,
+            folder / "final",
+            stop_ids=tokenizer.stop_ids,
+        )
         write_report(folder)
     else:
         for _ in weights:

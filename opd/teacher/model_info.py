@@ -9,10 +9,11 @@ from opd.checkpoint.family import is_tied
 from opd.checkpoint.files import model_folder
 from opd.checkpoint.tensors import open_checkpoint
 from opd.head import HeadSpec
-from opd.reference import head_spec
+from opd.reference import TOKENS, head_spec
 from opd.teacher.vocabulary import base_and_added, fingerprint
 from opd.types import TeacherInfo
 
+LEAST_TOKENS = 4
 PROBE_TEXT = "The capital of France is Paris, and 12 + 30 = 42."
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -48,9 +49,13 @@ def read_spec(model: str) -> HeadSpec:
 
 
 def probe_text(model: str) -> list[int]:
-    """Token ids of a plain sentence, for a comparison with the model's own forward pass."""
-    ids = AutoTokenizer.from_pretrained(model)(PROBE_TEXT, add_special_tokens=False)["input_ids"]
-    return [int(i) for i in ids] or [0]
+    """Token ids of a plain sentence, for a comparison with the model's own forward pass.
+
+    A tokenizer that does not know its words gives way to the first ids.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = [int(i) for i in tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]]
+    return ids if len(set(ids)) > LEAST_TOKENS else list(range(min(len(tokenizer), TOKENS)))
 
 
 def max_positions(model: str) -> int:

@@ -1,5 +1,6 @@
 """The student's weights under their Hugging Face names: loaded, listed, gathered, exported."""
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -194,13 +195,26 @@ def _module_weights(name: str, module: Any) -> Iterator[tuple[str, torch.Tensor]
             yield f"{name}.{leaf}", parameter.detach()
 
 
+def _end_tokens(own: int | list[int] | None, more: Sequence[int]) -> int | list[int] | None:
+    """``own``, and those of ``more`` that it lacks behind them."""
+    listed = own if isinstance(own, list) else [] if own is None else [own]
+    added = [i for i in more if i not in listed]
+    return [*listed, *added] if added else own
+
+
 def export(
     weights: Iterable[tuple[str, torch.Tensor]],
     model: torch.nn.Module,
     tokenizer: Any,
     folder: Path,
+    *,
+    stop_ids: Sequence[int] = (),
 ) -> None:
-    """Write a plain Hugging Face checkpoint that transformers and vLLM load; shards of at most 5 GB."""
+    """Write a plain Hugging Face checkpoint that transformers and vLLM load; shards of at most 5 GB.
+
+    Its generation config ends completions at its own end tokens and at ``stop_ids``, which ended those
+    that the model has learned from.
+    """
     causal = causal_lm(model)
     state = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,5 +222,7 @@ def export(
     causal.config.dtype = next(iter(state.values())).dtype
     causal.config.save_pretrained(folder)
     if causal.generation_config is not None:
-        causal.generation_config.save_pretrained(folder)
+        generation = copy.deepcopy(causal.generation_config)
+        generation.eos_token_id = _end_tokens(generation.eos_token_id, stop_ids)
+        generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """What the config of a student shows before any weight is loaded."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,15 @@ def test_an_architecture_that_cannot_be_trained_is_one_sentence(
         check_student_model(chosen)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes"])
+def test_a_quantised_student_is_refused(tmp_path: Path, method: str) -> None:
+    chosen = config(tmp_path, "llama")
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text()) | {"quantization_config": {"quant_method": method}}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(
+        ValueError, match=rf"is quantised \({method}\): training needs plain weights"
+    ):
+        check_student_model(chosen)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
 from opd.checkpoint.tensors import open_checkpoint
 from opd.config.adapter import LoraConfig
@@ -69,6 +69,12 @@ def saved(family: str, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     return loaded, load_file(folder / "model.safetensors")
 
 
+class Tokenizer:
+    """Leaves nothing."""
+
+    def save_pretrained(self, folder: Path) -> None: ...
+
+
 def handed_over(model: Any) -> dict[str, torch.Tensor]:
     return dict(full_weights(model, lambda parameters: nullcontext()))
 
@@ -89,9 +95,6 @@ def test_what_is_handed_over_is_the_file(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_export_loads_as_the_same_model(family: str, tmp_path: Path) -> None:
     model, file = saved(family, tmp_path / "base")
-
-    class Tokenizer:
-        def save_pretrained(self, folder: Path) -> None: ...
 
     export(handed_over(model).items(), model, Tokenizer(), tmp_path / "final")
     require_equal(load_file(tmp_path / "final" / "model.safetensors"), file)
@@ -120,6 +123,21 @@ def test_initial_weights_are_read_in_the_order_of_memory(family: str, tmp_path: 
     for name, parameter in named_weights(model):
         assert base[name].shape == tuple(parameter.shape)
         assert torch.equal(base[name].read(), parameter.detach()), name
+
+
+@pytest.mark.parametrize(
+    ("own", "learned", "expected"),
+    [(2, [2], 2), (None, [1], [1]), (2, [1, 2], [2, 1]), ([2, 3], [3, 5], [2, 3, 5]), (2, [], 2)],
+)
+def test_an_export_ends_where_the_student_learned_to_end(
+    own: Any, learned: list[int], expected: Any, tmp_path: Path
+) -> None:
+    model, _ = saved("llama", tmp_path / "base")
+    model.generation_config.eos_token_id = own
+    folder = tmp_path / "final"
+    export(handed_over(model).items(), model, Tokenizer(), folder, stop_ids=learned)
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == expected
+    assert model.generation_config.eos_token_id == own
 
 
 def random_mask(model: Any, file: dict[str, torch.Tensor]) -> Mask:
