@@ -26,8 +26,8 @@ def check_student_model(config: Config) -> list[str]:
     if quantised:
         raise ValueError(
             f"student.model={student.model} is quantised "
-            f"({quantised.get('quant_method', 'unknown method')}): training needs plain weights; dequantise it "
-            "first, or take the model that it was made from"
+            f"({quantised.get('quant_method', 'unknown method')}): training needs plain weights; dequantise "
+            "it first, or take the model that it was made from"
         )
     attention = student.attn_implementation
     try:
