@@ -1,7 +1,5 @@
 """The student under its training engine."""
 
-from collections.abc import Sequence
-
 import torch
 
 from opd.assembly.loss import build_loss, build_reduction, return_discount
@@ -15,7 +13,8 @@ from opd.config.teacher import PoolTeacherConfig
 from opd.config.train import MaskScores
 from opd.data.tokenizer import StudentTokenizer
 from opd.interfaces import Progress
-from opd.reference import head_spec
+from opd.model_head import head_spec
+from opd.reference import OwnForward
 from opd.train.deepspeed_engine import DeepSpeedEngine
 from opd.train.engine import TrainingEngine
 from opd.train.learner import StudentLearner
@@ -41,15 +40,17 @@ def build_learner(
     world: World,
     progress: Progress,
     write: Write,
-    probe: Sequence[int],
+    own: OwnForward,
 ) -> StudentLearner:
     """The student under its training engine, once it agrees with the model's own forward pass.
 
-    ``write`` receives the rows of record=weights; ``probe`` are token ids to compare on.
+    ``write`` receives the rows of record=weights; ``own`` is the student's as it was
+    loaded.
     """
     student = _student(config, model, teachers, tokenizer).to(world.device)
     who = f"student.model={config.student.model}"
-    require_learner_forward(student, probe, pad_id=tokenizer.pad_id, who=who)
+    student.train(not config.train.dropout)
+    require_learner_forward(student, own, pad_id=tokenizer.pad_id, who=who)
     optimizer = (
         SquaredGradients(student.parameters())
         if config.train.mask_scores in GRADIENT_SCORES

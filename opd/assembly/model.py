@@ -11,7 +11,8 @@ from opd.config.schema import Config
 from opd.config.train import Precision
 from opd.mask.file import RUN_MASK
 from opd.mask.mask import Mask
-from opd.reference import bf16_rounding, head_spec
+from opd.model_head import head_spec
+from opd.reference import OwnForward, bf16_rounding
 from opd.train.parameter_mask import (
     DenseTraining,
     ParameterMask,
@@ -31,19 +32,23 @@ def read_run_mask(config: Config, folder: Path) -> Mask | None:
 
 
 def build_model(
-    config: Config, mask: Mask | None, world: World
-) -> tuple[torch.nn.Module, ParameterMask]:
-    """The transformers (or peft) model, and which of its weights are trained."""
+    config: Config, mask: Mask | None, world: World, probe: Sequence[int]
+) -> tuple[torch.nn.Module, ParameterMask, OwnForward]:
+    """The transformers (or peft) model, which of its weights are trained, and its own forward pass.
+
+    The last is that of the model as it was loaded, on the token ids ``probe``.
+    """
     pure = config.train.precision == Precision.pure_bf16
     dtype = torch.bfloat16 if pure else torch.float32
     model = load_student(config.student.model, config.student, dtype=dtype).to(world.device)
+    own = OwnForward.of(model, probe)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
     if isinstance(config.adapter, LoraConfig):
         model = with_lora(model, config.adapter)
     if not config.train.dropout:
         disable_dropout(model)
-    return model, _parameter_mask(config, mask, model)
+    return model, _parameter_mask(config, mask, model), own
 
 
 def measure_rounding(config: Config, model: torch.nn.Module, ids: Sequence[int]) -> float | None:

@@ -120,13 +120,13 @@ def build_training(
         progress=progress,
     )
     engine, sync = build_engine(inputs, mask)
-    model, parameter_mask = build_model(config, mask, world)
+    model, parameter_mask, own = build_model(config, mask, world, prompts.probe)
     rounding = measure_rounding(config, model, prompts.probe)
     vocabulary = read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
     teachers = build_teachers(config, model, tokenizer, vocabulary, world, progress)
     write = build_weight_record(config, folder, world, resumed)
     learner = build_learner(
-        config, model, parameter_mask, teachers, tokenizer, world, progress, write, prompts.probe
+        config, model, parameter_mask, teachers, tokenizer, world, progress, write, own
     )
     parts = _Parts(
         tokenizer=tokenizer,

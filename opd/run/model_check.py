@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from opd.config.adapter import ALL_LINEAR, LoraConfig
 from opd.config.schema import Config
 from opd.config.student import AUTO_ATTENTION
-from opd.reference import decoder, head_spec, skeleton
+from opd.model_head import decoder, head_spec, skeleton
 
 
 def check_student_model(config: Config) -> list[str]:
@@ -67,7 +67,13 @@ def _require_targets(adapter: LoraConfig, causal: Any) -> None:
                 f"adapter.target_modules names the output head {target!r}, which is applied as a plain "
                 "matrix without adapters: leave it out"
             )
-        if causal.get_input_embeddings() in matched and tied:
+        inputs = causal.get_input_embeddings()
+        if any(isinstance(m, nn.Embedding) and m is not inputs for m in matched):
+            raise ValueError(
+                f"adapter.target_modules names {target!r}, a table of positions, for which there are no "
+                "adapters: leave it out"
+            )
+        if inputs in matched and tied:
             raise ValueError(
                 f"adapter.target_modules names the embedding {target!r}, which is tied to the output head: "
                 "an adapter would change only one of them; leave it out"

@@ -67,8 +67,9 @@ def _repack_tied_head(worker: Any) -> None:
     model = worker.get_model()
     config = worker.model_runner.model_config.hf_text_config
     if config.tie_word_embeddings:
-        head = model.lm_head
-        head.quant_method.process_weights_after_loading(head)
+        head = getattr(model, "lm_head", None)  # Gemma 2 and Cohere use the embedding itself
+        if head is not None:
+            head.quant_method.process_weights_after_loading(head)
 
 
 class ModuleWeights:

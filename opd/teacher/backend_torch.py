@@ -1,15 +1,14 @@
 """Hidden states from a Hugging Face model in this process."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from opd.config.teacher import TeacherModelConfig
 from opd.head import HeadSpec
-from opd.reference import TOKENS, decoder, require_own_forward, use_faithful_attention
+from opd.model_head import decoder
+from opd.reference import TOKENS, OwnForward, load_whole, use_faithful_attention
 from opd.teacher.model_info import max_positions, probe_text, read_info, read_spec
 from opd.teacher.scoring import log_probs
 from opd.types import IntArray, TeacherInfo
@@ -28,7 +27,8 @@ class TorchBackend:
         *,
         device: str = "cpu",
     ) -> None:
-        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=config.dtype.value)
+        who = f"teacher {model}"
+        network = load_whole(model, who, dtype=config.dtype.value)
         network.to(device).eval().requires_grad_(False)
         use_faithful_attention(network, range(TOKENS))
         self.spec: HeadSpec = read_spec(model)
@@ -38,11 +38,8 @@ class TorchBackend:
             model, max_length=config.max_model_len or max_positions(model), dtype=network.dtype
         )
         self.max_tokens = config.max_num_batched_tokens
-        require_own_forward(
-            network,
-            probe_text(model),
-            lambda sequences: log_probs(self, sequences),
-            f"teacher {model}",
+        OwnForward.of(network, probe_text(model)).require(
+            lambda sequences: log_probs(self, sequences), who
         )
 
     @torch.inference_mode()

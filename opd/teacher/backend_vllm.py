@@ -13,11 +13,10 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM
 
 from opd.config.teacher import TeacherEngineConfig
 from opd.head import HeadSpec
-from opd.reference import require_own_forward
+from opd.reference import OwnForward, load_whole
 from opd.teacher.model_info import (
     checkpoint_bytes,
     probe_text,
@@ -125,13 +124,10 @@ def _require_own_forward(backend: VllmBackend, model: str) -> None:
         return
     dtype: torch.dtype = backend.engine.model_config.dtype
     exact = 2 * needed < free
-    causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32 if exact else dtype)
-    require_own_forward(
-        causal,
-        probe_text(model),
-        lambda sequences: [each.cpu() for each in log_probs(backend, sequences)],
-        f"teacher {model} in vLLM",
-        dtype=dtype,
+    who = f"teacher {model} in vLLM"
+    causal = load_whole(model, who, dtype=torch.float32 if exact else dtype)
+    OwnForward.of(causal, probe_text(model)).require(
+        lambda sequences: [each.cpu() for each in log_probs(backend, sequences)], who, dtype=dtype
     )
 
 

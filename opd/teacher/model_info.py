@@ -9,7 +9,8 @@ from opd.checkpoint.family import is_tied
 from opd.checkpoint.files import model_folder
 from opd.checkpoint.tensors import open_checkpoint
 from opd.head import HeadSpec
-from opd.reference import TOKENS, head_spec
+from opd.model_head import head_spec, head_width
+from opd.reference import TOKENS
 from opd.teacher.vocabulary import base_and_added, fingerprint
 from opd.types import TeacherInfo
 
@@ -32,7 +33,7 @@ def read_info(model: str, *, max_length: int, dtype: torch.dtype | None = None) 
     return TeacherInfo(
         model=model,
         vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
+        hidden_size=head_width(config),
         tokenizer_fingerprint=fingerprint(tokenizer),
         tokenizer_size=len(tokenizer),
         max_length=max_length,

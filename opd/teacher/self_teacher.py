@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from opd.head import HeadSpec
-from opd.reference import decoder
+from opd.model_head import decoder
 from opd.teacher.backend_torch import hidden_states
 from opd.types import IntArray, TeacherInfo
 

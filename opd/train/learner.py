@@ -23,7 +23,7 @@ from opd.train.optimizers import LearningRate
 from opd.train.parameter_mask import ParameterMask
 from opd.train.record import NoRecord, Recorder
 from opd.train.student import causal_lm
-from opd.train.weights import flip_bit, full_weights, named_weights
+from opd.train.weights import flip_bit, full_weights
 from opd.types import FloatArray, Rollout, ScoredRollout, StepReport
 from opd.world import World
 
@@ -145,7 +145,7 @@ class StudentLearner:
 
     def _flip(self) -> None:
         causal = causal_lm(self._model)
-        for _, parameter in named_weights(causal):
+        for parameter in causal.parameters():
             for part, _ in self._engine.parts(parameter):
                 flip_bit(part)
         for _, buffer in stored_buffers(causal):

@@ -6,37 +6,26 @@ import numpy as np
 import torch
 
 from opd.batch import Batch, LossOutput, collate
-from opd.reference import require_own_forward
-from opd.train.student import Student, TeacherHeads, causal_lm
+from opd.reference import OwnForward
+from opd.train.student import Student, TeacherHeads
 from opd.types import FinishReason, IntArray, Prompt, Rollout, ScoredRollout
 
 
-def require_learner_forward(
-    student: Student, ids: Sequence[int], *, pad_id: int, who: str
-) -> float:
-    """The gap in nats between the log-probs that losses get and the model's own, on a few of ``ids``.
+def require_learner_forward(student: Student, own: OwnForward, *, pad_id: int, who: str) -> float:
+    """The gap in nats between the log-probs that losses get and those of the model as it was loaded.
 
-    Two sequences are padded into one micro-batch, in the mode of training. ``student`` has whole weights,
-    before an engine shards them; ``who`` names it in an error. Raises ValueError for a gap above the bound.
+    The sequences are padded into one micro-batch, in the mode that ``student`` is in. It has whole
+    weights, before an engine shards them; ``who`` names it in an error. Raises ValueError for a gap above
+    the bound.
     """
-    causal = causal_lm(student.model)
     alone = Student(
         student.model,
         spec=student.spec,
         temperature=1.0,
         chunk_bytes=student.chunk_bytes,
-        teacher_head=TeacherHeads(None, 1, next(causal.parameters()).device),
-    )
-
-    def ours(sequences: list[IntArray]) -> list[torch.Tensor]:
-        training = student.training
-        student.train()
-        try:
-            return _log_probs(alone, sequences, pad_id)
-        finally:
-            student.train(training)
-
-    return require_own_forward(causal, ids, ours, who)
+        teacher_head=TeacherHeads(None, 1, next(student.parameters()).device),
+    ).train(student.training)
+    return own.require(lambda sequences: _log_probs(alone, sequences, pad_id), who)
 
 
 def _log_probs(student: Student, sequences: Sequence[IntArray], pad_id: int) -> list[torch.Tensor]:

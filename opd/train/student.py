@@ -13,7 +13,7 @@ from torch import nn
 from opd.batch import Batch, LossOutput
 from opd.head import HeadSpec, chunk_rows
 from opd.interfaces import Loss, Teacher
-from opd.reference import decoder
+from opd.model_head import decoder
 from opd.train.chunked import chunked_logps, chunked_loss
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from transformers import AutoModelForCausalLM
 
 from opd.config.adapter import LoraConfig
 from opd.config.student import AUTO_ATTENTION, StudentConfig
 from opd.reference import TOKENS as PROBE_TOKENS
-from opd.reference import use_faithful_attention
+from opd.reference import load_whole, use_faithful_attention
 from opd.train.checkpoint_layout import (
     CheckpointLayout,
     layer_key,
@@ -34,19 +33,16 @@ Gathered = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[None]
 def load_student(model: str, config: StudentConfig, *, dtype: torch.dtype) -> torch.nn.Module:
     """The causal language model ``model`` of transformers with every weight in ``dtype``.
 
-    Raises ValueError for a model or an attention that transformers cannot load.
+    Raises ValueError for a model or an attention that transformers cannot load, and for missing tensors.
     """
     auto = config.attn_implementation == AUTO_ATTENTION
-    try:
-        student = AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=dtype,
-            attn_implementation=None if auto else config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (ImportError, ValueError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"student.model={model} cannot be loaded ({first})") from error
+    student = load_whole(
+        model,
+        f"student.model={model}",
+        dtype=dtype,
+        attn_implementation=None if auto else config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
     if auto:
         use_faithful_attention(student, range(PROBE_TOKENS))
     return student
@@ -120,7 +116,8 @@ def checkpoint_views(causal: torch.nn.Module) -> dict[str, torch.Tensor]:
     Raises ValueError where a tensor of the checkpoint is no regular part of one in memory.
     """
     tensors = {name: parameter.detach() for name, parameter in named_weights(causal)}
-    return {**dict(checkpoint_layout(causal).views(tensors)), **dict(stored_buffers(causal))}
+    buffers = to_checkpoint(causal, dict(stored_buffers(causal)))
+    return {**dict(checkpoint_layout(causal).views(tensors)), **buffers}
 
 
 FLIPPED = {
@@ -184,15 +181,29 @@ def _module_weights(name: str, module: Any) -> Iterator[tuple[str, torch.Tensor]
         for leaf, buffer in own_stored_buffers(module):
             yield f"{name}.{leaf}", buffer
         return
-    layer: Any = module
-    for leaf, parameter in layer.get_base_layer().named_parameters():
-        if leaf == "weight":
-            weight: torch.Tensor = parameter.detach()
-            for adapter in layer.active_adapters:
-                weight = weight + layer.get_delta_weight(adapter)
-            yield f"{name}.{leaf}", weight
-        else:
-            yield f"{name}.{leaf}", parameter.detach()
+    updates = _adapter_updates(module)
+    base = module.get_base_layer()
+    for leaf, parameter in base.named_parameters():
+        yield f"{name}.{leaf}", sum(updates.get(leaf, ()), start=parameter.detach())
+    for leaf, buffer in stored_buffers(base):
+        yield f"{name}.{leaf}", buffer
+
+
+def _adapter_updates(layer: Any) -> dict[str, list[torch.Tensor]]:
+    """What the adapters of a peft layer add to each parameter of the layer inside it.
+
+    peft wraps the fused experts of a mixture once for each parameter, one wrapper around the other.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    updates: dict[str, list[torch.Tensor]] = {}
+    while isinstance(layer, LoraLayer):
+        leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+        found = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters]  # pyright: ignore
+        updates.setdefault(leaf, []).extend(found)
+        layer = layer.base_layer
+    return updates
 
 
 def _end_tokens(own: int | list[int] | None, more: Sequence[int]) -> int | list[int] | None:

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from opd.head import HeadSpec, chunk_rows, head_logps, matmul_float32, vocab_blocks
-from opd.reference import head_spec
+from opd.model_head import head_spec
 
 TINY: dict[str, Any] = {
     "vocab_size": 40,

@@ -1,23 +1,18 @@
 """Heads are measured on the model's own code, and log-probs that differ from its own are refused."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from opd.head import HeadSpec
-from opd.reference import (
-    BOUND,
-    decoder,
-    head_spec,
-    reference_logps,
-    require_own_forward,
-    skeleton,
-    use_faithful_attention,
-)
+from opd.model_head import decoder, head_spec, skeleton
+from opd.reference import BOUND, OwnForward, load_whole, reference_logps, use_faithful_attention
 from opd.train.own_forward import require_learner_forward
 from opd.train.student import Student, TeacherHeads
 from opd.train.weights import disable_dropout
@@ -51,6 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {},
     "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 2},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt_projected": {"ffn_dim": 48, "word_embed_proj_dim": 16},
     "lfm2": LLAMA_LIKE,
 }
 KNOWN = {
@@ -66,7 +62,8 @@ KNOWN = {
 
 
 def config_of(family: str, **settings: Any) -> Any:
-    return CONFIG_MAPPING[family](**(SIZES | FAMILIES[family] | settings))
+    kind = family.removesuffix("_projected")
+    return CONFIG_MAPPING[kind](**(SIZES | FAMILIES[family] | settings))
 
 
 def model_of(config: Any) -> Any:
@@ -85,8 +82,10 @@ def learner_of(model: Any, spec: HeadSpec) -> Student:
     return Student(model, spec=spec, temperature=0.7, chunk_bytes=1 << 10, teacher_head=heads)
 
 
-def gap(model: Any, spec: HeadSpec) -> float:
-    return require_learner_forward(learner_of(model, spec), range(3, 20), pad_id=0, who="it")
+def gap(model: Any, spec: HeadSpec, own: OwnForward | None = None) -> float:
+    """``own`` is the model's own forward pass as it was loaded, by default as it is now."""
+    own = own or OwnForward.of(model, range(3, 20))
+    return require_learner_forward(learner_of(model, spec).train(), own, pad_id=0, who="it")
 
 
 @pytest.mark.parametrize(("family", "expected"), KNOWN.items())
@@ -233,8 +232,43 @@ def test_the_reference_leaves_the_model_as_it_was() -> None:
     torch.testing.assert_close(logps.exp().sum(1), torch.ones(5))
     assert model.training
     assert model.config._attn_implementation == "sdpa"
-    assert require_own_forward(model, range(3, 9), own(model), "it") <= 1e-6
 
 
-def own(model: Any) -> Any:
-    return lambda sequences: [reference_logps(model, ids) for ids in sequences]
+@pytest.mark.parametrize("dropped", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_files_that_lack_a_tensor_are_refused(tmp_path: Path, dropped: str) -> None:
+    model_of(config_of("llama")).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[dropped]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=rf"it: its files lack 1 tensors .* the first is {dropped}"
+    ):
+        load_whole(str(tmp_path), "it", dtype=torch.float32)
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    model_of(config_of("llama")).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = torch.ones(5)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"it.*(model.norm.weight|size mismatch|shape)"):
+        load_whole(str(tmp_path), "it", dtype=torch.float32)
+
+
+def test_whole_files_are_accepted_with_a_tied_head(tmp_path: Path) -> None:
+    model_of(config_of("llama", tie_word_embeddings=True)).save_pretrained(tmp_path)
+    load_whole(str(tmp_path), "it", dtype=torch.float32)
+
+
+def test_a_rate_that_is_no_noise_is_noticed() -> None:
+    """PhiMoE routes by its jitter rate in evaluation too: without it, it is another model."""
+    config = CONFIG_MAPPING["phimoe"](
+        **SIZES, **LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.5
+    )
+    model = model_of(config)
+    own = OwnForward.of(model, range(3, 20))
+    disable_dropout(model)
+    with pytest.raises(ValueError, match="noise in training"):
+        gap(model, head_spec(model.config), own)

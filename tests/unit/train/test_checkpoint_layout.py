@@ -223,6 +223,26 @@ def test_an_export_is_what_the_adapters_were_trained_to(
         )
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss"])
+def test_adapters_of_experts_and_stored_buffers_are_exported(family: str, tmp_path: Path) -> None:
+    plain, file = saved(family, tmp_path)
+    adapted: Any = with_lora(plain, LoraConfig(r=2))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    found = handed_over(adapted)
+    assert found.keys() == file.keys()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.arange(20)[None] % 32
+    with torch.no_grad():
+        for name, view in checkpoint_views(merged).items():
+            view.copy_(found[name])
+        trained = adapted.eval()(ids).logits
+        torch.testing.assert_close(trained, merged.eval()(ids).logits, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [
