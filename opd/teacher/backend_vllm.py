@@ -24,10 +24,11 @@ from opd.teacher.model_info import (
     read_head,
     read_info,
     read_spec,
+    require_divisible_heads,
 )
 from opd.teacher.scoring import log_probs
 from opd.types import IntArray, TeacherInfo
-from opd.vllm_errors import explain_refusal
+from opd.vllm_start import explain_refusal, set_start_method
 from opd.world import join_alone
 
 SOCKET_VARIABLE = "VLLM_RPC_BASE_PATH"
@@ -49,6 +50,7 @@ class VllmBackend:
     """
 
     def __init__(self, model: str, config: TeacherEngineConfig) -> None:
+        set_start_method()
         cuda = torch.cuda.is_available()
         for name, value in (ENVIRONMENT if cuda else CPU_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
@@ -57,6 +59,7 @@ class VllmBackend:
         from vllm import LLM
         from vllm.config import PoolerConfig
 
+        require_divisible_heads(model, config.tensor_parallel_size)
         has_workers = config.tensor_parallel_size > 1
         if not has_workers:
             join_alone(torch.device("cuda" if cuda else "cpu"))
