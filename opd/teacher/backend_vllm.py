@@ -36,6 +36,10 @@ MAX_SOCKET_FOLDER = 70  # characters; 37 of a name follow, and a socket's path e
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING"}
 MEMORY_FACTOR = 1.5
 """Free memory that the comparison with transformers needs, in sizes of the checkpoint."""
+MOST_BYTES = 64 << 30
+"""Of the largest checkpoint that is compared: reading it again takes about a minute."""
+EXACT_BYTES = 8 << 30
+"""Of the largest checkpoint that transformers computes in float32."""
 CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # the CPU build warns about what no setting changes
@@ -113,21 +117,20 @@ class VllmBackend:
 
 
 def _require_own_forward(backend: VllmBackend, model: str) -> None:
-    """Compare the engine with transformers on the CPU; a model too large for the memory is not compared.
+    """Compare the engine with transformers on the CPU; a model too large for that is not compared.
 
     Raises ValueError when vLLM or the head computes another model.
     """
-    needed = MEMORY_FACTOR * checkpoint_bytes(model)
-    free = psutil.virtual_memory().available
-    if needed > free:
+    stored, free = checkpoint_bytes(model), psutil.virtual_memory().available
+    if stored > MOST_BYTES or MEMORY_FACTOR * stored > free:
         print(
-            f"teacher {model}: not compared with transformers, which needs {needed / 2**30:.0f} GiB of "
-            f"memory and {free / 2**30:.0f} GiB are free",
+            f"teacher {model}: not compared with transformers on the CPU, which would load "
+            f"{stored >> 30} GiB; at most {MOST_BYTES >> 30} GiB are loaded, and {free >> 30} GiB are free",
             file=sys.stderr,
         )
         return
     dtype: torch.dtype = backend.engine.model_config.dtype
-    exact = 2 * needed < free
+    exact = stored < EXACT_BYTES and 2 * MEMORY_FACTOR * stored < free
     causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32 if exact else dtype)
     require_own_forward(
         causal,
