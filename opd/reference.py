@@ -29,7 +29,7 @@ def load_whole(model: str, who: str, **options: Any) -> Any:
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, output_loading_info=True, **options
+            model, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (ImportError, ValueError, OSError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]

@@ -60,13 +60,14 @@ class World:
 def join_world() -> World:
     """Join the process group that the launcher described in the environment (torchrun's names).
 
-    Without these names the world has one rank. CUDA ranks communicate by nccl, others by gloo.
+    Without these names the world has one rank. CUDA ranks communicate by nccl, others by gloo. Raises
+    ValueError where this rank has no GPU of its own.
     """
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", _own_device(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -74,6 +75,24 @@ def join_world() -> World:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def _own_device(local_rank: int, visible: int) -> int:
+    """The number of this rank's GPU among the visible ones.
+
+    That is the local rank, or 0 under a scheduler that shows every task one GPU of its own; LOCAL_RANK is
+    then set to 0 too, because vLLM takes it for the number of the GPU.
+    """
+    if local_rank < visible:
+        return local_rank
+    if visible == 1 and "SLURM_LOCALID" in os.environ:
+        os.environ["LOCAL_RANK"] = "0"
+        return 0
+    raise ValueError(
+        f"rank {local_rank} of this machine has no GPU of its own: {visible} can be seen; start as many "
+        "ranks as there are GPUs (launch.processes, --nproc-per-node), or make more visible "
+        "(CUDA_VISIBLE_DEVICES)"
+    )
 
 
 def has_group() -> bool:

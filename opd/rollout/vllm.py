@@ -12,7 +12,7 @@ from opd.config.student import DType
 from opd.interfaces import Progress
 from opd.rollout.seeds import request_seed
 from opd.types import FinishReason, IntArray, Prompt, Rollout, Sampling
-from opd.vllm_errors import explain_refusal
+from opd.vllm_start import explain_refusal, set_start_method
 from opd.world import join_alone
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def start_llm(
     ``max_model_len`` counts prompt and completion. The engine core stays in this process (no
     multiprocessing), so that weights are handed over without copies.
     """
+    set_start_method()
     on_gpu = device.type == "cuda"
     eager = not on_gpu if config.enforce_eager is None else config.enforce_eager
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from opd.vllm_start import CHILDREN
+
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
@@ -14,16 +16,19 @@ page-faults them in again, which can cost more than the arithmetic; these settin
 
 
 def child_environment() -> dict[str, str]:
-    """The caller's environment, plus KEEP_FREED_MEMORY where there is no GPU; values that are set stay."""
+    """The caller's environment with vLLM's ``CHILDREN``, and KEEP_FREED_MEMORY where there is no GPU.
+
+    Values that are set stay.
+    """
     if Path("/dev/nvidiactl").exists():
-        return dict(os.environ)
-    return KEEP_FREED_MEMORY | os.environ
+        return CHILDREN | os.environ
+    return CHILDREN | KEEP_FREED_MEMORY | os.environ
 
 
 def restart_keeping_memory() -> None:
-    """Restart this command with KEEP_FREED_MEMORY, since malloc reads its settings only at the start.
+    """Restart this command with ``child_environment``, since malloc reads its settings only at the start.
 
-    Does nothing where the variables are set already, or where there is a GPU.
+    Does nothing where the variables are set already.
     """
     environment = child_environment()
     if environment != dict(os.environ):

@@ -29,6 +29,7 @@ from opd.data.stream import ShuffledPrompts
 from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
 from opd.evaluate.reward import reward_function
 from opd.rollout.client import require_servers_fit
+from opd.run.devices import require_devices
 from opd.run.findings import findings
 from opd.run.folder import open_folder
 from opd.run.gradable import require_gradable
@@ -65,6 +66,7 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     found = [*problems(config), *_missing_packages(config)]
     if found:
         raise ValueError("\n".join(found))
+    require_devices(config)
     start = open_folder(recipe, folder)
     if config.launch.engine == LaunchEngine.deepspeed:
         _require_launch_file(config)

@@ -23,10 +23,11 @@ from opd.teacher.model_info import (
     read_head,
     read_info,
     read_spec,
+    require_divisible_heads,
 )
 from opd.teacher.scoring import log_probs
 from opd.types import IntArray, TeacherInfo
-from opd.vllm_errors import explain_refusal
+from opd.vllm_start import explain_refusal, set_start_method
 from opd.world import join_alone
 
 SOCKET_VARIABLE = "VLLM_RPC_BASE_PATH"
@@ -34,6 +35,10 @@ MAX_SOCKET_FOLDER = 70  # characters; 37 of a name follow, and a socket's path e
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING"}
 MEMORY_FACTOR = 1.5
 """Free memory that the comparison with transformers needs, in sizes of the checkpoint."""
+MOST_BYTES = 64 << 30
+"""Of the largest checkpoint that is compared: reading it again takes about a minute."""
+EXACT_BYTES = 8 << 30
+"""Of the largest checkpoint that transformers computes in float32."""
 CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # the CPU build warns about what no setting changes
@@ -48,6 +53,7 @@ class VllmBackend:
     """
 
     def __init__(self, model: str, config: TeacherEngineConfig) -> None:
+        set_start_method()
         cuda = torch.cuda.is_available()
         for name, value in (ENVIRONMENT if cuda else CPU_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
@@ -56,6 +62,7 @@ class VllmBackend:
         from vllm import LLM
         from vllm.config import PoolerConfig
 
+        require_divisible_heads(model, config.tensor_parallel_size)
         has_workers = config.tensor_parallel_size > 1
         if not has_workers:
             join_alone(torch.device("cuda" if cuda else "cpu"))
@@ -109,21 +116,20 @@ class VllmBackend:
 
 
 def _require_own_forward(backend: VllmBackend, model: str) -> None:
-    """Compare the engine with transformers on the CPU; a model too large for the memory is not compared.
+    """Compare the engine with transformers on the CPU; a model too large for that is not compared.
 
     Raises ValueError when vLLM or the head computes another model.
     """
-    needed = MEMORY_FACTOR * checkpoint_bytes(model)
-    free = psutil.virtual_memory().available
-    if needed > free:
+    stored, free = checkpoint_bytes(model), psutil.virtual_memory().available
+    if stored > MOST_BYTES or MEMORY_FACTOR * stored > free:
         print(
-            f"teacher {model}: not compared with transformers, which needs {needed / 2**30:.0f} GiB of "
-            f"memory and {free / 2**30:.0f} GiB are free",
+            f"teacher {model}: not compared with transformers on the CPU, which would load "
+            f"{stored >> 30} GiB; at most {MOST_BYTES >> 30} GiB are loaded, and {free >> 30} GiB are free",
             file=sys.stderr,
         )
         return
     dtype: torch.dtype = backend.engine.model_config.dtype
-    exact = 2 * needed < free
+    exact = stored < EXACT_BYTES and 2 * MEMORY_FACTOR * stored < free
     who = f"teacher {model} in vLLM"
     causal = load_whole(model, who, dtype=torch.float32 if exact else dtype)
     OwnForward.of(causal, probe_text(model)).require(

@@ -14,7 +14,7 @@ from opd.config.teacher import (
 )
 from opd.interfaces import Progress
 from opd.teacher.client import ServerTeacher
-from opd.teacher.model_info import max_positions, read_info
+from opd.teacher.model_info import max_positions, read_info, require_divisible_heads
 from opd.teacher.transport import describe_costs
 from opd.teacher.vocabulary import Vocabulary, common_vocab_size, require_fit
 from opd.teacher.wire import TOKEN_VARIABLE
@@ -129,4 +129,6 @@ def _read_info(config: TeacherConfig, setting: str, model: str, student: Vocabul
             f"{setting}={model} cannot be read as a model folder or Hub id ({first})"
         ) from None
     require_fit(info, student)
+    if isinstance(config, ServedTeacherConfig):
+        require_divisible_heads(model, config.tensor_parallel_size)
     return info

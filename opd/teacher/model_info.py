@@ -64,6 +64,25 @@ def max_positions(model: str) -> int:
     return AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
 
 
+def require_divisible_heads(model: str, tensor_parallel_size: int) -> None:
+    """ValueError unless a model's attention heads can be divided over so many GPUs, as vLLM divides them."""
+    text = AutoConfig.from_pretrained(model).get_text_config().to_dict()
+    heads = text.get("num_attention_heads")
+    if tensor_parallel_size == 1 or heads is None:
+        return
+    groups = text.get("num_key_value_heads") or heads
+
+    def fits(size: int) -> bool:
+        return heads % size == 0 and (groups % size == 0 or size % groups == 0)
+
+    if not fits(tensor_parallel_size):
+        allowed = [str(size) for size in range(1, heads + 1) if fits(size)]
+        raise ValueError(
+            f"teacher.tensor_parallel_size={tensor_parallel_size} does not divide the {heads} "
+            f"attention heads ({groups} of keys and values) of {model}: allowed are {', '.join(allowed)}"
+        )
+
+
 def read_head(model: str) -> torch.Tensor:
     """The output head [V, D], float32, as transformers loads it from the checkpoint's files.
 

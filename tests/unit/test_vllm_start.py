@@ -3,7 +3,7 @@
 import pytest
 from pydantic import BaseModel, model_validator
 
-from opd.vllm_errors import explain_refusal
+from opd.vllm_start import explain_refusal
 
 GIVEN = {"max_model_len": 4096, "enable_chunked_prefill": False, "dtype": "float32"}
 

@@ -1,8 +1,23 @@
-"""What vLLM says when it refuses its settings, as one sentence that names ours."""
+"""What is the same for every start of a vLLM engine: how its workers start, and what a refusal says."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+CHILDREN = {
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+"""torch.cuda.is_available() initialises the driver, after which a forked worker cannot use CUDA, and vLLM
+forks by default. Workers are spawned, and torch asks NVML instead of the driver."""
+
+
+def set_start_method() -> None:
+    """Set ``CHILDREN`` for this process and its children, where the caller has not; before torch looks
+    for CUDA."""
+    for name, value in CHILDREN.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager
