@@ -22,14 +22,14 @@ def set_start_method() -> None:
 
 @contextmanager
 def explain_refusal(model: str, arguments: Mapping[str, Any], room: str) -> Iterator[None]:
-    """Turn a ValueError of vLLM's start into one sentence.
+    """Turn a ValueError of vLLM's start, or a KeyError of its loaders, into one sentence.
 
     ``arguments`` are those that vLLM was given; the ones that it names are listed with their values, as
     settings of ``room`` (rollout or teacher).
     """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         reason = " ".join("; ".join(_messages(error)).split())
         named = [f"{name}={value}" for name, value in arguments.items() if name in reason]
         given = f"; it was given {', '.join(named)}" if named else ""
@@ -42,8 +42,10 @@ def explain_refusal(model: str, arguments: Mapping[str, Any], room: str) -> Iter
 ALTERNATIVES = {"rollout": "transformers", "teacher": "local"}
 
 
-def _messages(error: ValueError) -> list[str]:
+def _messages(error: ValueError | KeyError) -> list[str]:
     """The messages of a pydantic ValidationError, which its first line only counts; else the error's own."""
+    if isinstance(error, KeyError):
+        return [f"it does not know {error}"]
     errors = getattr(error, "errors", None)
     if errors is None:
         return [str(error)]

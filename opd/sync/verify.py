@@ -102,7 +102,8 @@ class SyncCheck:
                 f"after a push of changed weights, which move the learner's log-probs by {moved:.3g} nats on "
                 f"average, the rollout engine's differ from them by {gap:.3g} (largest {largest:.3g}, "
                 f"allowed {bound:.3g}): some weights do not reach the engine, or it uses them in another "
-                "layout; use rollout=transformers for this architecture, and report it"
+                "layout, or it computes another model (transformers: some families are wrong beside left "
+                "padding, set rollout.batch_size=1); use another rollout engine for this architecture"
             )
         return gap
 

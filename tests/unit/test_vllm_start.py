@@ -50,6 +50,13 @@ def test_plain_errors_are_one_line_too() -> None:
     assert all("\n" not in refused(make) for make in (plain, other, Chunked))
 
 
+def test_a_tensor_that_a_loader_does_not_know_is_named() -> None:
+    def load() -> None:
+        raise KeyError("layers.1.mlp.gate.e_score_correction_bias")
+
+    assert "it does not know 'layers.1.mlp.gate.e_score_correction_bias'" in refused(load)
+
+
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="out of memory"), explain_refusal("m", {}, "teacher"):
         raise RuntimeError("out of memory")
