@@ -80,6 +80,13 @@ def test_a_conversation_without_a_question_is_refused(messages, words, tokenizer
         ("q", 'expected {"role": "user"'),
         ({"role": "user", "content": [{"type": "image"}]}, "images and other media are not"),
         ({"role": "user", "content": [{"type": "text", "text": "x"}, 3]}, "expected parts of text"),
+        ({"role": "user", "content": [{"type": "image", "text": ""}]}, "other media are not"),
+        ({"role": "user", "content": [{"type": "audio", "text": "x"}]}, "other media are not"),
+        ({"role": "user", "content": [{"text": "x", "image": "a.png"}]}, "other media are not"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "x", "image_url": {"url": "a"}}]},
+            "other media are not",
+        ),
     ],
 )
 def test_a_message_of_another_form_is_named(message, words, tokenizer, write):
@@ -134,6 +141,21 @@ def test_keys_that_only_other_rows_have_are_not_shown_to_the_template(make_token
     assert [prompt.text for prompt in prompts] == ["qn", "q"]
 
 
+def test_null_fields_are_not_shown_to_the_template_at_any_depth(make_tokenizer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    calls = [{"city": "Paris"}, {"expression": "1+1"}, {"deep": [{"x": "1"}, {"y": "2"}]}]
+    rows = [
+        {"prompt": [USER, CALL | {"tool_calls": [{"function": {"arguments": each}}]}, TOOL]}
+        for each in calls
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    arguments = "{{ messages[1].tool_calls[0].function.arguments | tojson }}"
+    prompts = load(str(tmp_path / "rows.parquet"), make_tokenizer("q" + arguments))
+    assert [json.loads(prompt.text[1:]) for prompt in prompts] == calls
+
+
 PARTS = (
     "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' %}"
     "{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
@@ -160,6 +182,48 @@ DROPS = "{% for m in messages %}<{{ m.role }}>{% endfor %}"
 def test_a_template_that_takes_parts_alone_gets_them(template, text, make_tokenizer, write):
     path = write({"prompt": [SYSTEM, {"role": "user", "content": " q "}]})
     assert load(path, make_tokenizer(template))[0].text == text
+
+
+FORGETS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content SHOWN }}{% endif %}{% endfor %}"
+)
+NO_THINK = "{% for m in messages %}<{{ m.role }}>{{ CONTENT }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (FORGETS.replace("SHOWN", ""), "<system>s /no_think<user>q<assistant>4<user>q"),
+        (FORGETS.replace("SHOWN", "| string"), "<system>s /no_think<user>q<assistant>4<user>q"),
+        (
+            NO_THINK.replace("CONTENT", "m.content | replace('/no_think', '') | trim"),
+            "<system>s<user>q<assistant><think>x</think>4<user>q",
+        ),
+        (
+            NO_THINK.replace(
+                "CONTENT",
+                "m.content.replace('/no_think', '') if m.content is string else m.content | tojson",
+            ),
+            "<system>s <user>q<assistant><think>x</think>4<user>q",
+        ),
+    ],
+    ids=["removes reasoning", "prints", "removes a switch", "prints as JSON"],
+)
+def test_a_list_of_parts_is_never_printed_into_a_prompt(template, text, make_tokenizer, write):
+    system = {"role": "system", "content": "s /no_think"}
+    turns = [system, USER, {"role": "assistant", "content": "<think>x</think>4"}, USER]
+    assert load(write({"prompt": turns}), make_tokenizer(template))[0].text == text
+
+
+def test_earlier_reasoning_may_be_left_out_of_a_template_that_takes_parts(make_tokenizer, write):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text.split('</think>')[-1] }}"
+        "{% endfor %}"
+    )
+    turns = [USER, {"role": "assistant", "content": "<think>x</think>4"}, USER]
+    (prompt,) = load(write({"prompt": turns}), make_tokenizer(template))
+    assert prompt.text == "<user>q<assistant>4<user>q"
 
 
 NO_SYSTEM = (
@@ -194,6 +258,9 @@ def test_a_template_s_refusal_is_one_sentence_with_its_words_and_the_row(
     assert "\n" not in str(refused.value)
 
 
+EACH_ENDS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}END{% endfor %}"
+
+
 @pytest.mark.parametrize(
     ("template", "stops", "end"),
     [
@@ -210,6 +277,9 @@ def test_a_template_s_refusal_is_one_sentence_with_its_words_and_the_row(
             ["~"],
             "~",
         ),
+        (EACH_ENDS.replace("END", "<|im_end|><eos>"), ["<eos>"], "<eos>"),
+        (EACH_ENDS.replace("END", "<|im_end|><eos>"), [], "<|im_end|>"),
+        (EACH_ENDS.replace("END", "<|im_end|>") + "<eos>", ["<eos>"], "<|im_end|>"),
         (None, [], None),
     ],
     ids=lambda value: None if value is None else str(value),
