@@ -1,6 +1,7 @@
 """Conversations as prompts: whose turn is last, what a template refuses, where an answer ends."""
 
 import json
+import re
 
 import pytest
 
@@ -305,3 +306,98 @@ def test_a_system_message_of_the_teacher_replaces_the_row_s(tokenizer, write):
     assert [prompt.text[8] for prompt in prompts] == ["s", "o"], "data.system is for rows without"
     for prompt in prompts:
         assert tokenizer.decode(prompt.teacher_ids).startswith("<system>expert<user>q")
+
+
+@pytest.mark.parametrize("name", ["images", "videos", "audios"])
+@pytest.mark.parametrize(
+    ("value", "refused"),
+    [
+        (["a.png"], True),
+        ([{"bytes": "x"}], True),
+        ("a.png", True),
+        ({"path": "a.png"}, True),
+        ([], False),
+        (None, False),
+        ("", False),
+        ("[]", False),
+        ([None], False),
+        (0, False),
+    ],
+)
+@pytest.mark.parametrize("prompt", ["q", [USER]])
+def test_a_row_with_media_is_refused(prompt, value, refused, name, tokenizer, write):
+    path = write({"prompt": prompt, name: value})
+    if refused:
+        with pytest.raises(ValueError, match=rf"rows\.jsonl:1: found {name} in field '{name}'"):
+            load(path, tokenizer)
+    else:
+        assert load(path, tokenizer)[0].text.count("q") == 1
+
+
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize("value", [[FUNCTION], json.dumps([FUNCTION]), [FUNCTION, FUNCTION]])
+def test_tools_of_a_row_are_refused_where_no_template_gets_them(
+    value, tokenizer, make_tokenizer, write
+):
+    path = write({"prompt": [USER], "tools": value})
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: found tools in field 'tools'"):
+        load(path, tokenizer)
+    with_tools = make_tokenizer("{{ tools[0].function.name }}{{ messages[0].content }}")
+    assert load(path, with_tools, chat_options={"tools": [FUNCTION]})[0].text == "fq"
+    assert load(write({"prompt": "q", "tools": value}), tokenizer)[0].text == "q"
+    assert load(write({"prompt": [USER], "tools": []}), tokenizer)[0].text == "<user>q<assistant>"
+
+
+@pytest.mark.parametrize(
+    "name", ["add_generation_prompt", "tokenize", "continue_final_message", "return_dict"]
+)
+@pytest.mark.parametrize("value", [True, False])
+def test_a_chat_option_that_opd_sets_is_refused(name, value, tokenizer, write):
+    with pytest.raises(ValueError, match=rf"found {name} in data\.chat_options"):
+        load(write({"prompt": "q"}), tokenizer, chat_options={name: value, "enable_thinking": True})
+
+
+@pytest.mark.parametrize("name", ["system", "teacher_system"])
+def test_a_system_message_of_plain_text_has_no_effect_and_says_so(name, tokenizer, write):
+    with pytest.warns(UserWarning, match=rf"^data\.{name} has no effect without data\.chat=true"):
+        load(write({"prompt": "q"}), tokenizer, **{name: "s"})
+
+
+BRIEF = {"role": "system", "content": "be brief"}
+DROPS_SYSTEM = (
+    "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content | trim }}{% endif %}"
+    "{% endfor %}"
+)
+CUTS = "{% for m in messages %}<{{ m.role }}>{{ m.content[:3] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "settings", "lost"),
+    [
+        (DROPS_SYSTEM, [BRIEF, USER], {}, ["system turn.*the student does not"]),
+        (
+            DROPS_SYSTEM,
+            "q",
+            {"chat": True, "system": "be brief"},
+            ["system turn.*the student does not"],
+        ),
+        (
+            DROPS_SYSTEM,
+            "q",
+            {"chat": True, "teacher_system": "be brief"},
+            ["system turn.*the teacher does not"],
+        ),
+        (CUTS, [{"role": "user", "content": "a long question"}], {}, ["user turn.*the student"]),
+        (DROPS_SYSTEM, [{"role": "user", "content": " q\n"}], {}, []),
+        (DROPS_SYSTEM, [USER, ASSISTANT, USER], {}, []),
+    ],
+)
+def test_a_turn_that_the_template_leaves_out_is_remarked(
+    template, prompt, settings, lost, make_tokenizer, write
+):
+    (found,) = load(write({"prompt": prompt}), make_tokenizer(template), **settings)
+    assert len(found.remarks) == len(lost)
+    for remark, words in zip(found.remarks, lost, strict=True):
+        assert re.search(words, remark)
