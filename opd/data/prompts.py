@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.config.data import DataConfig
 from opd.config.functions import load_function
+from opd.data.answer_turns import answer_text, thinking_fits
 from opd.data.columns import column_names, compile_regex, read_answer, read_teacher, read_uid
 from opd.data.completions import Completions
 from opd.data.reading import PromptReader, RenderedPrompt
@@ -19,6 +20,11 @@ OTHER_CONTINUATION = (
     "the chat template does not write the assistant's turn behind the prompt as it is (it leaves out "
     "reasoning or a tool call, or begins an answer otherwise than the prompt ends), and the turn's content "
     "is learned behind the prompt; see that a <think> block is opened and closed once, for example with "
+    "data.chat_options"
+)
+THINKING = (
+    "the completion does not fit the tags that the prompt ends with: it begins with them again, never "
+    "closes the <think> that they open, or opens one behind </think>; correct the completions, or set "
     "data.chat_options"
 )
 
@@ -133,14 +139,17 @@ def _with_completion(
             "list of messages that ends with the assistant's turn; name the column of completions "
             "with data.completion_field (`opd generate` makes such a file)"
         )
-    text, fits = (
-        (found, True) if isinstance(found, str) else reader.answer_text(place, rendered, found)
-    )
+    if isinstance(found, str):
+        text = found
+        remark = None if rendered.turns is None or thinking_fits(rendered.text, text) else THINKING
+    else:
+        text, fits = answer_text(place, reader, rendered, found)
+        remark = None if fits else OTHER_CONTINUATION
     end_id = completions.end_id if rendered.turns is None else completions.turn_end_id
     return replace(
         prompt,
         completion_ids=completions.encode(place, text, end_id, rendered),
-        remarks=prompt.remarks if fits else (*prompt.remarks, OTHER_CONTINUATION),
+        remarks=prompt.remarks if remark is None else (*prompt.remarks, remark),
     )
 
 

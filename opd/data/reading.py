@@ -34,10 +34,6 @@ _OUR_OPTIONS = {
     "return_assistant_tokens_mask",
 }
 """Arguments of apply_chat_template that decide where a prompt ends and what is returned."""
-_MOST_REPEATED = 200
-"""How many characters at the end of a prompt are compared with the beginning of an answer."""
-_NOT_CONTENT = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
-"""Fields of an answer that a chat template alone makes text of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,41 +136,6 @@ class PromptReader:
             lost_roles=frozenset(lost),
         )
 
-    def answer_text(self, place: str, prompt: RenderedPrompt, answer: Message) -> tuple[str, bool]:
-        """(the assistant's turn behind ``prompt`` as text, whether it fits the end of the prompt).
-
-        The text is what the chat template continues the prompt with. Where the template leaves some of
-        the turn out (the reasoning), or renders a prompt otherwise than the start of the whole
-        conversation, it is the message's content without tags that the prompt ends with already
-        (<think>). ValueError for a turn without content, such as a tool call, that is not rendered
-        behind the prompt.
-        """
-        content = answer["content"]
-        if prompt.turns is None:
-            if dropped := [name for name in _NOT_CONTENT if answer.get(name)]:
-                raise ValueError(
-                    f"{place}: found {dropped[0]} in the completion of a prompt of plain text, which has "
-                    "no chat template that renders it; set data.chat=true, or write it into the content"
-                )
-            return content, True
-        whole = render_chat(
-            self.tokenizer,
-            [*prompt.turns, answer],
-            self.chat_options,
-            place=place,
-            add_generation_prompt=False,
-        )
-        own = _without_repeated_tags(prompt.text, content)
-        continued = whole.removeprefix(prompt.text)
-        if continued != whole and _packed(own) in _packed(continued):
-            return continued, all(_packed(text) in _packed(continued) for text in _fields(answer))
-        if not content.strip():
-            raise ValueError(
-                f"{place}: the assistant's last turn has no content to learn from; write it, or "
-                "remove the row"
-            )
-        return own, own != content
-
     def _content(
         self, place: str, row: Mapping[str, Any]
     ) -> tuple[str, list[Message] | None, Message | None]:
@@ -260,31 +221,6 @@ def _filled(value: Any) -> bool:
     if items is None:
         return isinstance(value, Mapping) and bool(value)
     return any(item is not None for item in items)
-
-
-def _without_repeated_tags(prompt: str, content: str) -> str:
-    """``content`` without the longest run of tags that it begins with and ``prompt`` ends with."""
-    begin = content.lstrip()
-    tail = prompt[-_MOST_REPEATED:]
-    for at, char in enumerate(tail):
-        tags = tail[at:].rstrip()
-        if char == "<" and tags.endswith(">") and begin.startswith(tags):
-            return begin.removeprefix(tags).removeprefix(tail[at:].removeprefix(tags))
-    return content
-
-
-def _fields(answer: Message) -> list[str]:
-    """Texts of an answer's other fields, its reasoning and the tools that it calls."""
-    calls = [call for call in sequence(answer.get("tool_calls")) or [] if isinstance(call, Mapping)]
-    functions = [call.get("function", call) for call in calls]
-    names = [function.get("name") for function in functions if isinstance(function, Mapping)]
-    texts = [answer.get("reasoning_content"), answer.get("reasoning"), *names]
-    return [text for text in texts if isinstance(text, str)]
-
-
-def _packed(text: str) -> str:
-    """Text without white space, which templates add and remove around a message."""
-    return "".join(text.split())
 
 
 def _template(setting: str, text: str | None, data: DataConfig) -> RowTemplate | None:

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from opd.config.data import DataConfig
 from opd.data.completions import Completions
-from opd.data.prompts import OTHER_CONTINUATION, load_prompts
+from opd.data.prompts import OTHER_CONTINUATION, THINKING, load_prompts
 from opd.data.tokenizer import StudentTokenizer
 
 USER = {"role": "user", "content": "q"}
@@ -175,6 +175,31 @@ def test_an_answer_continues_the_prompt_as_the_template_writes_it(
         row, field = {"prompt": [USER], "completion": [turn]}, "completion"
     found = sft(row, make_tokenizer(template), field, write=write)
     assert found == (f"{learned}<|im_end|>", remarked)
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "remarked"),
+    [
+        (OPENS, "x\n</think>\n\n4", False),
+        (OPENS, "<think>\nx\n</think>\n\n4", True),
+        (OPENS, "4", True),
+        (CLOSES, "4", False),
+        (CLOSES, "<think>\nx\n</think>\n\n4", True),
+        (CLOSES, "<think>\n\n</think>\n\n4", True),
+        (TRIMS, "<think>x</think>4", False),
+        (TRIMS, "4", False),
+    ],
+)
+def test_a_text_that_does_not_fit_the_prompt_s_tags_is_learned_and_remarked(
+    template, text, remarked, make_tokenizer, write
+):
+    tokenizer = make_tokenizer(template)
+    completions = Completions.of_student(student(tokenizer), field="completion", max_tokens=99)
+    path = write({"prompt": [USER], "completion": text}, {"prompt": "<think>", "completion": "4"})
+    chat, plain = load_prompts(path, tokenizer, DataConfig(), completions=completions)
+    assert tokenizer.decode(chat.completion_ids) == f"{text}<|im_end|>"
+    assert (THINKING in chat.remarks) == remarked
+    assert not plain.remarks
 
 
 @pytest.mark.parametrize("prompt", [[USER], "q"])
