@@ -217,10 +217,8 @@ def _filled(value: Any) -> bool:
     """Whether a column holds a list that is not empty, a struct, or either as text."""
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null", "None")
-    items = sequence(value)
-    if items is None:
-        return isinstance(value, Mapping) and bool(value)
-    return any(item is not None for item in items)
+    items = list(value.values()) if isinstance(value, Mapping) else sequence(value)
+    return any(item is not None for item in items or [])
 
 
 def _template(setting: str, text: str | None, data: DataConfig) -> RowTemplate | None:

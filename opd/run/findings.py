@@ -156,7 +156,7 @@ def _prompts(student: StudentTokenizer, prompts: PromptSets) -> Iterator[str]:
     inspected = prompts.train[:INSPECTED]
     vocabulary = student.tokenizer.get_vocab()
     images = [vocabulary[word] for word in IMAGE_TOKENS if word in vocabulary]
-    for prompt in (*prompts.train, *prompts.eval) if images else ():
+    for prompt in (*prompts.train, *prompts.eval, *prompts.divergence) if images else ():
         if np.isin(prompt.token_ids, images).any():
             raise ValueError(
                 f"prompt {prompt.uid} has an image token, and images are not supported: remove such prompts"

@@ -321,6 +321,7 @@ def test_a_system_message_of_the_teacher_replaces_the_row_s(tokenizer, write):
         ("", False),
         ("[]", False),
         ([None], False),
+        ({"bytes": None, "path": None}, False),
         (0, False),
     ],
 )

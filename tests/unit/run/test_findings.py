@@ -188,7 +188,7 @@ def test_answers_that_do_not_continue_the_prompt_are_counted(
     assert (words in said) == bool(count)
 
 
-@pytest.mark.parametrize("where", ["train", "eval"])
+@pytest.mark.parametrize("where", ["train", "eval", "kl"])
 @pytest.mark.parametrize("token", ["<image>", "<|image|>", "[IMG]"])
 def test_an_image_token_is_found_in_every_prompt(token: str, where: str, quickstart: Path) -> None:
     shutil.copytree(quickstart / "student", "student")
@@ -201,9 +201,10 @@ def test_an_image_token_is_found_in_every_prompt(token: str, where: str, quickst
     last = {"uid": "odd", "prompt": f"1+{token}=", "answer": "3"}
     data = {
         name: rows(*many, *[last] * (name == where), name=f"{name}.jsonl")
-        for name in ("train", "eval")
+        for name in ("train", "eval", "kl")
     }
-    settings = ("student.model=student", data["train"], "data.eval=eval.jsonl")
+    measured = ("data.eval=eval.jsonl", "eval.kl_data=kl.jsonl", "eval.kl_prompts=81")
+    settings = ("student.model=student", data["train"], *measured)
     with pytest.raises(ValueError, match=r"prompt odd has an image token"):
         found(*settings)
 
