@@ -98,10 +98,9 @@ class Reduction(StrEnum):
 class Prompt:
     """One question, tokenised. No loss reads ``answer``.
 
-    ``teacher`` names the teacher that scores it, if there are several. ``teacher_ids`` is the
-    teacher's prompt (another template, a reference solution), by default ``token_ids``.
-    ``completion_ids`` is the completion in the data set, end token included. ``is_chat``: the chat
-    template rendered it; ``has_answer_turn``: the assistant's turn followed it in the data set.
+    ``teacher``: who scores it, of several teachers; ``teacher_ids``: its prompt, by default ``token_ids``.
+    ``completion_ids``: the data set's completion, with its end. ``is_chat``: the chat template rendered it;
+    ``has_answer_turn``: the assistant's turn followed it. ``remarks``: likely errors, which a check counts.
     """
 
     uid: str
@@ -113,6 +112,7 @@ class Prompt:
     teacher: str | None = None
     teacher_ids: IntArray | None = None
     completion_ids: IntArray | None = None
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.token_ids.dtype == np.int32

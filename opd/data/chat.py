@@ -10,15 +10,17 @@ Message = dict[str, Any]
 
 SYSTEM_ROLES = ("system", "developer")
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-_ANSWER = "opd-answer-opd"
-"""An answer that occurs in no template."""
+_MEDIA = ("image", "image_url", "video", "video_url", "audio", "input_audio")
+"""Fields of a part that is not text."""
+_ANSWER, _NEXT = "opd-answer-opd", "opd-question-opd"
+"""An answer and the next question, which occur in no template."""
 
 
 def read_messages(place: str, value: Sequence[Any]) -> list[Message]:
     """Checked messages: a role, and content as a string; ValueError names ``place`` and the message.
 
     Content in parts is joined when all parts are text, and keys without a value (parquet fills every
-    row with those of any other) are left out.
+    struct with those of any other row) are left out at any depth.
     """
     return [_message(place, number, message) for number, message in enumerate(value, start=1)]
 
@@ -42,14 +44,22 @@ def _message(place: str, number: int, message: Any) -> Message:
         content = ""
     if not isinstance(content, str):
         raise ValueError(f"{found}; {expected}")
-    kept = {key: value for key, value in message.items() if value is not None}
-    return kept | {"content": content}
+    return _without_nulls(message) | {"content": content}
+
+
+def _without_nulls(value: Any) -> Any:
+    """``value`` without the null fields of its structs, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    items = sequence(value)
+    return value if items is None else [_without_nulls(item) for item in items]
 
 
 def _part(found: str, part: Any) -> str:
     if isinstance(part, str):
         return part
-    if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+    is_text = isinstance(part, Mapping) and isinstance(part.get("text"), str)
+    if not is_text or part.get("type") not in (None, "text") or any(map(part.get, _MEDIA)):
         raise ValueError(
             f"{found}; expected parts of text, {{'type': 'text', 'text': '...'}}: images and other "
             "media are not supported"
@@ -88,7 +98,8 @@ def render_chat(
 ) -> str:
     """The text that the tokenizer's chat template makes of ``messages``.
 
-    Content goes to the template as strings; where text is lost that way, as parts. ValueError with
+    Content goes to the template as strings; where it refuses these or loses the text of a system or
+    user turn, as parts (an assistant's earlier reasoning may well be left out). ValueError with
     ``place`` and the template's own words when it has none or it refuses them.
     """
     name = repr(tokenizer.name_or_path)
@@ -111,11 +122,11 @@ def render_chat(
         refusal = None
     except Exception as error:  # a template is a program and may raise anything
         text, refusal = "", error
-    if refusal is None and _holds(text, messages):
+    if refusal is None and not lost_roles(text, messages):
         return text
     with suppress(Exception):  # a template that takes strings alone
         in_parts = render(_parts)
-        if _holds(in_parts, messages):
+        if not lost_roles(in_parts, messages) and not _prints_parts(in_parts, messages):
             return in_parts
     if refusal is None:
         return text
@@ -132,8 +143,22 @@ def _parts(content: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": content}]
 
 
-def _holds(text: str, messages: Sequence[Message]) -> bool:
-    return all(message["content"].strip() in text for message in messages)
+def _prints_parts(text: str, messages: Sequence[Message]) -> bool:
+    """Whether a list of parts was printed into ``text``, as Python or as JSON."""
+    marks = ("'type': 'text'", '"type": "text"', '"type":"text"')
+    return any(
+        text.count(mark) > sum(message["content"].count(mark) for message in messages)
+        for mark in marks
+    )
+
+
+def lost_roles(text: str, messages: Sequence[Message]) -> set[str]:
+    """The roles of the system and user turns whose content is not, or not whole, in ``text``."""
+    return {
+        message["role"]
+        for message in messages
+        if message["role"] in (*SYSTEM_ROLES, "user") and message["content"].strip() not in text
+    }
 
 
 def _roles(messages: Sequence[Message]) -> str:
@@ -143,8 +168,10 @@ def _roles(messages: Sequence[Message]) -> str:
 def end_of_turn(tokenizer: Any, stop_ids: Sequence[int]) -> int | None:
     """The token that the chat template writes behind an answer, or None where it writes none.
 
-    That is the first end token or special token behind the answer; where a template writes nothing
-    there, the first of ``stop_ids`` between the answer and the next user's turn (GLM's <|user|>).
+    That is the first of ``stop_ids`` that stands behind every answer (Command-A writes its
+    <|END_RESPONSE|> in front of it); else the first special token behind the last answer (Phi-3 writes
+    its eos there alone, and <|end|> in front of it); where a template writes nothing there, the first
+    of ``stop_ids`` between the answer and the next user's turn (GLM's <|user|>).
     ValueError when the template cannot render an answer.
     """
     if tokenizer.chat_template is None:
@@ -154,20 +181,24 @@ def end_of_turn(tokenizer: Any, stop_ids: Sequence[int]) -> int | None:
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
     openers = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-    end = _first_behind_answer(tokenizer, pair, {*stop_ids, *(special - openers)})
-    if end is not None:
-        return end
+    last = _behind_answer(tokenizer, pair)
     try:
-        return _first_behind_answer(tokenizer, [*pair, question], set(stop_ids))
+        between = _behind_answer(tokenizer, [*pair, question | {"content": _NEXT}])
     except ValueError:
-        return None
+        between = []
+    declared = set(stop_ids)
+    ends = [
+        *(i for i in last if i in declared and i in between),
+        *(i for i in last if i in declared or i in special - openers),
+        *(i for i in between if i in declared),
+    ]
+    return next(iter(ends), None)
 
 
-def _first_behind_answer(tokenizer: Any, messages: list[Message], ends: set[int]) -> int | None:
+def _behind_answer(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """Token ids of what the template writes behind the answer, up to the next question if there is one."""
     place = "a question and its answer"
     text = render_chat(tokenizer, messages, {}, place=place, add_generation_prompt=False)
-    _, found, behind = text.rpartition(_ANSWER)
-    if not found:
-        return None
-    ids = tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"]
-    return next((i for i in ids if i in ends), None)
+    _, _, behind = text.rpartition(_ANSWER)
+    behind = behind.partition(_NEXT)[0] if _ANSWER in text else ""
+    return tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"]

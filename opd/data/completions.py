@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from opd.data.chat import read_messages
+from opd.data.chat import Message, read_messages
 from opd.data.columns import column, column_names, sequence
-from opd.data.tokenizer import StudentTokenizer
+from opd.data.reading import RenderedPrompt
+from opd.data.tokenizer import StudentTokenizer, adds_first_space
 from opd.types import IntArray
 
 
@@ -43,8 +44,8 @@ class Completions:
             max_tokens=max_tokens,
         )
 
-    def read_column(self, place: str, row: Mapping[str, Any]) -> str:
-        """The completion's text: a string, or one message of the assistant.
+    def read_column(self, place: str, row: Mapping[str, Any]) -> str | Message:
+        """The completion: a string, or one message of the assistant.
 
         ValueError naming the row when it has no completion.
         """
@@ -54,7 +55,7 @@ class Completions:
         if items:
             messages = read_messages(place, items)
             if [message["role"] for message in messages] == ["assistant"]:
-                value = messages[0]["content"]
+                return messages[0]
         if not isinstance(value, str) or not value:
             raise ValueError(
                 f"{place}: found {'no' if value is None else 'an unusable'} completion in field "
@@ -63,15 +64,20 @@ class Completions:
             )
         return value
 
-    def encode(self, place: str, text: str, end_id: int) -> IntArray:
-        """Token ids [T] of a completion, with ``end_id`` at its end unless it has an end already."""
+    def encode(
+        self, place: str, text: str, end_id: int, prompt: RenderedPrompt | None = None
+    ) -> IntArray:
+        """Token ids [T] of a completion, with ``end_id`` at its end unless it has an end already.
+
+        They are those that the text has behind ``prompt``; by default behind another line.
+        """
         body, own_end = self._without_end(text, end_id)
         if not body:
             raise ValueError(
                 f"{place}: found the completion {text[:60]!r}, which is nothing but its end; write one "
                 "or remove the row"
             )
-        ids = self.tokenizer(body, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self._ids_behind(body, prompt)
         token_ids = np.asarray([*ids, end_id if own_end is None else own_end], np.int32)
         if len(token_ids) > self.max_tokens:
             raise ValueError(
@@ -79,6 +85,23 @@ class Completions:
                 f"rollout.max_tokens={self.max_tokens}; shorten or remove it, or raise the limit"
             )
         return token_ids
+
+    def _ids_behind(self, body: str, prompt: RenderedPrompt | None) -> list[int]:
+        alone = self._ids(body)
+        if not adds_first_space(self.tokenizer):
+            return alone
+        # SentencePiece puts a space in front of a text, and a completion is not where a text begins.
+        if prompt is not None:
+            start = prompt.token_ids.tolist()
+            joint = self._ids(prompt.text + body, add_special_tokens=prompt.turns is None)
+            if joint[: len(start)] == start and len(joint) > len(start):
+                return joint[len(start) :]
+        line, behind = self._ids("\n"), self._ids(f"\n{body}")
+        return behind[len(line) :] if behind[: len(line)] == line else alone
+
+    def _ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return encoded["input_ids"]
 
     def _without_end(self, text: str, end_id: int) -> tuple[str, int | None]:
         """(the text in front of its end tokens, the first of these or None).

@@ -9,11 +9,24 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.config.data import DataConfig
 from opd.config.functions import load_function
+from opd.data.answer_turns import answer_text, thinking_fits
 from opd.data.columns import column_names, compile_regex, read_answer, read_teacher, read_uid
 from opd.data.completions import Completions
 from opd.data.reading import PromptReader, RenderedPrompt
 from opd.data.rows import Row, read_rows
-from opd.types import IntArray, Prompt
+from opd.types import Prompt
+
+OTHER_CONTINUATION = (
+    "the chat template does not write the assistant's turn behind the prompt as it is (it leaves out "
+    "reasoning or a tool call, or begins an answer otherwise than the prompt ends), and the turn's content "
+    "is learned behind the prompt; see that a <think> block is opened and closed once, for example with "
+    "data.chat_options"
+)
+THINKING = (
+    "the completion does not fit the tags that the prompt ends with: it begins with them again, never "
+    "closes the <think> that they open, or opens one behind </think>; correct the completions, or set "
+    "data.chat_options"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,16 +81,16 @@ def load_prompts(
             text=rendered.text,
             is_chat=rendered.turns is not None,
             has_answer_turn=rendered.answer is not None,
+            remarks=_lost_turns(rendered, "student"),
         )
         if prompt.answer is None:
             unanswered.append((place, column_names(row)))
         if data.teacher_field is not None:
             prompt = replace(prompt, teacher=read_teacher(place, row, data.teacher_field))
         if completions is not None:
-            ids = _completion_ids(completions, reader, rendered, place, row)
-            prompt = replace(prompt, completion_ids=ids)
+            prompt = _with_completion(prompt, completions, reader, rendered, place, row)
         if teacher_reader is not None:
-            prompt = replace(prompt, teacher_ids=teacher_reader.read(place, row).token_ids)
+            prompt = _with_teacher(prompt, teacher_reader.read(place, row))
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{source}: found no rows; expected at least one prompt")
@@ -98,25 +111,46 @@ def _without_answers(
     )
 
 
-def _completion_ids(
+def _lost_turns(rendered: RenderedPrompt, reader: str) -> tuple[str, ...]:
+    return tuple(
+        f"the chat template leaves out the text of a {role} turn, or a part of it, so that the {reader} "
+        "does not see it; put it into the user's turn, or use another chat template"
+        for role in sorted(rendered.lost_roles)
+    )
+
+
+def _with_teacher(prompt: Prompt, seen: RenderedPrompt) -> Prompt:
+    remarks = (*prompt.remarks, *_lost_turns(seen, "teacher"))
+    return replace(prompt, teacher_ids=seen.token_ids, remarks=remarks)
+
+
+def _with_completion(
+    prompt: Prompt,
     completions: Completions,
     reader: PromptReader,
-    prompt: RenderedPrompt,
+    rendered: RenderedPrompt,
     place: str,
     row: Mapping[str, Any],
-) -> IntArray:
-    end_id = completions.end_id if prompt.turns is None else completions.turn_end_id
-    if completions.field is not None:
-        text = completions.read_column(place, row)
-    elif prompt.answer is not None:
-        text = reader.answer_text(place, prompt)
-    else:
+) -> Prompt:
+    found = rendered.answer if completions.field is None else completions.read_column(place, row)
+    if found is None:
         raise ValueError(
             f"{place}: found no completion: data.completion_field is not set, and the prompt is not a "
             "list of messages that ends with the assistant's turn; name the column of completions "
             "with data.completion_field (`opd generate` makes such a file)"
         )
-    return completions.encode(place, text, end_id)
+    if isinstance(found, str):
+        text = found
+        remark = None if rendered.turns is None or thinking_fits(rendered.text, text) else THINKING
+    else:
+        text, fits = answer_text(place, reader, rendered, found)
+        remark = None if fits else OTHER_CONTINUATION
+    end_id = completions.end_id if rendered.turns is None else completions.turn_end_id
+    return replace(
+        prompt,
+        completion_ids=completions.encode(place, text, end_id, rendered),
+        remarks=prompt.remarks if remark is None else (*prompt.remarks, remark),
+    )
 
 
 def source_rows(source: str, data: DataConfig) -> Iterator[Row]:

@@ -10,13 +10,30 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.data import DataConfig
-from opd.data.chat import SYSTEM_ROLES, Message, read_messages, render_chat, split_answer
-from opd.data.columns import column_names, find_column, sequence
+from opd.data.chat import (
+    SYSTEM_ROLES,
+    Message,
+    lost_roles,
+    read_messages,
+    render_chat,
+    split_answer,
+)
+from opd.data.columns import column, column_names, find_column, sequence
 from opd.data.template import RowTemplate
 from opd.types import IntArray
 
 MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
 """The start of a cell into which a list of messages was printed, as a .csv file has it."""
+_OUR_OPTIONS = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "conversation",
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+    "return_assistant_tokens_mask",
+}
+"""Arguments of apply_chat_template that decide where a prompt ends and what is returned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +41,15 @@ class RenderedPrompt:
     """A prompt as text and tokens.
 
     ``turns``: what the chat template rendered; None for plain text. ``answer``: the assistant's turn
-    that the row has behind the prompt; it is no part of the prompt.
+    that the row has behind the prompt; it is no part of the prompt. ``lost_roles``: whose turns the
+    chat template does not render whole.
     """
 
     text: str
     token_ids: IntArray
     turns: list[Message] | None
     answer: Message | None
+    lost_roles: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +63,20 @@ class PromptReader:
     chat_options: dict[str, Any] = field(default_factory=dict)
     system: str | None
     replaces_system: bool = False
+    keeps_turns: bool = False
+    """Messages stay messages where the template does not take the prompt: it fills their last turn."""
     max_prompt_tokens: int | None
 
     @classmethod
     def from_config(
         cls, data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int | None
     ) -> "PromptReader":
-        """A reader of the student's prompts."""
+        """A reader of the student's prompts; ValueError for chat options that are not the user's."""
+        if ours := sorted(_OUR_OPTIONS & set(data.chat_options)):
+            raise ValueError(
+                f"found {', '.join(ours)} in data.chat_options, which opd sets itself: a prompt ends where "
+                "the answer begins; leave it out, and give variables of the chat template alone"
+            )
         return cls(
             tokenizer=tokenizer,
             prompt_field=data.prompt_field,
@@ -73,19 +99,25 @@ class PromptReader:
             or self.template,
             system=data.teacher_system or self.system,
             replaces_system=bool(data.teacher_system),
+            keeps_turns=self.template is None or self.template.takes_prompt,
             tokenizer=tokenizer or self.tokenizer,
             max_prompt_tokens=None,
         )
 
     def read(self, place: str, row: Mapping[str, Any]) -> RenderedPrompt:
         """The prompt of ``row``. ValueError naming ``place`` for a row that cannot be used."""
+        _refuse_media(place, row)
         text, turns, answer = self._content(place, row)
+        lost: set[str] = set()
         if turns is None:
             if self.system:
-                warnings.warn("data.system has no effect without data.chat=true", stacklevel=2)
+                name = "data.teacher_system" if self.replaces_system else "data.system"
+                warnings.warn(f"{name} has no effect without data.chat=true", stacklevel=2)
         else:
+            self._refuse_tools(place, row)
             turns = self._with_system(turns)
             text = render_chat(self.tokenizer, turns, self.chat_options, place=place)
+            lost = lost_roles(text, turns)
         # The chat template writes the special tokens itself; the tokenizer must not add them again.
         ids = self.tokenizer(text, add_special_tokens=turns is None, verbose=False)["input_ids"]
         token_ids: IntArray = np.asarray(ids, dtype=np.int32)
@@ -96,34 +128,13 @@ class PromptReader:
                 f"{place}: found a prompt of {len(token_ids)} tokens; allowed: "
                 f"{self.max_prompt_tokens}; shorten or remove it, or raise the limit"
             )
-        return RenderedPrompt(text=text, token_ids=token_ids, turns=turns, answer=answer)
-
-    def answer_text(self, place: str, prompt: RenderedPrompt) -> str:
-        """The text of the assistant's turn behind ``prompt``, as the chat template continues the prompt.
-
-        The message's content where the template changes it (some remove the reasoning) or where it
-        renders a prompt otherwise than the start of the whole conversation. ValueError for a turn
-        without content, such as a tool call, that the template does not render behind the prompt.
-        """
-        assert prompt.turns is not None
-        assert prompt.answer is not None
-        content = prompt.answer["content"]
-        whole = render_chat(
-            self.tokenizer,
-            [*prompt.turns, prompt.answer],
-            self.chat_options,
-            place=place,
-            add_generation_prompt=False,
+        return RenderedPrompt(
+            text=text,
+            token_ids=token_ids,
+            turns=turns,
+            answer=answer,
+            lost_roles=frozenset(lost),
         )
-        continued = whole.removeprefix(prompt.text)
-        if continued != whole and content in continued:
-            return continued
-        if not content.strip():
-            raise ValueError(
-                f"{place}: the assistant's last turn has no content to learn from; write it, or "
-                "remove the row"
-            )
-        return content
 
     def _content(
         self, place: str, row: Mapping[str, Any]
@@ -165,7 +176,8 @@ class PromptReader:
     def _prompt(self, place: str, row: Mapping[str, Any]) -> Any:
         """The value of the prompt's column; None where a template is over other columns."""
         if self.template is not None and not self.template.takes_prompt:
-            return None
+            value = column(row, self.prompt_field) if self.keeps_turns else None
+            return None if sequence(value) is None else value
         try:
             return find_column(row, self.prompt_field)
         except KeyError:
@@ -176,11 +188,37 @@ class PromptReader:
                 "one with data.prompt_field, or use data.template"
             ) from None
 
+    def _refuse_tools(self, place: str, row: Mapping[str, Any]) -> None:
+        used = "tools" in self.chat_options or (self.template and "{tools" in self.template.text)
+        if not used and _filled(row.get("tools")):
+            raise ValueError(
+                f"{place}: found tools in field 'tools', which no chat template is given row by row; write "
+                "them into the system message, give those of all rows with data.chat_options.tools, or "
+                "drop the field with data.function"
+            )
+
     def _with_system(self, turns: list[Message]) -> list[Message]:
         has_own = turns[0]["role"] in SYSTEM_ROLES
         if not self.system or (has_own and not self.replaces_system):
             return turns
         return [{"role": "system", "content": self.system}, *turns[has_own:]]
+
+
+def _refuse_media(place: str, row: Mapping[str, Any]) -> None:
+    for name in ("images", "videos", "audios"):
+        if _filled(row.get(name)):
+            raise ValueError(
+                f"{place}: found {name} in field {name!r}, and images and other media are not supported; "
+                "remove the row, or drop the field with data.function"
+            )
+
+
+def _filled(value: Any) -> bool:
+    """Whether a column holds a list that is not empty, a struct, or either as text."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null", "None")
+    items = list(value.values()) if isinstance(value, Mapping) else sequence(value)
+    return any(item is not None for item in items or [])
 
 
 def _template(setting: str, text: str | None, data: DataConfig) -> RowTemplate | None:

@@ -20,11 +20,7 @@ class RowTemplate:
     @property
     def takes_prompt(self) -> bool:
         """Whether the prompt itself is in the text."""
-        try:
-            names = [name for _, name, _, _ in string.Formatter().parse(self.text)]
-        except ValueError:
-            return True  # the error is raised, with the place, where the template is filled
-        return bool({"prompt", self.prompt_field} & set(names))
+        return takes_prompt(self.text, self.prompt_field)
 
     def fill(self, place: str, row: Mapping[str, Any], prompt: Any) -> str:
         """The text for ``row``, whose prompt is ``prompt`` (None: it has no such column).
@@ -46,6 +42,15 @@ class RowTemplate:
                 f"{self.setting}={self.text!r} cannot be filled ({error}); write fields as {{name}} "
                 "and double literal braces: {{ }}"
             ) from error
+
+
+def takes_prompt(text: str, prompt_field: str) -> bool:
+    """Whether the template ``text`` has the prompt in it, as {prompt} or by the name of its column."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(text)]
+    except ValueError:
+        return True  # the error is raised, with the place, where the template is filled
+    return bool({"prompt", prompt_field} & set(names))
 
 
 class _NotText(Exception):

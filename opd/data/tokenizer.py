@@ -42,14 +42,29 @@ class StudentTokenizer:
         return self._decode(ids, skip_special_tokens=True)
 
     def decode_all(self, ids: Sequence[int]) -> str:
-        """Text with special tokens."""
-        return self._decode(ids, skip_special_tokens=False)
+        """Text with special tokens, and with the space that the first token may begin with."""
+        text = self._decode(ids, skip_special_tokens=False)
+        if not adds_first_space(self.tokenizer):
+            return text
+        line = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        start = self._decode(line, skip_special_tokens=False)
+        behind = self._decode([*line, *ids], skip_special_tokens=False)
+        return f" {text}" if behind == f"{start} {text}" else text
 
     def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         # The clean-up removes spaces before punctuation, so that "x != y" would become "x!= y".
         return self.tokenizer.decode(
             ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
+
+
+def adds_first_space(tokenizer: Any) -> bool:
+    """Whether a text begins with another token than the same text behind a line (SentencePiece's "▁")."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    return any(ids(f"\n{char}")[-len(ids(char)) :] != ids(char) for char in "A1")
 
 
 def plain_end(tokenizer: Any, stop_ids: Sequence[int]) -> int:

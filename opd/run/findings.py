@@ -1,8 +1,10 @@
 """Likely errors in how student and teacher fit: end tokens, special tokens, templates, images."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer
 
 from opd.config.reward import FunctionRewardConfig
@@ -10,11 +12,23 @@ from opd.config.schema import Config
 from opd.config.teacher import PoolTeacherConfig
 from opd.data.chat import end_of_turn
 from opd.data.prompt_sets import PromptSets
+from opd.data.template import takes_prompt
 from opd.data.tokenizer import StudentTokenizer
 from opd.teacher.connect import pool_models
 
 INSPECTED = 64
 """How many prompts are inspected; an error of a template is in all of them."""
+IMAGE_TOKENS = (
+    "<image>",
+    "<video>",
+    "<|image|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<image_soft_token>",
+    "<start_of_image>",
+    "[IMG]",
+)
+"""Tokens in whose place a model puts images or videos."""
 
 
 def findings(config: Config, student: StudentTokenizer, prompts: PromptSets) -> list[str]:
@@ -28,6 +42,7 @@ def findings(config: Config, student: StudentTokenizer, prompts: PromptSets) -> 
         *_prompts(student, prompts),
         *_messages(config, prompts),
         *_answers(config, prompts),
+        *_remarks(prompts),
     ]
     for name, tokenizer in _teacher_tokenizers(config):
         found += _teacher_end_tokens(name, tokenizer, student)
@@ -72,19 +87,20 @@ def _end_tokens(student: StudentTokenizer, prompts: PromptSets) -> Iterator[str]
 
 def _messages(config: Config, prompts: PromptSets) -> Iterator[str]:
     """Templates that are put around messages, where strings would get no chat template."""
+    data = config.data
     given = [
-        setting
-        for setting, template in (
-            ("data.template", config.data.template),
-            ("data.teacher_template", config.data.teacher_template),
+        f"{setting} {'is put around' if takes_prompt(text, data.prompt_field) else 'takes the place of'}"
+        for setting, text in (
+            ("data.template", data.template),
+            ("data.teacher_template", data.teacher_template),
         )
-        if template
+        if text
     ]
     lists = sum(prompt.is_chat for prompt in prompts.train)
     if given and lists and not config.data.chat:
         yield (
             f"{lists} of the {len(prompts.train)} prompts of data.train are lists of messages: "
-            f"{' and '.join(given)} is put around their last user's turn"
+            f"{' and '.join(given)} their last user's turn"
         )
 
 
@@ -113,6 +129,14 @@ def _answers(config: Config, prompts: PromptSets) -> Iterator[str]:
         )
 
 
+def _remarks(prompts: PromptSets) -> Iterator[str]:
+    """What was noticed as prompts were read, each with the number of prompts that it is about."""
+    for setting, those in (("data.train", prompts.train), ("data.eval", prompts.eval)):
+        counts = Counter(remark for prompt in those for remark in set(prompt.remarks))
+        for remark, count in counts.items():
+            yield f"in {count} of the {len(those)} prompts of {setting}, {remark}"
+
+
 def _special_tokens(student: StudentTokenizer) -> Iterator[str]:
     outside = [i for i in (*student.stop_ids, student.pad_id) if i >= student.vocab_size]
     if outside:
@@ -130,13 +154,10 @@ def _special_tokens(student: StudentTokenizer) -> Iterator[str]:
 
 def _prompts(student: StudentTokenizer, prompts: PromptSets) -> Iterator[str]:
     inspected = prompts.train[:INSPECTED]
-    images = {
-        i
-        for i in (_token_id(student.tokenizer, word) for word in ("<image>", "<|image_pad|>"))
-        if i is not None
-    }
-    for prompt in inspected:
-        if images & set(prompt.token_ids.tolist()):
+    vocabulary = student.tokenizer.get_vocab()
+    images = [vocabulary[word] for word in IMAGE_TOKENS if word in vocabulary]
+    for prompt in (*prompts.train, *prompts.eval, *prompts.divergence) if images else ():
+        if np.isin(prompt.token_ids, images).any():
             raise ValueError(
                 f"prompt {prompt.uid} has an image token, and images are not supported: remove such prompts"
             )
@@ -155,10 +176,6 @@ def _prompts(student: StudentTokenizer, prompts: PromptSets) -> Iterator[str]:
             f"{doubled} of the first {len(inspected)} prompts begin with two bos tokens: check the "
             "chat template"
         )
-
-
-def _token_id(tokenizer: Any, word: str) -> int | None:
-    return tokenizer.get_vocab().get(word)
 
 
 def _teacher_tokenizers(config: Config) -> Iterator[tuple[str, Any]]:

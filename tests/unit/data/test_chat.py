@@ -1,6 +1,7 @@
 """Conversations as prompts: whose turn is last, what a template refuses, where an answer ends."""
 
 import json
+import re
 
 import pytest
 
@@ -80,6 +81,13 @@ def test_a_conversation_without_a_question_is_refused(messages, words, tokenizer
         ("q", 'expected {"role": "user"'),
         ({"role": "user", "content": [{"type": "image"}]}, "images and other media are not"),
         ({"role": "user", "content": [{"type": "text", "text": "x"}, 3]}, "expected parts of text"),
+        ({"role": "user", "content": [{"type": "image", "text": ""}]}, "other media are not"),
+        ({"role": "user", "content": [{"type": "audio", "text": "x"}]}, "other media are not"),
+        ({"role": "user", "content": [{"text": "x", "image": "a.png"}]}, "other media are not"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "x", "image_url": {"url": "a"}}]},
+            "other media are not",
+        ),
     ],
 )
 def test_a_message_of_another_form_is_named(message, words, tokenizer, write):
@@ -134,6 +142,21 @@ def test_keys_that_only_other_rows_have_are_not_shown_to_the_template(make_token
     assert [prompt.text for prompt in prompts] == ["qn", "q"]
 
 
+def test_null_fields_are_not_shown_to_the_template_at_any_depth(make_tokenizer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    calls = [{"city": "Paris"}, {"expression": "1+1"}, {"deep": [{"x": "1"}, {"y": "2"}]}]
+    rows = [
+        {"prompt": [USER, CALL | {"tool_calls": [{"function": {"arguments": each}}]}, TOOL]}
+        for each in calls
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    arguments = "{{ messages[1].tool_calls[0].function.arguments | tojson }}"
+    prompts = load(str(tmp_path / "rows.parquet"), make_tokenizer("q" + arguments))
+    assert [json.loads(prompt.text[1:]) for prompt in prompts] == calls
+
+
 PARTS = (
     "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' %}"
     "{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
@@ -160,6 +183,48 @@ DROPS = "{% for m in messages %}<{{ m.role }}>{% endfor %}"
 def test_a_template_that_takes_parts_alone_gets_them(template, text, make_tokenizer, write):
     path = write({"prompt": [SYSTEM, {"role": "user", "content": " q "}]})
     assert load(path, make_tokenizer(template))[0].text == text
+
+
+FORGETS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content SHOWN }}{% endif %}{% endfor %}"
+)
+NO_THINK = "{% for m in messages %}<{{ m.role }}>{{ CONTENT }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (FORGETS.replace("SHOWN", ""), "<system>s /no_think<user>q<assistant>4<user>q"),
+        (FORGETS.replace("SHOWN", "| string"), "<system>s /no_think<user>q<assistant>4<user>q"),
+        (
+            NO_THINK.replace("CONTENT", "m.content | replace('/no_think', '') | trim"),
+            "<system>s<user>q<assistant><think>x</think>4<user>q",
+        ),
+        (
+            NO_THINK.replace(
+                "CONTENT",
+                "m.content.replace('/no_think', '') if m.content is string else m.content | tojson",
+            ),
+            "<system>s <user>q<assistant><think>x</think>4<user>q",
+        ),
+    ],
+    ids=["removes reasoning", "prints", "removes a switch", "prints as JSON"],
+)
+def test_a_list_of_parts_is_never_printed_into_a_prompt(template, text, make_tokenizer, write):
+    system = {"role": "system", "content": "s /no_think"}
+    turns = [system, USER, {"role": "assistant", "content": "<think>x</think>4"}, USER]
+    assert load(write({"prompt": turns}), make_tokenizer(template))[0].text == text
+
+
+def test_earlier_reasoning_may_be_left_out_of_a_template_that_takes_parts(make_tokenizer, write):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text.split('</think>')[-1] }}"
+        "{% endfor %}"
+    )
+    turns = [USER, {"role": "assistant", "content": "<think>x</think>4"}, USER]
+    (prompt,) = load(write({"prompt": turns}), make_tokenizer(template))
+    assert prompt.text == "<user>q<assistant>4<user>q"
 
 
 NO_SYSTEM = (
@@ -194,6 +259,9 @@ def test_a_template_s_refusal_is_one_sentence_with_its_words_and_the_row(
     assert "\n" not in str(refused.value)
 
 
+EACH_ENDS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}END{% endfor %}"
+
+
 @pytest.mark.parametrize(
     ("template", "stops", "end"),
     [
@@ -210,6 +278,9 @@ def test_a_template_s_refusal_is_one_sentence_with_its_words_and_the_row(
             ["~"],
             "~",
         ),
+        (EACH_ENDS.replace("END", "<|im_end|><eos>"), ["<eos>"], "<eos>"),
+        (EACH_ENDS.replace("END", "<|im_end|><eos>"), [], "<|im_end|>"),
+        (EACH_ENDS.replace("END", "<|im_end|>") + "<eos>", ["<eos>"], "<|im_end|>"),
         (None, [], None),
     ],
     ids=lambda value: None if value is None else str(value),
@@ -235,3 +306,99 @@ def test_a_system_message_of_the_teacher_replaces_the_row_s(tokenizer, write):
     assert [prompt.text[8] for prompt in prompts] == ["s", "o"], "data.system is for rows without"
     for prompt in prompts:
         assert tokenizer.decode(prompt.teacher_ids).startswith("<system>expert<user>q")
+
+
+@pytest.mark.parametrize("name", ["images", "videos", "audios"])
+@pytest.mark.parametrize(
+    ("value", "refused"),
+    [
+        (["a.png"], True),
+        ([{"bytes": "x"}], True),
+        ("a.png", True),
+        ({"path": "a.png"}, True),
+        ([], False),
+        (None, False),
+        ("", False),
+        ("[]", False),
+        ([None], False),
+        ({"bytes": None, "path": None}, False),
+        (0, False),
+    ],
+)
+@pytest.mark.parametrize("prompt", ["q", [USER]])
+def test_a_row_with_media_is_refused(prompt, value, refused, name, tokenizer, write):
+    path = write({"prompt": prompt, name: value})
+    if refused:
+        with pytest.raises(ValueError, match=rf"rows\.jsonl:1: found {name} in field '{name}'"):
+            load(path, tokenizer)
+    else:
+        assert load(path, tokenizer)[0].text.count("q") == 1
+
+
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize("value", [[FUNCTION], json.dumps([FUNCTION]), [FUNCTION, FUNCTION]])
+def test_tools_of_a_row_are_refused_where_no_template_gets_them(
+    value, tokenizer, make_tokenizer, write
+):
+    path = write({"prompt": [USER], "tools": value})
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: found tools in field 'tools'"):
+        load(path, tokenizer)
+    with_tools = make_tokenizer("{{ tools[0].function.name }}{{ messages[0].content }}")
+    assert load(path, with_tools, chat_options={"tools": [FUNCTION]})[0].text == "fq"
+    assert load(write({"prompt": "q", "tools": value}), tokenizer)[0].text == "q"
+    assert load(write({"prompt": [USER], "tools": []}), tokenizer)[0].text == "<user>q<assistant>"
+
+
+@pytest.mark.parametrize(
+    "name", ["add_generation_prompt", "tokenize", "continue_final_message", "return_dict"]
+)
+@pytest.mark.parametrize("value", [True, False])
+def test_a_chat_option_that_opd_sets_is_refused(name, value, tokenizer, write):
+    with pytest.raises(ValueError, match=rf"found {name} in data\.chat_options"):
+        load(write({"prompt": "q"}), tokenizer, chat_options={name: value, "enable_thinking": True})
+
+
+@pytest.mark.parametrize("name", ["system", "teacher_system"])
+def test_a_system_message_of_plain_text_has_no_effect_and_says_so(name, tokenizer, write):
+    with pytest.warns(UserWarning, match=rf"^data\.{name} has no effect without data\.chat=true"):
+        load(write({"prompt": "q"}), tokenizer, **{name: "s"})
+
+
+BRIEF = {"role": "system", "content": "be brief"}
+DROPS_SYSTEM = (
+    "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content | trim }}{% endif %}"
+    "{% endfor %}"
+)
+CUTS = "{% for m in messages %}<{{ m.role }}>{{ m.content[:3] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "settings", "lost"),
+    [
+        (DROPS_SYSTEM, [BRIEF, USER], {}, ["system turn.*the student does not"]),
+        (
+            DROPS_SYSTEM,
+            "q",
+            {"chat": True, "system": "be brief"},
+            ["system turn.*the student does not"],
+        ),
+        (
+            DROPS_SYSTEM,
+            "q",
+            {"chat": True, "teacher_system": "be brief"},
+            ["system turn.*the teacher does not"],
+        ),
+        (CUTS, [{"role": "user", "content": "a long question"}], {}, ["user turn.*the student"]),
+        (DROPS_SYSTEM, [{"role": "user", "content": " q\n"}], {}, []),
+        (DROPS_SYSTEM, [USER, ASSISTANT, USER], {}, []),
+    ],
+)
+def test_a_turn_that_the_template_leaves_out_is_remarked(
+    template, prompt, settings, lost, make_tokenizer, write
+):
+    (found,) = load(write({"prompt": prompt}), make_tokenizer(template), **settings)
+    assert len(found.remarks) == len(lost)
+    for remark, words in zip(found.remarks, lost, strict=True):
+        assert re.search(words, remark)

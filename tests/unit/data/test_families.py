@@ -52,6 +52,18 @@ FAMILIES = {
         ("<|start|>", "<|message|>", "<|end|>", "<|return|>"),
         "<|return|>",
     ),
+    "Command R7B": (
+        EACH + "<|START_OF_TURN_TOKEN|><|{{ m.role }}|>{% if m.role == 'assistant' %}"
+        "<|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% else %}{{ m.content }}{% endif %}"
+        "<|END_OF_TURN_TOKEN|>{% endfor %}",
+        (
+            "<|START_OF_TURN_TOKEN|>",
+            "<|START_RESPONSE|>",
+            "<|END_RESPONSE|>",
+            "<|END_OF_TURN_TOKEN|>",
+        ),
+        "<|END_OF_TURN_TOKEN|>",
+    ),
     "GLM 4": (
         "[gMASK]<sop>" + EACH + "<|{{ m.role }}|>\n{{ m.content }}{% endfor %}",
         ("[gMASK]", "<sop>", "<|assistant|>", "<|user|>"),

@@ -39,6 +39,29 @@ def test_a_teacher_s_template_is_put_around_messages_too(tokenizer, write):
     assert tokenizer.decode(prompt.teacher_ids) == "<system>s<user>q(1+1=2)<assistant>"
 
 
+@pytest.mark.parametrize(
+    ("messages", "seen"),
+    [
+        ([USER], "<user>1+1=2 is q<assistant>"),
+        ([SYSTEM, USER], "<system>s<user>1+1=2 is q<assistant>"),
+        ([USER, ASSISTANT], "<user>1+1=2 is q<assistant>"),
+        (
+            [USER, ASSISTANT, USER],
+            "<user>q<assistant>a<|im_end|>\n<user>1+1=2 is q<assistant>",
+        ),
+        ("q", "1+1=2 is q"),
+    ],
+)
+def test_a_teacher_s_template_without_the_prompt_stays_in_the_conversation(
+    messages, seen, tokenizer, write
+):
+    path = write({"prompt": messages, "solution": "1+1=2", "question": "q"})
+    prompt = load(path, tokenizer, teacher_template="{solution} is {question}")
+    assert tokenizer.decode(prompt.teacher_ids) == seen
+    plain = load(path, tokenizer, template="{question}", teacher_template="{solution}")
+    assert (plain.text, tokenizer.decode(plain.teacher_ids)) == ("q", "1+1=2"), "both are plain"
+
+
 def test_a_template_over_other_columns_does_not_look_at_the_prompt(tokenizer, write):
     path = write({"prompt": [SYSTEM], "question": "q"})
     assert load(path, tokenizer, template="{question}?").text == "q?"

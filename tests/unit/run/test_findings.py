@@ -126,6 +126,89 @@ def test_a_template_around_messages_is_said(quickstart: Path) -> None:
     assert "messages" not in found(student, train, "data.eval=null")
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.teacher_template='{prompt}#{answer}'", "data.teacher_template is put around their"),
+        ("data.teacher_template='1+{answer}='", "data.teacher_template takes the place of their"),
+        ("data.teacher_template='{answer}'", "data.teacher_template takes the place of their"),
+    ],
+)
+def test_a_teacher_s_template_around_messages_is_said_as_it_is(
+    setting: str, words: str, quickstart: Path
+) -> None:
+    train = rows({"prompt": [USER], "answer": "3"})
+    said = found(model(quickstart, template("<eos>")), train, "data.eval=null", setting)
+    assert words in said
+
+
+FIRST_TURN = "{{ messages[0].content }}{% if messages | length > 1 %}={% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("answers", "chat_template", "words"),
+    [
+        (
+            (False, False),
+            "{{ messages[-1].content }}",
+            "in 2 of the 2 prompts of data.train, the chat",
+        ),
+        (
+            (True, True),
+            "{{ messages[-1].content }}",
+            "in 2 of the 2 prompts of data.train, the chat",
+        ),
+        ((False, False), FIRST_TURN, "a user turn, or a part of it, so that the student does not"),
+        ((False, True), template("<eos>"), None),
+    ],
+)
+def test_turns_that_the_template_leaves_out_are_counted(
+    answers: tuple[bool, ...], chat_template: str, words: str | None, quickstart: Path
+) -> None:
+    system = {"role": "system", "content": "1+1=#2"}
+    train = rows(*({"prompt": [system, USER, *[ASSISTANT] * each]} for each in answers))
+    said = found(model(quickstart, chat_template), train, "data.eval=null")
+    assert words in said if words else "leaves out" not in said
+
+
+@pytest.mark.parametrize(
+    ("end_of_prompt", "count"), [("", None), ("#", 2), ("#+", 2)], ids=["fits", "mark", "marks"]
+)
+def test_answers_that_do_not_continue_the_prompt_are_counted(
+    end_of_prompt: str, count: int | None, quickstart: Path
+) -> None:
+    train = rows(*[{"prompt": [USER, ASSISTANT]}] * 2)
+    opens = f"{{% if add_generation_prompt %}}{end_of_prompt}{{% endif %}}"
+    student = model(quickstart, template("<eos>") + opens)
+    said = found(student, train, "data.eval=null", "rollout.on_policy=0")
+    words = "does not write the assistant's turn behind the prompt as it is"
+    assert (
+        f"in {count} of the 2 prompts of data.train, the chat template {words}" in said or not count
+    )
+    assert (words in said) == bool(count)
+
+
+@pytest.mark.parametrize("where", ["train", "eval", "kl"])
+@pytest.mark.parametrize("token", ["<image>", "<|image|>", "[IMG]"])
+def test_an_image_token_is_found_in_every_prompt(token: str, where: str, quickstart: Path) -> None:
+    shutil.copytree(quickstart / "student", "student")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained("student")
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained("student")
+    config = Path("student/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 33}))
+    many = [{"prompt": "1+2=", "answer": "3"}] * 80
+    last = {"uid": "odd", "prompt": f"1+{token}=", "answer": "3"}
+    data = {
+        name: rows(*many, *[last] * (name == where), name=f"{name}.jsonl")
+        for name in ("train", "eval", "kl")
+    }
+    measured = ("data.eval=eval.jsonl", "eval.kl_data=kl.jsonl", "eval.kl_prompts=81")
+    settings = ("student.model=student", data["train"], *measured)
+    with pytest.raises(ValueError, match=r"prompt odd has an image token"):
+        found(*settings)
+
+
 def test_a_completion_that_is_nowhere_is_refused_with_the_setting() -> None:
     with pytest.raises(ValueError, match=r"train\.jsonl:1: .*data\.completion_field is not set"):
         found("rollout.on_policy=0", "data.eval=null")
