@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from opd.data.chat import read_messages
-from opd.data.columns import column, column_names, sequence
+from opd.data.columns import column, column_names, require_unicode, sequence
 from opd.data.tokenizer import StudentTokenizer
 from opd.types import IntArray
 
@@ -65,6 +65,7 @@ class Completions:
 
     def encode(self, place: str, text: str, end_id: int) -> IntArray:
         """Token ids [T] of a completion, with ``end_id`` at its end unless it has an end already."""
+        require_unicode(place, "completion", text)
         body, own_end = self._without_end(text, end_id)
         if not body:
             raise ValueError(
