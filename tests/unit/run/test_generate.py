@@ -76,6 +76,8 @@ def test_rows_are_found_by_the_uids_of_their_prompts(
         ({"answer": ""}, r"rows\.jsonl:2: .* first of 1 of 2 rows.*the grader"),
         ({"answer": "four"}, r"prompt 1: found the answer 'four' without a number"),
         ({"answer": ["four", "vier"]}, r"prompt 1: found the answer .* without a number"),
+        ({"answer": "1/2"}, r"prompt 1: found the answer '1/2' with 2 numbers.*use math"),
+        ({"answer": ["4", "12:30 to 13:45"]}, r"prompt 1: found the answer .* with 4 numbers"),
     ],
 )
 def test_only_correct_needs_answers_before_a_model_is_loaded(
