@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from opd.data.chat import Message, read_messages
-from opd.data.columns import column, column_names, sequence
+from opd.data.columns import column, column_names, require_unicode, sequence
 from opd.data.reading import RenderedPrompt
 from opd.data.tokenizer import StudentTokenizer, adds_first_space
 from opd.types import IntArray
@@ -71,6 +71,7 @@ class Completions:
 
         They are those that the text has behind ``prompt``; by default behind another line.
         """
+        require_unicode(place, "completion", text)
         body, own_end = self._without_end(text, end_id)
         if not body:
             raise ValueError(

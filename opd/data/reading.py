@@ -18,11 +18,15 @@ from opd.data.chat import (
     render_chat,
     split_answer,
 )
-from opd.data.columns import column, column_names, find_column, sequence
+from opd.data.columns import column, column_names, find_column, require_unicode, sequence
 from opd.data.template import RowTemplate
 from opd.types import IntArray
 
-MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
+MESSAGES_AS_TEXT = re.compile(
+    r"""\s*\[\s*\{\s*['"](?:(?:role|content|from)['"]\s*:"""
+    r"""|\w+['"]\s*:.*['"](?:role|from)['"]\s*:\s*['"]\w+['"])""",
+    re.DOTALL,
+)
 """The start of a cell into which a list of messages was printed, as a .csv file has it."""
 _OUR_OPTIONS = {
     "add_generation_prompt",
@@ -118,6 +122,7 @@ class PromptReader:
             turns = self._with_system(turns)
             text = render_chat(self.tokenizer, turns, self.chat_options, place=place)
             lost = lost_roles(text, turns)
+        require_unicode(place, "prompt", text)
         # The chat template writes the special tokens itself; the tokenizer must not add them again.
         ids = self.tokenizer(text, add_special_tokens=turns is None, verbose=False)["input_ids"]
         token_ids: IntArray = np.asarray(ids, dtype=np.int32)
@@ -155,12 +160,13 @@ class PromptReader:
             )
         if not text.strip():
             raise ValueError(f"{place}: the prompt is empty; write one or remove the row")
-        if self.template is None and MESSAGES_AS_TEXT.match(text):
-            raise ValueError(
-                f"{place}: found a list of messages written as text, {text[:60]!r}; save the rows as "
-                ".jsonl or .parquet, or read the text as messages with data.function; "
-                "data.template='{prompt}' uses the text as it is"
-            )
+        for written in (value, text):
+            if isinstance(written, str) and MESSAGES_AS_TEXT.match(written):
+                raise ValueError(
+                    f"{place}: found a list of messages written as text, {written[:60]!r}; save the "
+                    "rows as .jsonl or .parquet, or read the text as messages with data.function (one "
+                    "message with this text as its content, if the text itself is the prompt)"
+                )
         return text, [{"role": "user", "content": text}] if self.chat else None, None
 
     def _filled_turn(self, place: str, row: Mapping[str, Any], last: Message) -> Message:

@@ -4,11 +4,14 @@ import csv
 import gzip
 import io
 import json
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from opd.data.narrow_floats import narrow_columns, with_short_floats
 
 Row = tuple[str, Mapping[str, Any]]
 FILE_KINDS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
@@ -78,6 +81,16 @@ def _json_kind(value: Any) -> str:
     return names.get(type(value), "null")
 
 
+def _unreadable(place: str, error: RecursionError | ValueError) -> str:
+    """The message for JSON that is well-formed and cannot be held; ``error`` is what the parser raised."""
+    if isinstance(error, RecursionError):
+        return f"{place}: found JSON nested too deep to read; flatten it or remove the row"
+    return (
+        f"{place}: found an integer of more than {sys.get_int_max_str_digits()} digits; write it as a "
+        "string or remove the row"
+    )
+
+
 def _read_jsonl(source: str, path: Path) -> Iterator[Row]:
     # Not splitlines(): it also splits at U+2028, which JSON allows inside a string.
     for number, line in enumerate(_text(source, path).split("\n"), start=1):
@@ -90,6 +103,8 @@ def _read_jsonl(source: str, path: Path) -> Iterator[Row]:
                 f"{source}:{number}: malformed JSON at column {error.colno} ({error.msg}), found "
                 f"{line.strip()[:60]!r}; expected one JSON object a line"
             ) from error
+        except (RecursionError, ValueError) as error:
+            raise ValueError(_unreadable(f"{source}:{number}", error)) from None
         yield _object(f"{source}:{number}", value)
 
 
@@ -101,6 +116,8 @@ def _read_json(source: str, path: Path) -> Iterator[Row]:
             f"{source}:{error.lineno}: malformed JSON at column {error.colno} ({error.msg}); "
             "expected one list of objects (one object a line is a .jsonl file)"
         ) from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(_unreadable(source, error)) from None
     if not isinstance(values, list):
         raise ValueError(
             f"{source}: found a JSON {'object' if isinstance(values, dict) else 'value'} at the "
@@ -143,8 +160,9 @@ def _read_parquet(source: str, path: Path) -> Iterator[Row]:
         numbered = enumerate(
             (row for batch in table.iter_batches() for row in batch.to_pylist()), start=1
         )
+        narrow = narrow_columns(table.schema_arrow)
         for number, row in numbered:
-            yield f"{source}: row {number}", row
+            yield f"{source}: row {number}", with_short_floats(row, narrow)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{source}: not a readable parquet file ({error})") from error
 
@@ -161,6 +179,7 @@ def _read_hub(source: str, split: str, subset: str | None) -> Iterator[Row]:
             f"({type(error).__name__}: {error}); give a hub id with its subset and split, or a "
             f"file ({', '.join(FILE_KINDS)})"
         ) from error
+    narrow = narrow_columns(dataset.features.arrow_schema)
     for number, row in enumerate(dataset, start=1):
         assert isinstance(row, dict)
-        yield f"{source}[{split}]: row {number}", row
+        yield f"{source}[{split}]: row {number}", with_short_floats(row, narrow)

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from opd.data.chat import read_messages
-from opd.data.columns import Scalar, column_names, find_column, plain_text, sequence
+from opd.data.columns import (
+    Scalar,
+    column_names,
+    find_column,
+    is_missing,
+    plain_text,
+    sequence,
+    unboxed,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +33,7 @@ class RowTemplate:
     def fill(self, place: str, row: Mapping[str, Any], prompt: Any) -> str:
         """The text for ``row``, whose prompt is ``prompt`` (None: it has no such column).
 
-        ValueError naming ``place`` when a column is absent, null, or not text.
+        ValueError naming ``place`` when a column is absent, null, nan, infinite, or not text.
         """
         own = {} if prompt is None else {"prompt": prompt, self.prompt_field: prompt}
         try:
@@ -81,14 +89,14 @@ class _Columns(string.Formatter):
     def _scalar(self, name: str, value: Any) -> Any:
         """The one text or number of a value: a list of one, or one message, is what is in it."""
         items = sequence(value)
-        one = items[0] if items is not None and len(items) == 1 else value
+        one = unboxed(items[0] if items is not None and len(items) == 1 else value)
         if isinstance(one, Mapping) and "role" in one:
             one = read_messages(self._place, [one])[0]["content"]
-        if isinstance(one, get_args(Scalar)):
+        if isinstance(one, get_args(Scalar)) and not is_missing(one):
             return one
         match one:
-            case None:
-                found, remedy = "null", "write a value"
+            case _ if is_missing(one):
+                found, remedy = "null" if one is None else str(one), "write a value"
             case Mapping():
                 found = f"a struct ({column_names(one)})"
                 remedy = f"name a field inside it, {{{name}.field}}"

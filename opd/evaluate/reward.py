@@ -1,6 +1,8 @@
 """Rewards: a number for each completion, from a grader or from a function of the user's own."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 from opd.config.eval import EvalConfig
 from opd.config.functions import load_function
@@ -13,14 +15,39 @@ RewardFunction = Callable[[str, Answer | None], float]
 
 
 def reward_function(config: RewardConfig, evaluation: EvalConfig) -> RewardFunction:
-    """The reward function of a run; ValueError when reward.function cannot be imported."""
+    """The reward function of a run; ValueError when reward.function cannot be imported.
+
+    What reward.function raises, and what it returns that is no finite number, becomes a ValueError.
+    """
     match config:
         case GraderRewardConfig(grader=kind, marker=marker):
             chosen = kind or evaluation.grader
             return grade_reward(grader(chosen.value, marker or evaluation.marker))
         case FunctionRewardConfig(function=name):
-            return load_function("reward.function", name)
+            return _checked(load_function("reward.function", name), name)
     raise AssertionError(f"no reward for {type(config).__name__}")
+
+
+def _checked(function: Callable[[str, Answer | None], Any], name: str) -> RewardFunction:
+    def reward(completion: str, answer: Answer | None) -> float:
+        try:
+            returned = function(completion, answer)
+        except Exception as error:  # the user's code may raise anything
+            raise ValueError(
+                f"reward.function={name} failed ({type(error).__name__}: {error}); correct the function"
+            ) from error
+        try:
+            number = math.nan if isinstance(returned, str | bytes) else float(returned)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(
+                f"reward.function={name} returned {str(returned)[:60]!r} of type "
+                f"{type(returned).__name__}; expected a finite number"
+            )
+        return number
+
+    return reward
 
 
 def grade_reward(grade: Grade) -> RewardFunction:

@@ -38,6 +38,12 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
     found = problems(config)
     if found:
         raise ValueError("\n".join(found))
+    # nothing is evaluated here, so that held-out prompts need neither answers nor room
+    config = replace(
+        config,
+        data=replace(config.data, eval=None),
+        eval=replace(config.eval, kl_data=None),
+    )
     rows = dict(_rows(config))
     loaded = load_engine(config, name, grades_training=only_correct)
     tokenizer = loaded.tokenizer
@@ -46,7 +52,7 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
     counts = {"generated": len(rollouts), "truncated": 0, "empty": 0, "wrong": 0, "kept": 0}
     reward = _reward(config, only_correct)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with Path(out).open("w") as file:
+    with Path(out).open("w", encoding="utf-8") as file:
         for rollout in rollouts:
             if rollout.finish_reason == FinishReason.length:
                 counts["truncated"] += 1
@@ -70,8 +76,8 @@ def _rows(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     """(uid, row) of the training prompts."""
     for index, (place, row) in enumerate(source_rows(config.data.train, config.data)):
         try:
-            json.dumps(dict(row))
-        except TypeError as error:
+            json.dumps(dict(row), ensure_ascii=False).encode()
+        except (TypeError, UnicodeEncodeError) as error:
             raise ValueError(
                 f"{place}: cannot be written as JSON ({error}); drop that field"
             ) from None

@@ -8,7 +8,7 @@ from opd.evaluate.grade import grader
 
 
 def require_gradable(config: Config, prompts: PromptSets, *, grades_training: bool = False) -> None:
-    """ValueError when the grader number would meet an answer without a number.
+    """ValueError when the grader number would meet an answer without a number, or with several.
 
     ``grades_training``: eval.grader is applied to the training prompts too.
     """

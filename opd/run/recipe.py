@@ -1,6 +1,7 @@
 """A recipe and overrides become a typed ``Config``; the only place that composes with Hydra."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -122,9 +125,19 @@ def sweep(recipe: Path, overrides: Sequence[str], job: Callable[[Recipe, str], N
 
 def job_name(own: Sequence[str], given: Sequence[str], number: int) -> str:
     """A folder name from the overrides that vary in a sweep: optim=sgd,optim.lr=0.01"""
-    common = {o.lower() for o in given}  # Hydra writes false as False
-    varied = [o for o in own if o.lower() not in common]
+    fixed = [value for o in given if not (value := _parsed(o)).is_sweep_override()]
+    common = [(o.get_key_element(), o.value()) for o in fixed]
+    varied: list[str] = []
+    for text in own:
+        override = _parsed(text)
+        if (override.get_key_element(), override.value()) not in common:
+            varied.append(re.sub(r"\\(.)", r"\1", text))  # without Hydra's escapes
     return ",".join(varied).replace("/", "_") or f"job_{number}"
+
+
+def _parsed(override: str) -> Override:
+    """What Hydra reads; it writes a job's overrides otherwise than given (false as False, : as \\:)."""
+    return OverridesParser.create().parse_override(override)
 
 
 def _prepare(recipe: Path) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import random
-import re
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
 MAX_SAME_FAILURES = 3
 CONFLICT = 409
-TRANSIENT = (CONFLICT, 502, 503, 504)
+TRANSIENT = (408, CONFLICT, 429, 502, 503, 504)
 CHUNK_BYTES = 1 << 20
 EXCERPT_CHARACTERS = 500
 
@@ -40,9 +39,9 @@ class ServiceClient:
 
     ``name`` names the service in errors and ``remedy`` says what to do when it cannot be reached. A
     request times out after ``timeout`` seconds. It is repeated up to ``retries`` times after connection
-    errors and the statuses 409, 502, 503 and 504. Three times in a row without a response in time, or
-    with the same other status from 500 on and the same body, are final: the fourth would be no other.
-    Every endpoint must be idempotent. ``ValueError`` for an address or a token that cannot be used.
+    errors and the statuses 408, 409, 429, 502, 503 and 504. Three times in a row without a response in
+    time, or with the same other status from 500 on, are final: the fourth would be no other. Every
+    endpoint must be idempotent. ``ValueError`` for an address or a token that cannot be used.
     """
 
     def __init__(
@@ -123,8 +122,7 @@ class ServiceClient:
         if response.status_code in TRANSIENT:
             return _Failure(found)
         if response.status_code >= 500:
-            # times, sizes, addresses and request ids differ between failures of one kind
-            return _Failure(found, kind=re.sub(r"[\w-]*\d[\w-]*", "#", found))
+            return _Failure(found, kind=f"HTTP {response.status_code}")
         raise ValueError(f"{self._name} at {self.url} refused {method} {path}: {found}")
 
 

@@ -24,9 +24,9 @@ class RewardedTeacher:
         self._scale = scale_rewards
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """See ``Teacher``. ValueError when a reward is not a finite number."""
+        """See ``Teacher``. ValueError with the prompt's uid when a reward is not a finite number."""
         scored = self._teacher.score(rollouts)
-        rewards = [_finite(self._reward(rollout), rollout) for rollout in rollouts]
+        rewards = [_finite_reward(self._reward, rollout) for rollout in rollouts]
         groups: dict[str, list[float]] = {}
         for rollout, reward in zip(rollouts, rewards, strict=True):
             groups.setdefault(rollout.prompt.uid, []).append(reward)
@@ -67,7 +67,11 @@ def advantage(reward: float, group: Sequence[float], *, scale_rewards: bool) -> 
     return (reward - mean) / (spread + STD_EPSILON)
 
 
-def _finite(reward: float, rollout: Rollout) -> float:
+def _finite_reward(function: Reward, rollout: Rollout) -> float:
+    try:
+        reward = function(rollout)
+    except ValueError as error:
+        raise ValueError(f"a completion of prompt {rollout.prompt.uid}: {error}") from error
     if not math.isfinite(reward):
         raise ValueError(
             f"the reward of a completion of prompt {rollout.prompt.uid} is {reward}; expected a "

@@ -118,15 +118,31 @@ def test_content_in_parts_of_text_is_their_text(content, tokenizer, write):
         str([USER]),
         ' [ {"content": "q", "role": "user"}]',
         "[{'from': 'human'}]",
+        '[{"value": "hi", "from": "human"}]',
+        "[{'weight': 1,\n 'role': 'user', 'content': 'q'}]",
     ],
 )
-def test_messages_written_as_text_are_refused(text, tokenizer, write):
-    path = write({"prompt": text})
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"template": "{prompt}"},
+        {"template": "Q: {prompt}", "chat": True},
+        {"teacher_template": "{prompt} {hint}"},
+    ],
+    ids=["bare", "template", "chat", "teacher"],
+)
+def test_messages_written_as_text_are_refused(settings, text, tokenizer, write):
+    path = write({"prompt": text, "hint": "h"})
     with pytest.raises(
         ValueError, match=r"rows\.jsonl:1: found a list of messages written as text"
     ):
-        load(path, tokenizer)
-    assert load(path, tokenizer, template="{prompt}")[0].text == text
+        load(path, tokenizer, **settings)
+
+
+@pytest.mark.parametrize("text", ['[{"value": 3}]', "[{'a': 'role'}]", "[1, 2]", "[role]"])
+def test_other_lists_are_text_of_a_prompt(text, tokenizer, write):
+    assert load(write({"prompt": text}), tokenizer)[0].text == text
 
 
 def test_keys_that_only_other_rows_have_are_not_shown_to_the_template(make_tokenizer, tmp_path):

@@ -318,6 +318,12 @@ def test_a_column_of_completions_holds_text_or_one_message(value, tokenizer, wri
         ({"prompt": "q", "completion": [USER]}, "completion", "list of one assistant's message"),
         ({"prompt": "q", "completion": "<eos>"}, "completion", "nothing but its end"),
         ({"prompt": "q", "completion": "x" * 9}, "completion", "found a completion of 10 tokens"),
+        ({"prompt": "q", "completion": "\ud83d"}, "completion", "in the completion near"),
+        (
+            {"prompt": [USER, {"role": "assistant", "content": "\udc00"}]},
+            None,
+            "in the completion near",
+        ),
         ({"prompt": "q"}, None, "data.completion_field is not set"),
         ({"prompt": [USER]}, None, "data.completion_field is not set"),
         (

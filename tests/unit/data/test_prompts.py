@@ -196,6 +196,55 @@ def test_a_dotted_path_that_leads_nowhere_is_named_with_what_there_is(field, tok
     assert "extra.question" in str(refused.value) or "type dict" in str(refused.value)
 
 
+CUT = '"hi \\ud83d"'
+"""JSON text of half a surrogate pair."""
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ('{"prompt": %s}', "prompt"),
+        ('{"prompt": [{"role": "user", "content": %s}]}', "prompt"),
+        ('{"prompt": "q", "hint": %s}', "prompt"),
+        ('{"prompt": "q", "answer": %s}', "answer"),
+        ('{"prompt": "q", "answer": ["x", %s]}', "answer"),
+        ('{"prompt": "q", "uid": %s}', "uid"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_named_with_its_row(row, kind, tokenizer, write):
+    path = write('{"prompt": "fine", "hint": "h"}', row.replace("%s", CUT))
+    template = "{prompt}{hint}" if "hint" in row else None
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: found half of a .* in the {kind} near"):
+        load(path, tokenizer, template=template)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tokenizer, write):
+    row = json.dumps({"prompt": "hi \U0001f600"}, ensure_ascii=True)
+    assert load(write(row), tokenizer)[0].text == "hi \U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "nested too deep"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deep"),
+        ("9" * 5000, "an integer of more than 4300 digits"),
+        ("[-" + "9" * 5000 + "]", "an integer of more than 4300 digits"),
+    ],
+    ids=["lists", "objects", "integer", "negative"],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_json_that_cannot_be_held_is_one_sentence(kind, value, words, tokenizer, write):
+    row = f'{{"prompt": "a", "more": {value}}}'
+    if kind == "jsonl":
+        path, place = write({"prompt": "a"}, row), r"rows\.jsonl:2: found"
+    else:
+        path, place = write(f"[{row}]", name="rows.json"), r"rows\.json: found"
+    with pytest.raises(ValueError, match=place) as refused:
+        load(path, tokenizer)
+    assert words in str(refused.value)
+
+
 def test_a_dotted_path_names_the_teacher(tokenizer, write):
     path = write({"prompt": "a", "meta": {"teacher": "mathematician"}})
     assert load(path, tokenizer, teacher_field="meta.teacher")[0].teacher == "mathematician"

@@ -105,6 +105,9 @@ def test_a_format_is_applied_to_a_number(tokenizer, write):
         ([USER, ASSISTANT], "found a list of 2 in field 'more'"),
         ({"text": "x"}, "found a struct ('text') in field 'more'"),
         ([None], "found null in field 'more'"),
+        (float("nan"), "found nan in field 'more'"),
+        (float("-inf"), "found -inf in field 'more'"),
+        ([float("nan")], "found nan in field 'more'"),
     ],
 )
 @pytest.mark.parametrize("setting", ["template", "teacher_template"])

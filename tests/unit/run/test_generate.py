@@ -8,6 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from opd.assembly.rollout import EngineInputs
 from opd.data.tokenizer import StudentTokenizer
 from opd.run.generate import _line, _rows, generate
 from opd.run.recipe import composed, find_recipe
@@ -76,6 +77,8 @@ def test_rows_are_found_by_the_uids_of_their_prompts(
         ({"answer": ""}, r"rows\.jsonl:2: .* first of 1 of 2 rows.*the grader"),
         ({"answer": "four"}, r"prompt 1: found the answer 'four' without a number"),
         ({"answer": ["four", "vier"]}, r"prompt 1: found the answer .* without a number"),
+        ({"answer": "1/2"}, r"prompt 1: found the answer '1/2' with 2 numbers.*use math"),
+        ({"answer": ["4", "12:30 to 13:45"]}, r"prompt 1: found the answer .* with 4 numbers"),
     ],
 )
 def test_only_correct_needs_answers_before_a_model_is_loaded(
@@ -88,3 +91,48 @@ def test_only_correct_needs_answers_before_a_model_is_loaded(
     recipe = composed(QUICKSTART, settings)
     with pytest.raises(ValueError, match=words):
         generate(recipe, model=None, out=str(tmp_path / "out.jsonl"), only_correct=True)
+
+
+class _EngineBuilt(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("held_out", "settings"),
+    [
+        ({"prompt": "1+3="}, []),
+        ({"prompt": "1+3=", "answer": "four"}, ["eval.grader=number"]),
+        ({"prompt": "1+" * 9000, "answer": "4"}, []),
+        ({"prompt": "1+3=", "answer": "4"}, ["eval.kl_data=absent.jsonl"]),
+    ],
+    ids=["no answer", "no number", "too long", "divergence"],
+)
+@pytest.mark.parametrize("only_correct", [True, False])
+def test_held_out_prompts_are_not_read(
+    only_correct: bool,
+    held_out: dict[str, object],
+    settings: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def build(inputs: EngineInputs) -> None:
+        raise _EngineBuilt
+
+    monkeypatch.setattr("opd.run.engine.build_engine", build)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+2=", "answer": "3"}')
+    (tmp_path / "eval.jsonl").write_text(json.dumps(held_out))
+    own = [f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/eval.jsonl"]
+    recipe = composed(QUICKSTART, ["rollout=transformers", *own, *settings])
+    with pytest.raises(_EngineBuilt):
+        generate(recipe, model=None, out=str(tmp_path / "out.jsonl"), only_correct=only_correct)
+
+
+@pytest.mark.parametrize("more", ['"cut \\ud83d"', '["\\udc00"]', '{"x": "\\ud83d"}'])
+def test_a_row_that_cannot_be_written_is_named_before_anything_is_generated(
+    more: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"prompt": "1+2=", "more": {more}}}')
+    config = composed(QUICKSTART, [f"data.train={path}"]).config
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: cannot be written as JSON"):
+        list(_rows(config))

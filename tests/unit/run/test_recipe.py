@@ -80,3 +80,32 @@ def test_a_swept_path_makes_one_folder() -> None:
 
 def test_a_sweep_over_nothing_still_has_a_name() -> None:
     assert job_name(["zero=1"], ["zero=1"], 0) == "job_0"
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        r"student.model=C\:/m",
+        "student.model=http://host:1/m",
+        "student.model='a b, c: d'",
+        'student.model="a b"',
+        r"student.model=a\,b\=c",
+        r"student.model=a\ b\(c\)",
+        "student.model='1'",
+        "eval.teacher_accuracy=False",
+        "eval.max_tokens=null",
+        "+data.chat_options={a: 1, b: 'x:y'}",
+        "+data.chat_options.enable_thinking=false",
+    ],
+)
+def test_what_was_not_swept_is_in_no_job_s_name(fixed: str) -> None:
+    names: list[str] = []
+    sweep(find_recipe("quickstart"), ["optim.lr=1e-3,1e-2", fixed], lambda _, n: names.append(n))
+    assert names == ["optim.lr=0.001", "optim.lr=0.01"]
+
+
+def test_a_swept_value_is_named_without_escapes() -> None:
+    names: list[str] = []
+    swept = r"student.model=C\:\(m\),b\:c"
+    sweep(find_recipe("quickstart"), [swept], lambda _, name: names.append(name))
+    assert names == ["student.model=C:(m)", "student.model=b:c"]

@@ -78,8 +78,9 @@ def client(url: str, *, token: str | None = None, timeout: float = 10.0) -> Serv
         lambda n: f"CUDA out of memory: tried 2.{n} GiB, {17 * n} MiB are free".encode(),
         lambda n: f"request 5e{n}c-00ab-{n}f at 0x7f{n}a: broken".encode(),
         lambda n: b"<html>\n<h1>Internal\n Server Error</h1></html>",
+        lambda n: (b"out of memory", b"shape mismatch", b"failed on Monday")[n % 3],
     ],
-    ids=["same", "empty", "sizes", "ids", "page"],
+    ids=["same", "empty", "sizes", "ids", "page", "words"],
 )
 def test_a_failure_that_comes_again_is_final_after_three_attempts(
     status: int, body: Callable[[int], bytes]
@@ -94,7 +95,7 @@ def test_a_failure_that_comes_again_is_final_after_three_attempts(
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("status", [409, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 409, 429, 502, 503, 504])
 def test_statuses_of_a_server_that_will_be_back_use_all_retries(status: int) -> None:
     with answering(lambda n: (status, b"later")) as (url, requests):
         with pytest.raises(ConnectionError, match=rf"failed 9 times.*{status}: later; start it"):
@@ -104,7 +105,14 @@ def test_statuses_of_a_server_that_will_be_back_use_all_retries(status: int) -> 
 
 @pytest.mark.parametrize(
     "statuses",
-    [[500, 500, 200], [503] * 8 + [200], [500, 503, 500, 500, 503, 500, 200], [502, 409, 504, 200]],
+    [
+        [500, 500, 200],
+        [503] * 8 + [200],
+        [500, 503, 500, 500, 503, 500, 200],
+        [502, 409, 504, 200],
+        [429, 429, 429, 429, 200],
+        [408, 408, 408, 200],
+    ],
 )
 def test_a_server_that_recovers_in_time_is_not_given_up(statuses: list[int]) -> None:
     with answering(lambda n: (statuses[n], b"x")) as (url, requests):
@@ -112,15 +120,16 @@ def test_a_server_that_recovers_in_time_is_not_given_up(statuses: list[int]) -> 
         assert len(requests) == len(statuses)
 
 
-def test_failures_of_different_kinds_use_all_retries() -> None:
-    words = itertools.cycle([b"out of memory", b"shape mismatch"])
-    with answering(lambda n: (500, next(words))) as (url, requests):
+@pytest.mark.parametrize("pair", [(500, 501), (500, 503), (507, 429)])
+def test_failures_of_different_kinds_use_all_retries(pair: tuple[int, int]) -> None:
+    statuses = itertools.cycle(pair)
+    with answering(lambda n: (next(statuses), b"broken")) as (url, requests):
         with pytest.raises(ConnectionError, match="failed 9 times"):
             client(url).send("GET", "/info")
         assert len(requests) == 1 + RETRIES
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 429])
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 425])
 def test_a_refusal_is_asked_once_and_shows_the_servers_words(status: int) -> None:
     with answering(lambda n: (status, b"top_k is\n too large")) as (url, requests):
         with pytest.raises(

@@ -1,11 +1,15 @@
 """A reward beside the teacher: groups, spread, and rewards that are no numbers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from opd.config.eval import EvalConfig
 from opd.config.functions import load_function
+from opd.config.reward import FunctionRewardConfig
 from opd.evaluate.grade import grader
-from opd.evaluate.reward import grade_reward
+from opd.evaluate.reward import RewardFunction, grade_reward, reward_function
 from opd.teacher.no_teacher import NoTeacher
 from opd.teacher.rewarded import RewardedTeacher, advantage
 from opd.types import FinishReason, Prompt, Rollout
@@ -80,6 +84,59 @@ def test_a_reward_that_is_no_number_is_refused_by_name() -> None:
     judge = RewardedTeacher(NO_TEACHER, lambda r: float("nan"), scale_rewards=True)
     with pytest.raises(ValueError, match="prompt a is nan"):
         judge.score([rollout("a", 1)])
+
+
+FUNCTIONS = """
+import numpy as np
+import torch
+def none(c, a): return None
+def text(c, a): return "1.0"
+def nan(c, a): return np.float32("nan")
+def infinite(c, a): return -float("inf")
+def pair(c, a): return (1.0, {"x": 1})
+def several(c, a): return torch.zeros(2)
+def boom(c, a): raise KeyError("x")
+def refuses(c, a): raise ValueError("not a proof")
+def single(c, a): return np.float32(len(c))
+def right(c, a): return c == a
+def tensor(c, a): return torch.tensor(0.5)
+"""
+
+
+def _function_reward(tmp_path: Path, name: str) -> RewardFunction:
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    config = FunctionRewardConfig(function=f"{tmp_path / 'mine.py'}:{name}")
+    return reward_function(config, EvalConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("none", "returned 'None' of type NoneType"),
+        ("text", "returned '1.0' of type str"),
+        ("nan", "returned 'nan' of type float32"),
+        ("infinite", "returned '-inf' of type float"),
+        ("pair", "of type tuple; expected a finite number"),
+        ("several", "of type Tensor; expected a finite number"),
+        ("boom", r"failed \(KeyError: 'x'\)"),
+        ("refuses", r"failed \(ValueError: not a proof\)"),
+    ],
+)
+def test_a_function_that_gives_no_reward_is_named_with_the_prompt(
+    name: str, words: str, tmp_path: Path
+) -> None:
+    function = _function_reward(tmp_path, name)
+    judge = RewardedTeacher(NO_TEACHER, lambda r: function("abc", None), scale_rewards=True)
+    with pytest.raises(
+        ValueError, match=rf"prompt a: reward\.function=.*mine\.py:{name} .*{words}"
+    ):
+        judge.score([rollout("a", 1)])
+
+
+@pytest.mark.parametrize(("name", "reward"), [("single", 3.0), ("right", 1.0), ("tensor", 0.5)])
+def test_a_function_may_return_any_number(name: str, reward: float, tmp_path: Path) -> None:
+    found = _function_reward(tmp_path, name)("abc", "abc")
+    assert (found, type(found)) == (reward, float)
 
 
 def test_a_grader_rewards_right_answers_and_no_answer_gets_nothing() -> None:
