@@ -39,15 +39,19 @@ def running_service(
     """``python <arguments>`` on a free loopback port, ended when the context ends.
 
     ``port_file`` and ``exit_with_parent`` are added to its arguments, and ``variable`` holds its token
-    (a random one unless given). It writes to ``log_path`` and ends by itself if this process dies.
+    (a random one unless given). It writes to ``log_path`` and ends by itself if this process dies. Its
+    temporary files lie in a folder that is removed after it: workers of vLLM that are killed leave some.
     ``RuntimeError`` with the end of that log when it is not ready after ``wait_s`` seconds.
     """
     token = token or secrets.token_urlsafe(32)
-    with tempfile.TemporaryDirectory() as folder, log_path.open("wb") as output:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        log_path.open("wb") as output,
+    ):
         port_file = Path(folder) / "port"
         process = subprocess.Popen(
             [sys.executable, *arguments, f"port_file={port_file}", "exit_with_parent=true"],
-            env=os.environ | {variable: token, **environment},
+            env=os.environ | dict(environment) | {variable: token, "TMPDIR": folder},
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
