@@ -71,9 +71,9 @@ def head_spec(
 ) -> HeadSpec:
     """The scale and soft cap of a model's head, measured on its own code; about 10 ms, no weights.
 
-    A model without storage gets a small random head and known hidden states from -1e2 to 1e2, so that the
-    logits it makes of them show what it does besides the matrix product. ``vocab_size``: as in
-    ``HeadSpec``, by default the config's. Raises ValueError for a head with a bias, or one that is no
+    A model without storage gets a small random head and known hidden states over eight orders of
+    magnitude, so that the logits it makes of them show what it does besides the matrix product.
+    ``vocab_size``: as in ``HeadSpec``, by default the config's. Raises ValueError for a head with a bias, or one that is no
     scale and no soft cap.
     """
     causal = skeleton(config, trust_remote_code=trust_remote_code)

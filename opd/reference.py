@@ -120,8 +120,8 @@ class OwnForward:
             raise ValueError(
                 f"{who}: log-probs differ from the model's own forward pass by {gap:.3g} nats a token, "
                 f"allowed is {bound:g}: a head, a norm, an attention, noise in training or padding of "
-                f"{self.name} is computed differently here with attention {self.attention!r}; try eager "
-                "attention (student.attn_implementation=eager), or choose another model"
+                f"{self.name} is computed differently here with attention {self.attention!r}; choose "
+                "another model, or for a student try student.attn_implementation=eager"
             )
         return gap
 
