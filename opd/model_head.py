@@ -73,8 +73,9 @@ def head_spec(
 
     A model without storage gets a small random head and known hidden states over eight orders of
     magnitude, so that the logits it makes of them show what it does besides the matrix product.
-    ``vocab_size``: as in ``HeadSpec``, by default the config's. Raises ValueError for a head with a bias, or one that is no
-    scale and no soft cap.
+    ``vocab_size``: as in ``HeadSpec``, by default the config's.
+
+    Raises ValueError for a head with a bias, or one that is no scale and no soft cap.
     """
     causal = skeleton(config, trust_remote_code=trust_remote_code)
     name = type(causal).__name__
