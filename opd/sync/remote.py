@@ -26,7 +26,7 @@ class ServerWeights:
     No rank returns before every server has acknowledged. Between pushes rank 0 polls the servers and
     sends restarted ones the version that the others have. ``mark`` sets the version that this rank's
     engine expects. ``ConnectionError`` when a server cannot be reached, ``ValueError`` when it refuses
-    snapshots. Without ``polls`` servers are not polled.
+    snapshots. ``poll_s`` is the time between polls; None: servers are not polled.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class ServerWeights:
         *,
         mark: Callable[[int], None],
         world: World,
-        polls: bool = True,
+        poll_s: float | None = POLL_S,
     ) -> None:
-        self._polls = polls
+        self._poll_s = poll_s
         self._sender, self._mark, self._world = sender, mark, world
         self._servers = {server: ReceiverState() for server in servers}
         self._lock = threading.Lock()
@@ -54,7 +54,7 @@ class ServerWeights:
             self._sender.whole(),
             mark=self._mark,
             world=self._world,
-            polls=False,
+            poll_s=None,
         )
 
     def push(self, weights: Weights, version: int) -> Mapping[str, float]:
@@ -98,13 +98,13 @@ class ServerWeights:
         )
 
     def _start_polling(self) -> None:
-        if self._polls and not self._is_polling:
+        if self._poll_s is not None and not self._is_polling:
             self._is_polling = True
             threading.Thread(target=self._poll, daemon=True, name="weights").start()
 
     def _poll(self) -> None:
         pause = threading.Event()
-        while not pause.wait(POLL_S):
+        while not pause.wait(self._poll_s):
             for server in self._servers:
                 try:
                     if self._is_behind(_read_state(server)):
