@@ -19,9 +19,10 @@ def bounded(
     above: float | None = None,
     most: float | None = None,
     below: float | None = None,
+    word: str | None = None,
 ) -> Any:
-    """A field with bounds: ``least`` <= value <= ``most``, ``above`` < value < ``below``."""
-    bounds = {"least": least, "above": above, "most": most, "below": below}
+    """A field with bounds: ``least`` <= value <= ``most``, ``above`` < value < ``below``, or a ``word``."""
+    bounds = {"least": least, "above": above, "most": most, "below": below, "word": word}
     metadata = {name: bound for name, bound in bounds.items() if bound is not None}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -36,6 +37,8 @@ def broken_bounds(node: Any, path: str = "") -> Iterator[str]:
             yield f"{name} is not set: give it in the recipe or as {name}=..."
         elif is_dataclass(value):
             yield from broken_bounds(value, f"{name}.")
+        elif isinstance(value, str) and value != f.metadata.get("word", value):
+            yield f"{name}={value}: allowed is {expected(f)}"
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield from _broken_bound(name, value, f.metadata)
 
@@ -67,8 +70,9 @@ def expected(field: Field[Any]) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(str(choice.value) for choice in kind)}"
     types = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    bounds = allowed(field)
-    return f"{types.get(kind, 'a value')}{f' {bounds}' if bounds else ''}{nothing}"
+    bounds = _bounds(field)
+    word = f"{field.metadata['word']} or " if "word" in field.metadata else ""
+    return f"{word}{types.get(kind, 'a value')}{f' {bounds}' if bounds else ''}{nothing}"
 
 
 def _is_optional(field: Field[Any]) -> bool:
@@ -113,5 +117,11 @@ def allowed(field: Field[Any]) -> str:
     """The choices of an enumeration, or the bounds."""
     if isinstance(field.type, type) and issubclass(field.type, Enum):
         return ", ".join(str(choice.value) for choice in field.type)
+    word = [field.metadata["word"]] if "word" in field.metadata else []
+    return ", ".join([*word, *filter(None, [_bounds(field)])])
+
+
+def _bounds(field: Field[Any]) -> str:
     signs = {"least": "≥", "above": ">", "most": "≤", "below": "<"}
-    return ", ".join(f"{signs[name]} {bound:g}" for name, bound in field.metadata.items())
+    given = field.metadata
+    return ", ".join(f"{sign} {given[name]:g}" for name, sign in signs.items() if name in given)

@@ -22,8 +22,10 @@ class LaunchEngine(StrEnum):
 class LaunchConfig:
     """Settings that depend on the machine."""
 
-    processes: int = bounded(1, least=1)
-    """Training processes on this machine, one per GPU."""
+    processes: int | str = bounded("auto", least=1, word="auto")
+    """Training processes; auto: one on each GPU that teacher.devices and rollout.devices leave."""
+    cpu_processes: int = bounded(1, least=1)
+    """Training processes of launch.processes=auto on a machine without GPU."""
     engine: LaunchEngine = LaunchEngine.deepspeed
     """deepspeed, or torch: one process without DeepSpeed."""
     deepspeed: str | None = None
@@ -32,11 +34,19 @@ class LaunchConfig:
     """CPU threads of each process; by default the cores divided evenly among the processes."""
 
 
+def count_processes(config: "Config") -> int:
+    """``launch.processes`` of a config in which it is a number: a run resolves auto when it starts."""
+    processes = config.launch.processes
+    assert isinstance(processes, int), "launch.processes=auto has not been resolved"
+    return processes
+
+
 def torch_engine_is_one_process(config: "Config") -> str | None:
     """Only DeepSpeed communicates between processes."""
-    if config.launch.engine == LaunchEngine.torch and config.launch.processes > 1:
+    processes = config.launch.processes
+    if config.launch.engine == LaunchEngine.torch and isinstance(processes, int) and processes > 1:
         return (
-            f"launch.engine=torch runs one process, found launch.processes={config.launch.processes}: "
+            f"launch.engine=torch runs one process, found launch.processes={processes}: "
             "use launch.engine=deepspeed"
         )
     return None
@@ -44,10 +54,11 @@ def torch_engine_is_one_process(config: "Config") -> str | None:
 
 def every_process_gets_a_prompt(config: "Config") -> str | None:
     """Every process needs a prompt in each step."""
-    if config.train.prompts_per_step < config.launch.processes:
+    processes = config.launch.processes
+    if isinstance(processes, int) and config.train.prompts_per_step < processes:
         return (
             f"train.prompts_per_step={config.train.prompts_per_step} is fewer than "
-            f"launch.processes={config.launch.processes}: give every process a prompt"
+            f"launch.processes={processes}: give every process a prompt"
         )
     return None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from opd.config.fields import bounded
-from opd.config.serving import ServingConfig
+from opd.config.serving import ALONE, ServingConfig
 from opd.config.student import DType
 from opd.config.train import Precision
 from opd.types import Sampling
@@ -36,12 +36,16 @@ class RolloutConfig:
     """Share of prompts that the student completes; data.completion_field holds the other completions."""
 
 
+SHARED_ENGINE = 0.35
+"""gpu_memory_utilization of a rollout engine beside a learner, where nobody chose another."""
+
+
 @dataclass(kw_only=True)  # no slots: it is mixed into others
 class VllmEngineConfig:
     """How a vLLM engine is started."""
 
-    gpu_memory_utilization: float = bounded(0.35, above=0, most=1)
-    """Share of the GPU's memory that the engine may use."""
+    gpu_memory_utilization: float | None = bounded(None, above=0, most=1)
+    """Share of the GPU's memory that the engine may use; by default 0.35, or 0.8 on a GPU of its own."""
     kv_cache_memory_bytes: int | None = bounded(None, least=1)
     """Size of the key-value cache; by default what the share leaves, on CPU 512 MiB."""
     max_model_len: int | None = bounded(None, least=2)
@@ -67,7 +71,7 @@ class ServerRolloutConfig(VllmEngineConfig, RolloutConfig):
     servers: int = bounded(1, least=1)
     """How many to start with the run; rank r sends its prompts to server r modulo their number."""
     devices: str | None = None
-    """GPUs of the servers started with the run, comma separated, one each; by default the run's own."""
+    """GPUs of the servers that the run starts, comma separated, one each; by default those free of ranks."""
     timeout: float = bounded(600.0, above=0)
     """Seconds before a request, a whole generation, times out; after three in a row it is given up."""
     retries: int = bounded(8, least=0)
@@ -117,7 +121,7 @@ class RolloutServerConfig(VllmEngineConfig, ServingConfig):
     """Number format of the weights; it must be the run's rollout.dtype."""
     seed: int = bounded(0, least=0)
     """The engine's own seed; every request has its own."""
-    gpu_memory_utilization: float = bounded(0.8, above=0, most=1)
+    gpu_memory_utilization: float | None = bounded(ALONE, above=0, most=1)
     """Share of the GPU's memory that the engine may use; a server has the GPU to itself."""
     batch_size: int = bounded(64, least=1)
     """backend=transformers: sequences generated at once."""

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from opd.config.fields import bounded
 
+ALONE = 0.8
+"""gpu_memory_utilization of a server that has its GPU to itself."""
+
 
 @dataclass(kw_only=True)  # no slots: it is mixed into others
 class ServingConfig:

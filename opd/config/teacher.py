@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from opd.config.adapter import LoraConfig
 from opd.config.fields import bounded
 from opd.config.launch import LaunchEngine
-from opd.config.serving import ServingConfig
+from opd.config.serving import ALONE, ServingConfig
 from opd.config.student import DType
 
 if TYPE_CHECKING:
@@ -35,16 +35,20 @@ class TeacherModelConfig:
     """Tokens in one forward pass of the teacher."""
 
 
+SHARED_TEACHER = 0.45
+"""gpu_memory_utilization of the teachers beside a learner, where nobody chose another."""
+
+
 @dataclass(kw_only=True)  # no slots: it is mixed into others
 class TeacherEngineConfig(TeacherModelConfig):
     """How a teacher server is started."""
 
     backend: TeacherBackend = TeacherBackend.vllm
     """Engine of the server: vllm, or torch where there is no vLLM."""
-    tensor_parallel_size: int = bounded(1, least=1)
-    """GPUs over which the server splits the teacher."""
-    gpu_memory_utilization: float = bounded(0.45, above=0, most=1)
-    """Share of each GPU's memory that the engine may use; the output head lies beside it."""
+    tensor_parallel_size: int | None = bounded(None, least=1)
+    """GPUs over which the server splits the teacher; by default as many as are free of ranks, or 1."""
+    gpu_memory_utilization: float | None = bounded(None, above=0, most=1)
+    """Share of each GPU's memory that the engine may use; by default 0.45, on GPUs of its own 0.8."""
     kv_cache_memory_bytes: int = bounded(1 << 30, least=1)
     """Size of the key-value cache on a machine without GPU."""
     max_waiting_tokens: int = bounded(65536, least=1)
@@ -74,7 +78,7 @@ class ServedTeacherConfig(TeacherEngineConfig, TeacherConfig):
     retries: int = bounded(4, least=0)
     """Retries of a failed request, with exponential back-off."""
     devices: str | None = None
-    """CUDA_VISIBLE_DEVICES of a server started with the run; by default the run's own."""
+    """GPUs of the servers started with the run, comma separated; by default those free of ranks."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -139,7 +143,9 @@ class TeacherServerConfig(TeacherEngineConfig, ServingConfig):
 
     model: str = MISSING
     """Checkpoint folder or hub id of the teacher."""
-    gpu_memory_utilization: float = bounded(0.8, above=0, most=1)
+    tensor_parallel_size: int | None = bounded(1, least=1)
+    """GPUs over which the server splits the teacher."""
+    gpu_memory_utilization: float | None = bounded(ALONE, above=0, most=1)
     """Share of each GPU's memory that the engine may use; the output head lies beside it."""
 
 

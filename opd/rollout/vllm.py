@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from opd.config.rollout import VllmEngineConfig
+from opd.config.rollout import SHARED_ENGINE, VllmEngineConfig
 from opd.config.student import DType
 from opd.interfaces import Progress
 from opd.rollout.seeds import request_seed
@@ -55,7 +55,9 @@ def start_llm(
     if not launched:
         join_alone(device)
     cache_bytes = config.kv_cache_memory_bytes or (None if on_gpu else CPU_CACHE_BYTES)
-    memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+    memory: dict[str, Any] = {
+        "gpu_memory_utilization": config.gpu_memory_utilization or SHARED_ENGINE
+    }
     if cache_bytes is not None:
         memory["kv_cache_memory_bytes"] = cache_bytes
     if not on_gpu:

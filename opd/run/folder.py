@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from opd.config.launch import count_processes
 from opd.config.optim import LearningRateSchedule
 from opd.config.run import Resume
 from opd.mask.file import RUN_MASK
@@ -25,6 +26,7 @@ MAY_CHANGE = (
     "save.",
     "sync.",
     "eval.",
+    "launch.cpu_processes",
     "launch.threads",
     "teacher.url",
     "teacher.timeout",
@@ -32,10 +34,12 @@ MAY_CHANGE = (
     "teacher.devices",
     "teacher.gpu_memory_utilization",
     "teacher.replicas",
+    "teacher.tensor_parallel_size",
     "train.stop_after",
     "rollout.urls",
     "rollout.servers",
     "rollout.devices",
+    "rollout.gpu_memory_utilization",
     "rollout.timeout",
     "rollout.retries",
     "dry_run",
@@ -77,7 +81,7 @@ def open_folder(recipe: Recipe, folder: Path) -> int:
             f"the folder {folder} holds files but no {CONFIG}, so it is not a run: "
             "give another run.dir, or empty it"
         )
-    newest = newest_checkpoint(folder, processes=recipe.config.launch.processes)
+    newest = newest_checkpoint(folder, processes=count_processes(recipe.config))
     if newest is not None and recipe.config.run.resume == Resume.never:
         raise ValueError(
             f"the run {folder} has a checkpoint of step {newest[1]} and run.resume=never: "

@@ -3,26 +3,18 @@
 import secrets
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-from opd.config.arguments import as_arguments
-from opd.config.rollout import (
-    RolloutServerConfig,
-    ServerRolloutConfig,
-    VllmEngineConfig,
-    engine_dtype,
-)
 from opd.config.schema import Config
 from opd.rollout.client import ROLLOUT_URLS
 from opd.rollout.wire import TOKEN_VARIABLE
-from opd.run.environment import child_environment, core_share
+from opd.run.commands import Command, rank_commands, rollout_commands
+from opd.run.environment import child_environment
+from opd.run.placement import Placement
 from opd.run.recipe import Recipe
 from opd.run.status import DONE, USAGE_ERROR, USAGE_ERROR_MARK
 from opd.run.teacher_servers import started_teachers
@@ -40,7 +32,12 @@ class WorkerFailed(RuntimeError):
 
 
 def run_processes(
-    recipe: Recipe, folder: Path, *, max_length: int, teacher_accuracy: float | None
+    recipe: Recipe,
+    placement: Placement,
+    folder: Path,
+    *,
+    max_length: int,
+    teacher_accuracy: float | None,
 ) -> None:
     """Start the servers that the recipe needs, train, and return when every rank is done.
 
@@ -52,16 +49,13 @@ def run_processes(
     logs.mkdir(parents=True, exist_ok=True)
     environment = {} if teacher_accuracy is None else {TEACHER_ACCURACY: repr(teacher_accuracy)}
     with (
-        started_teachers(config, logs) as teachers,
-        _rollout_servers(config, max_length, logs) as servers,
+        started_teachers(config, placement, logs) as teachers,
+        _rollout_servers(config, placement, max_length, logs) as servers,
     ):
         environment |= servers | teachers.environment
-        quoted = str(folder).replace("'", r"\'")  # a folder's name may contain = and commas
-        arguments = [str(recipe.path), *recipe.overrides, f"run.dir='{quoted}'"]
+        commands = rank_commands(recipe, placement, folder, port=_free_port())
         workers = [
-            _start(arguments, environment, config, rank, port, logs)
-            for port in [_free_port()]
-            for rank in range(config.launch.processes)
+            _start(command, environment, rank, logs) for rank, command in enumerate(commands)
         ]
         try:
             _watch(workers, logs)
@@ -70,27 +64,25 @@ def run_processes(
 
 
 @contextmanager
-def _rollout_servers(config: Config, max_length: int, logs: Path) -> Iterator[dict[str, str]]:
+def _rollout_servers(
+    config: Config, placement: Placement, max_length: int, logs: Path
+) -> Iterator[dict[str, str]]:
     """Start all rollout servers at once; yields the environment variables that workers need."""
-    rollout = config.rollout
-    if not isinstance(rollout, ServerRolloutConfig) or rollout.urls:
+    commands = rollout_commands(config, placement, max_length=max_length)
+    if not commands:
         yield {}
         return
-    server = rollout_server_config(config, rollout, max_length)
-    devices = rollout.devices.split(",") if rollout.devices else []
     token = secrets.token_urlsafe(32)
     starting = [
         running_service(
             "rollout server",
-            ["-m", "opd.run.serve", "rollout", *as_arguments(server)],
+            command.arguments,
             variable=TOKEN_VARIABLE,
             token=token,
             log_path=logs / f"rollout_{i}.log",
-            environment=child_environment()
-            | core_share(i, rollout.servers, config.launch.threads)
-            | ({"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {}),
+            environment=child_environment() | command.environment,
         )
-        for i in range(rollout.servers)
+        for i, command in enumerate(commands)
     ]
     with ExitStack() as stack:
         with ThreadPoolExecutor(len(starting)) as pool:
@@ -99,48 +91,15 @@ def _rollout_servers(config: Config, max_length: int, logs: Path) -> Iterator[di
         yield {ROLLOUT_URLS: ",".join(s.url for s in servers), TOKEN_VARIABLE: token}
 
 
-def rollout_server_config(
-    config: Config, rollout: ServerRolloutConfig, max_length: int
-) -> RolloutServerConfig:
-    """The configuration of the rollout servers that a run starts."""
-    engine: dict[str, Any] = {f.name: getattr(rollout, f.name) for f in fields(VllmEngineConfig)}
-    engine["max_model_len"] = max_length
-    return RolloutServerConfig(
-        **engine,
-        model=config.student.model,
-        dtype=engine_dtype(config),
-        seed=config.seed,
-        trust_remote_code=config.student.trust_remote_code,
-    )
-
-
-def worker_environment(config: Config, rank: int, port: int) -> dict[str, str]:
-    """The variables of torchrun, and the share of the CPU cores of a rank."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(config.launch.processes),
-        "LOCAL_WORLD_SIZE": str(config.launch.processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        **core_share(rank, config.launch.processes, config.launch.threads),
-    }
-
-
 def _start(
-    arguments: Sequence[str],
-    environment: dict[str, str],
-    config: Config,
-    rank: int,
-    port: int,
-    logs: Path,
+    command: Command, environment: dict[str, str], rank: int, logs: Path
 ) -> subprocess.Popen[bytes]:
     """Rank 0 writes to the terminal on stdout; everything else goes to logs/rank_<n>.log."""
     log = (logs / f"rank_{rank}.log").open("wb")
     with log:
         return subprocess.Popen(
-            [sys.executable, "-m", "opd.run.worker", *arguments],
-            env=child_environment() | worker_environment(config, rank, port) | environment,
+            command.words,
+            env=child_environment() | command.environment | environment,
             stdin=subprocess.DEVNULL,
             stdout=None if rank == 0 else log,
             stderr=log,

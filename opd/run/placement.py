@@ -1,5 +1,6 @@
 """Which card each part of a run occupies: ranks with their engines, rollout servers, teacher servers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -7,13 +8,25 @@ from dataclasses import dataclass
 class Cards:
     """The GPUs of a run: ``count`` on each of ``nodes`` machines, 0 on a machine without GPU.
 
-    ``memory_bytes`` is the memory of one card, 0 where it is not known.
+    ``memory_bytes`` is the memory of one card, 0 where it is not known. ``ids`` are the cards' names in
+    CUDA_VISIBLE_DEVICES, in the order in which CUDA numbers them; without them that is their number.
     """
 
     count: int
     nodes: int = 1
     memory_bytes: int = 0
     name: str = ""
+    ids: tuple[str, ...] = ()
+
+    def identity(self, card: int) -> str:
+        """The name of a card in CUDA_VISIBLE_DEVICES."""
+        return self.ids[card] if self.ids else str(card)
+
+    def visible(self, cards: Sequence[int]) -> dict[str, str]:
+        """The environment of a child process that sees these cards only; empty where there are none."""
+        if not cards:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.identity(card) for card in cards)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,3 +61,17 @@ class Placement:
         ranks = [rank for rank, own in enumerate(self.ranks) if own == card]
         servers = [s for s in (*self.teachers, *self.rollout_servers) if card in s.cards]
         return ranks, servers
+
+    @property
+    def beside_teachers(self) -> list[int]:
+        """The cards of which teacher servers leave something to ranks or rollout servers."""
+        only_teachers = {card for server in self.teachers for card in server.cards}
+        for server in self.rollout_servers:
+            only_teachers -= set(server.cards)
+        only_teachers -= set(self.rank_cards)
+        return [card for card in range(self.cards.count) if card not in only_teachers]
+
+    @property
+    def rank_cards(self) -> list[int]:
+        """The cards of the ranks, in the order of the ranks; none on a CPU."""
+        return [card for card in self.ranks if card is not None]

@@ -1,10 +1,12 @@
 """The plan of a run as a table, for ``dry_run`` and ``opd doctor``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 from opd.config.adapter import LoraConfig
+from opd.config.launch import count_processes
 from opd.config.mask import DiscoverMaskConfig, FileMaskConfig, active_mask
 from opd.config.rollout import RolloutConfig
 from opd.config.schema import Config
@@ -14,6 +16,7 @@ from opd.config.teacher import (
     SelfTeacherConfig,
     ServerTeacherConfig,
 )
+from opd.run.placement import Placement
 from opd.run.preflight import Preflight
 from opd.run.recipe import Recipe
 
@@ -34,7 +37,8 @@ def plan_table(recipe: Recipe, checked: Preflight, folder: Path) -> Table:
         f"{config.train.precision.value}, adapter {recipe.choices['adapter']}",
         "trains": _trained(config),
         "step": f"{config.train.prompts_per_step} prompts x {rollout.n} completions of at most "
-        f"{rollout.max_tokens} tokens, by {config.launch.processes} process(es)",
+        f"{rollout.max_tokens} tokens, by {count_processes(config)} process(es)",
+        "placement": describe_placement(checked.placement),
         "steps": f"{config.train.steps}, starting from step {checked.start}",
         "folder": str(folder),
     }
@@ -54,6 +58,43 @@ def plan_table(recipe: Recipe, checked: Preflight, folder: Path) -> Table:
     for name, text in rows.items():
         table.add_row(name, text)
     return table
+
+
+def describe_placement(placement: Placement) -> str:
+    """Who sits where, in a few words."""
+    cards, ranks = placement.cards, placement.rank_cards
+    if not cards.count:
+        servers = [
+            f"{len(those)} {kind} server(s)"
+            for kind, those in (
+                ("teacher", placement.teachers),
+                ("rollout", placement.rollout_servers),
+            )
+            if those
+        ]
+        return ", ".join([f"{len(placement.ranks)} process(es) on the CPU", *servers])
+    memory = f", {cards.memory_bytes >> 30} GiB" if cards.memory_bytes else ""
+    nodes = f"{cards.nodes} machines of " if cards.nodes > 1 else ""
+    engine = f", each with an engine ({placement.engine_utilization:g} of it)"
+    lines = [
+        f"{nodes}{cards.count} GPU(s){f' {cards.name}' if cards.name else ''}{memory}",
+        f"process(es) on GPU {_listed(placement, ranks)}"
+        f"{engine if placement.engine_utilization else ''}",
+        *(
+            f"{kind} {server.model} on GPU {_listed(placement, server.cards)} "
+            f"({server.gpu_memory_utilization:g} of it)"
+            for kind, servers in (
+                ("teacher", placement.teachers),
+                ("rollout server of", placement.rollout_servers),
+            )
+            for server in servers
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _listed(placement: Placement, cards: Sequence[int]) -> str:
+    return ", ".join(map(placement.cards.identity, cards))
 
 
 def _trained(config: Config) -> str:

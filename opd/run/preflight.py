@@ -10,18 +10,16 @@ import httpx
 from huggingface_hub import constants
 
 from opd.config.functions import load_function
-from opd.config.launch import LaunchEngine, merged_deepspeed
+from opd.config.launch import LaunchEngine, count_processes, merged_deepspeed
 from opd.config.loss import FunctionLossConfig
 from opd.config.mask import DiscoverMaskConfig, MaskRule, active_mask
 from opd.config.optim import clipped_warmup
 from opd.config.reward import GroupRewardConfig
-from opd.config.rollout import ServerRolloutConfig, VllmEngineConfig, training_sampling
+from opd.config.rollout import training_sampling
 from opd.config.schema import Config, problems
 from opd.config.teacher import (
     PoolTeacherConfig,
     SelfTeacherConfig,
-    ServerTeacherConfig,
-    TeacherBackend,
     has_teacher,
 )
 from opd.data.prompt_sets import PromptSets, read_prompt_sets
@@ -29,14 +27,16 @@ from opd.data.stream import ShuffledPrompts
 from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
 from opd.evaluate.reward import reward_function
 from opd.rollout.client import require_servers_fit
-from opd.run.devices import require_devices
+from opd.run.devices import find_cards, needs_vllm, require_devices
 from opd.run.findings import findings
 from opd.run.folder import open_folder
 from opd.run.gradable import require_gradable
 from opd.run.mask import require_mask_fits
 from opd.run.model_check import check_student_model
+from opd.run.place import place
+from opd.run.placement import Placement
 from opd.run.recipe import Recipe
-from opd.teacher.connect import describe_transport, pool_models, teacher_infos
+from opd.teacher.connect import describe_transport, teacher_infos
 from opd.teacher.vocabulary import read_vocabulary
 from opd.types import Prompt
 
@@ -49,10 +49,12 @@ class Preflight:
 
     ``unseen`` names the settings whose models and data sets are on a hub that cannot be reached. A dry
     run then skips their checks and has no ``tokenizer``, ``prompts`` and ``transport`` (how the
-    teacher's responses are sent). ``findings`` are likely errors; they do not stop the run.
+    teacher's responses are sent). ``findings`` are likely errors; they do not stop the run. ``placement``
+    says on which GPUs the processes of the run sit.
     """
 
     start: int
+    placement: Placement
     tokenizer: StudentTokenizer | None = None
     prompts: PromptSets | None = None
     transport: str | None = None
@@ -61,22 +63,28 @@ class Preflight:
 
 
 def check(recipe: Recipe, folder: Path) -> Preflight:
-    """Raise ValueError for the first kind of error: settings, packages, folder, model, data, teacher."""
+    """Raise ValueError for the first kind of error: settings, packages, GPUs, folder, model, data, teacher.
+
+    launch.processes is a number already (``resolved``).
+    """
     config = recipe.config
     found = [*problems(config), *_missing_packages(config)]
     if found:
         raise ValueError("\n".join(found))
-    require_devices(config)
+    cards = find_cards()
+    require_devices(config, cards)
     start = open_folder(recipe, folder)
     if config.launch.engine == LaunchEngine.deepspeed:
         _require_launch_file(config)
     unseen = hub_names(config)
     if unseen and config.dry_run and not hub_answers():
-        return Preflight(start=start, unseen=tuple(unseen))
+        placement = place(config, cards, read_shape=lambda model: None)
+        return Preflight(start=start, placement=placement, unseen=tuple(unseen))
+    placement = place(config, cards)
     tokenizer = read_student_tokenizer(config.student)
     prompts = read_prompt_sets(config, tokenizer)
     ShuffledPrompts(prompts.train, config.train.prompts_per_step, config.seed)
-    if prompts.divergence and len(prompts.divergence) < config.launch.processes:
+    if prompts.divergence and len(prompts.divergence) < count_processes(config):
         raise ValueError(
             f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
             f"launch.processes={config.launch.processes}: give every process one, or 0"
@@ -97,6 +105,7 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     require_servers_fit(config, tokenizer.stop_ids, prompts.max_length)
     return Preflight(
         start=start,
+        placement=placement,
         tokenizer=tokenizer,
         prompts=prompts,
         transport=transport,
@@ -159,11 +168,7 @@ def hub_answers() -> bool:
 def _missing_packages(config: Config) -> list[str]:
     wanted = {
         "vllm": (
-            (
-                isinstance(config.rollout, VllmEngineConfig)
-                and not (isinstance(config.rollout, ServerRolloutConfig) and config.rollout.urls)
-            )
-            or _starts_vllm_teachers(config),
+            needs_vllm(config),
             "install it (README), or use rollout=transformers with teacher=local",
         ),
         "deepspeed": (
@@ -176,15 +181,6 @@ def _missing_packages(config: Config) -> list[str]:
         for name, (needed, remedy) in wanted.items()
         if needed and importlib.util.find_spec(name) is None
     ]
-
-
-def _starts_vllm_teachers(config: Config) -> bool:
-    match config.teacher:
-        case ServerTeacherConfig(url=None, backend=TeacherBackend.vllm):
-            return True
-        case PoolTeacherConfig(members=members, backend=TeacherBackend.vllm):
-            return bool(pool_models(members))
-    return False
 
 
 def _require_launch_file(config: Config) -> None:

@@ -10,7 +10,9 @@ from rich.console import Console
 
 from opd.config.mask import MaskRule, StudyArm, StudyMaskConfig
 from opd.mask.file import RUN_MASK
+from opd.run.commands import engine_settings
 from opd.run.mask import RunJob
+from opd.run.placement import Placement
 from opd.run.recipe import Recipe, composed
 from opd.run.teacher_servers import started_teachers
 from opd.tracking.runs import RunRecord, read_run
@@ -96,11 +98,11 @@ def _arm_overrides(arm: StudyArm, recipe: Recipe, seed_folder: Path) -> list[str
             return [*masked, *NO_RULE, f"mask.rule={arm.value}", f"mask.like='{like}'"]
 
 
-def run_study(recipe: Recipe, folder: Path, run: RunJob) -> None:
+def run_study(recipe: Recipe, placement: Placement, folder: Path, run: RunJob) -> None:
     """Run every arm for every seed, then write a table and a plot; finished runs are not run again."""
     console = Console()
     jobs = study_jobs(recipe, folder)
-    with _shared_teacher(recipe, folder / "logs") as teacher:
+    with _shared_teacher(recipe, placement, folder / "logs") as teacher:
         for number, job in enumerate(jobs, start=1):
             console.rule(f"run {number} of {len(jobs)}: {job.arm.value}, seed {job.seed}")
             run(composed(recipe.path, [*job.overrides, *teacher]), job.folder)
@@ -130,9 +132,20 @@ def _title(recipe: Recipe) -> str:
 
 
 @contextmanager
-def _shared_teacher(recipe: Recipe, logs: Path) -> Iterator[list[str]]:
-    """Teacher servers shared by all runs; yields the overrides with their addresses."""
+def _shared_teacher(recipe: Recipe, placement: Placement, logs: Path) -> Iterator[list[str]]:
+    """Teacher servers shared by all runs; yields the overrides with their addresses.
+
+    The runs see the GPUs that the placement gives to more than teachers, and their engines keep their share.
+    """
     logs.mkdir(parents=True, exist_ok=True)
-    with started_teachers(recipe.config, logs) as teachers:
-        os.environ |= teachers.environment
-        yield teachers.settings
+    before = dict(os.environ)
+    with started_teachers(recipe.config, placement, logs) as teachers:
+        if not teachers.settings:
+            yield []
+            return
+        try:
+            os.environ |= teachers.environment | placement.cards.visible(placement.beside_teachers)
+            yield [*teachers.settings, *engine_settings(recipe.config, placement)]
+        finally:
+            os.environ.clear()
+            os.environ.update(before)

@@ -6,19 +6,14 @@ import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from opd.config.arguments import as_arguments
 from opd.config.schema import Config
-from opd.config.teacher import (
-    PoolTeacherConfig,
-    ServedTeacherConfig,
-    ServerTeacherConfig,
-    TeacherEngineConfig,
-    TeacherServerConfig,
-)
+from opd.config.teacher import PoolTeacherConfig, ServerTeacherConfig, TeacherServerConfig
+from opd.run.commands import Command, teacher_command, teacher_commands
 from opd.run.environment import child_environment
+from opd.run.placement import Placement
 from opd.serving.child import RunningService, running_service
 from opd.teacher.connect import TEACHER_URL, TEACHER_URLS, pool_models
 from opd.teacher.wire import TOKEN_VARIABLE
@@ -35,56 +30,55 @@ class StartedTeachers:
 NO_SERVERS = StartedTeachers(environment={}, settings=[])
 
 
-def server_config(config: ServedTeacherConfig, model: str) -> TeacherServerConfig:
-    """The settings of a server of ``model`` that is started with a run."""
-    shared = {f.name: getattr(config, f.name) for f in fields(TeacherEngineConfig)}
-    return TeacherServerConfig(model=model, **shared)
-
-
 @contextmanager
 def running_teacher(
     config: TeacherServerConfig,
     *,
     log_path: Path,
-    devices: str | None = None,
     token: str | None = None,
     wait_s: float = 1800.0,
 ) -> Iterator[RunningService]:
     """A server on a free port with ``token`` (a random one unless given), ended with the context.
 
-    ``devices`` becomes its CUDA_VISIBLE_DEVICES. It writes to ``log_path`` and ends by itself if
-    this process dies. ``RuntimeError`` with the end of that log when it is not ready after ``wait_s``
-    seconds.
+    It writes to ``log_path`` and ends by itself if this process dies. ``RuntimeError`` with the end of that
+    log when it is not ready after ``wait_s`` seconds.
     """
-    visible = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+    command = teacher_command(config, {})
+    with _running(command, log_path=log_path, token=token, wait_s=wait_s) as running:
+        yield running
+
+
+@contextmanager
+def _running(
+    command: Command, *, log_path: Path, token: str | None, wait_s: float = 1800.0
+) -> Iterator[RunningService]:
     with running_service(
         "teacher server",
-        ["-m", "opd.run.serve", "teacher", *as_arguments(config)],
+        command.arguments,
         variable=TOKEN_VARIABLE,
         token=token,
         log_path=log_path,
-        environment=child_environment() | visible,
+        environment=child_environment() | command.environment,
         wait_s=wait_s,
     ) as running:
         yield running
 
 
 @contextmanager
-def started_teachers(config: Config, logs: Path) -> Iterator[StartedTeachers]:
+def started_teachers(config: Config, placement: Placement, logs: Path) -> Iterator[StartedTeachers]:
     """The servers of teachers without an address, ended when the context ends."""
     match config.teacher:
         case ServerTeacherConfig(url=None, model=str(model)):
-            with _servers(config.teacher, [(model, logs / "teacher.log")]) as (urls, token):
+            with _servers(config, placement, [logs / "teacher.log"]) as (urls, token):
                 url = urls[model][0]
                 yield _started({TEACHER_URL: url}, token, [f"teacher.url={url}"])
         case PoolTeacherConfig(members=members, replicas=replicas) if pool_models(members):
-            models = pool_models(members)
             needed = [
-                (model, logs / f"teacher_{number}_{replica}.log")
-                for number, model in enumerate(models)
+                logs / f"teacher_{number}_{replica}.log"
+                for number, _ in enumerate(pool_models(members))
                 for replica in range(replicas)
             ]
-            with _servers(config.teacher, needed) as (urls, token):
+            with _servers(config, placement, needed) as (urls, token):
                 settings = [
                     f"teacher.members.{name}='{','.join(urls[model])}'"
                     for name, model in members.items()
@@ -101,35 +95,19 @@ def _started(environment: dict[str, str], token: str, settings: list[str]) -> St
 
 @contextmanager
 def _servers(
-    config: ServedTeacherConfig, needed: list[tuple[str, Path]]
+    config: Config, placement: Placement, log_paths: list[Path]
 ) -> Iterator[tuple[dict[str, list[str]], str]]:
-    """Start the servers concurrently; the addresses of each model, and the token of all.
-
-    ``needed`` has the model and the log path of each. A pool's servers divide teacher.devices among
-    themselves, ``tensor_parallel_size`` to each.
-    """
+    """Start the servers concurrently; the addresses of each model, and the token of all."""
     token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
+    commands = teacher_commands(config, placement)
     starting = [
-        running_teacher(
-            server_config(config, model),
-            log_path=log,
-            devices=_devices(config, number),
-            token=token,
-        )
-        for number, (model, log) in enumerate(needed)
+        _running(command, log_path=log, token=token)
+        for command, log in zip(commands, log_paths, strict=True)
     ]
     with ExitStack() as stack:
         with ThreadPoolExecutor(len(starting)) as pool:
             entering = [pool.submit(stack.enter_context, server) for server in starting]
         urls: dict[str, list[str]] = {}
-        for (model, _), future in zip(needed, entering, strict=True):
-            urls.setdefault(model, []).append(future.result().url)
+        for server, future in zip(placement.teachers, entering, strict=True):
+            urls.setdefault(server.model, []).append(future.result().url)
         yield urls, token
-
-
-def _devices(config: ServedTeacherConfig, number: int) -> str | None:
-    if config.devices is None or isinstance(config, ServerTeacherConfig):
-        return config.devices
-    devices, width = config.devices.split(","), config.tensor_parallel_size
-    first = number * width % len(devices)
-    return ",".join((devices + devices)[first : first + width])

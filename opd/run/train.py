@@ -10,10 +10,14 @@ import yaml
 from rich.console import Console
 
 from opd.config.mask import StudyMaskConfig
+from opd.config.schema import problems
+from opd.run.commands import engine_settings
+from opd.run.devices import find_cards, require_devices, require_running_servers, resolved
 from opd.run.evaluate_apart import teacher_accuracy
 from opd.run.folder import DRY_RUN, describe, description
 from opd.run.launch import run_processes
 from opd.run.mask import prepare_mask
+from opd.run.place import place
 from opd.run.plan_table import plan_table
 from opd.run.preflight import check
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder, sweep
@@ -68,6 +72,7 @@ def train_all(recipe: str | Path, *overrides: str) -> list[Run]:
 def run_one(recipe: Recipe, folder: Path) -> None:
     """Check, train and report one run; with ``dry_run`` only check and print the plan."""
     console = Console()
+    recipe = resolved(recipe, find_cards())
     checked = check(recipe, folder)
     console.print(plan_table(recipe, checked, folder))
     if recipe.config.dry_run:
@@ -78,7 +83,7 @@ def run_one(recipe: Recipe, folder: Path) -> None:
         return
     describe(recipe, folder)
     if isinstance(recipe.config.mask, StudyMaskConfig) and recipe.config.mask.arms:
-        run_study(recipe, folder, run_one)
+        run_study(recipe, checked.placement, folder, run_one)
         return
     if checked.start >= recipe.config.train.steps and (folder / "final").is_dir():
         console.print(f"the run is complete: {folder}")
@@ -87,7 +92,11 @@ def run_one(recipe: Recipe, folder: Path) -> None:
         accuracy = teacher_accuracy(recipe, folder / "logs") if checked.start == 0 else None
         assert checked.prompts is not None
         run_processes(
-            recipe, folder, max_length=checked.prompts.max_length, teacher_accuracy=accuracy
+            recipe,
+            checked.placement,
+            folder,
+            max_length=checked.prompts.max_length,
+            teacher_accuracy=accuracy,
         )
     console.print(summary_table(folder))
     console.print(f"report: {folder / 'report.html'}")
@@ -97,6 +106,7 @@ def join(recipe: Recipe) -> NoReturn:
     """Run one rank of a run that another launcher started; rank 0 checks and describes the run."""
     from opd.run.worker import leave_after  # loads the libraries of training
 
+    recipe = joined_recipe(recipe)
     folder = run_folder(recipe)
     first = os.environ["RANK"] == "0"
     if recipe.config.dry_run:
@@ -108,6 +118,23 @@ def join(recipe: Recipe) -> NoReturn:
         describe(recipe, folder)
         prepare_mask(recipe, folder, _cannot_run_first)
     leave_after(recipe)
+
+
+def joined_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of a rank that another launcher started, with the number of ranks and its engine's share.
+
+    Raises ValueError where this run cannot be started in this way.
+    """
+    cards = find_cards()
+    recipe = resolved(recipe, cards)
+    config = recipe.config
+    found = problems(config)
+    if found:
+        raise ValueError("\n".join(found))
+    require_devices(config, cards)
+    require_running_servers(config)
+    settings = engine_settings(config, place(config, cards))
+    return composed(recipe.path, [*recipe.overrides, *settings]) if settings else recipe
 
 
 def _cannot_run_first(recipe: Recipe, folder: Path) -> None:

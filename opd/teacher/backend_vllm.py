@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from opd.config.serving import ALONE
 from opd.config.teacher import TeacherEngineConfig
 from opd.head import HeadSpec
 from opd.reference import OwnForward, load_whole
@@ -62,16 +63,17 @@ class VllmBackend:
         from vllm import LLM
         from vllm.config import PoolerConfig
 
-        require_divisible_heads(model, config.tensor_parallel_size)
-        has_workers = config.tensor_parallel_size > 1
+        size = config.tensor_parallel_size or 1
+        require_divisible_heads(model, size)
+        has_workers = size > 1
         if not has_workers:
             join_alone(torch.device("cuda" if cuda else "cpu"))
         arguments: dict[str, Any] = {
             "dtype": config.dtype.value,
             "max_model_len": config.max_model_len,
             "max_num_batched_tokens": config.max_num_batched_tokens,
-            "tensor_parallel_size": config.tensor_parallel_size,
-            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "tensor_parallel_size": size,
+            "gpu_memory_utilization": config.gpu_memory_utilization or ALONE,
             "kv_cache_memory_bytes": None if cuda else config.kv_cache_memory_bytes,
         }
         with (

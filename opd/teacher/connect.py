@@ -37,6 +37,16 @@ def pool_models(members: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(m for m in members.values() if not member_urls(m)))
 
 
+def started_models(config: TeacherConfig) -> list[str]:
+    """The model of each teacher server that a run starts itself, replicas of one model together."""
+    match config:
+        case ServerTeacherConfig(url=None, model=str(model)):
+            return [model]
+        case PoolTeacherConfig(members=members, replicas=replicas):
+            return [model for model in pool_models(members) for _ in range(replicas)]
+    return []
+
+
 def server_client(
     config: ServedTeacherConfig,
     url: str,
@@ -130,5 +140,5 @@ def _read_info(config: TeacherConfig, setting: str, model: str, student: Vocabul
         ) from None
     require_fit(info, student)
     if isinstance(config, ServedTeacherConfig):
-        require_divisible_heads(model, config.tensor_parallel_size)
+        require_divisible_heads(model, config.tensor_parallel_size or 1)
     return info

@@ -1,6 +1,7 @@
 """What a teacher reads from a Hugging Face checkpoint besides the layers: tokenizer, sizes, head."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
@@ -64,23 +65,52 @@ def max_positions(model: str) -> int:
     return AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
 
 
-def require_divisible_heads(model: str, tensor_parallel_size: int) -> None:
-    """ValueError unless a model's attention heads can be divided over so many GPUs, as vLLM divides them."""
-    text = AutoConfig.from_pretrained(model).get_text_config().to_dict()
-    heads = text.get("num_attention_heads")
-    if tensor_parallel_size == 1 or heads is None:
-        return
-    groups = text.get("num_key_value_heads") or heads
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """What vLLM divides over GPUs: attention heads, those of keys and values, the width of the MLP."""
 
-    def fits(size: int) -> bool:
-        return heads % size == 0 and (groups % size == 0 or size % groups == 0)
+    heads: int
+    key_value_heads: int
+    intermediate_size: int | None = None
 
-    if not fits(tensor_parallel_size):
-        allowed = [str(size) for size in range(1, heads + 1) if fits(size)]
-        raise ValueError(
-            f"teacher.tensor_parallel_size={tensor_parallel_size} does not divide the {heads} "
-            f"attention heads ({groups} of keys and values) of {model}: allowed are {', '.join(allowed)}"
+    def divides(self, size: int) -> bool:
+        """Whether vLLM can split the layers over ``size`` GPUs; it copies heads of keys and values."""
+        groups = self.key_value_heads
+        return (
+            self.heads % size == 0
+            and (groups % size == 0 or size % groups == 0)
+            and (self.intermediate_size or 0) % size == 0
         )
+
+    def require(self, model: str, size: int) -> None:
+        """ValueError, with the sizes that are allowed, unless the layers of ``model`` can be split so."""
+        if not self.divides(size):
+            allowed = [str(n) for n in range(1, self.heads + 1) if self.divides(n)]
+            raise ValueError(
+                f"teacher.tensor_parallel_size={size} does not divide the {self.heads} attention heads "
+                f"({self.key_value_heads} of keys and values) and the MLP of {model}: allowed are "
+                f"{', '.join(allowed)}"
+            )
+
+
+def read_layer_shape(model: str) -> LayerShape | None:
+    """What a checkpoint's config says about heads and MLP; None where it names no heads."""
+    text = AutoConfig.from_pretrained(model).get_text_config().to_dict()
+    heads, width = text.get("num_attention_heads"), text.get("intermediate_size")
+    if heads is None:
+        return None
+    return LayerShape(
+        heads=heads,
+        key_value_heads=text.get("num_key_value_heads") or heads,
+        intermediate_size=width if isinstance(width, int) else None,
+    )
+
+
+def require_divisible_heads(model: str, tensor_parallel_size: int) -> None:
+    """ValueError unless a model's layers can be divided over so many GPUs, as vLLM divides them."""
+    shape = read_layer_shape(model)
+    if shape is not None:
+        shape.require(model, tensor_parallel_size)
 
 
 def read_head(model: str) -> torch.Tensor:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opd.assembly.teacher import build_clients
+from opd.config.launch import LaunchConfig
 from opd.config.schema import Config
 from opd.config.student import DType
 from opd.config.teacher import (
@@ -27,6 +28,8 @@ from opd.config.teacher import (
     TeacherBackend,
     TeacherServerConfig,
 )
+from opd.run.place import place
+from opd.run.placement import Cards
 from opd.run.teacher_servers import running_teacher, started_teachers
 from opd.serving.child import RunningService
 from opd.teacher.backend_torch import TorchBackend
@@ -270,7 +273,8 @@ def test_a_run_starts_its_pool(
     rollouts = _rollouts(20, ["sums", "spelling", "addition"])
     with pytest.raises(ValueError, match="start one with `opd teacher`"):
         build_clients(config, student, [REQUEST], world, quiet)
-    with started_teachers(Config(teacher=config), tmp_path) as started:
+    run = Config(teacher=config, launch=LaunchConfig(processes=1))
+    with started_teachers(run, place(run, Cards(count=0)), tmp_path) as started:
         for name, value in started.environment.items():
             monkeypatch.setenv(name, value)
         assert len(list(tmp_path.glob("*.log"))) == 2, "the same weights are served once"

@@ -21,10 +21,11 @@ from opd.run.recipe_errors import known_keys
 ON_PURPOSE = {
     "optim.lr": {"OptimConfig": 1e-6, "SGDConfig": 1e-2},
     "rollout.dtype": {"RolloutConfig": "auto", "RolloutServerConfig": "bfloat16"},
-    "rollout.gpu_memory_utilization": {"VllmEngineConfig": 0.35, "RolloutServerConfig": 0.8},
+    "rollout.gpu_memory_utilization": {"VllmEngineConfig": None, "RolloutServerConfig": 0.8},
     "rollout.on_policy": {"RolloutConfig": 1.0, "DatasetRolloutConfig": 0.0},
-    "teacher.gpu_memory_utilization": {"TeacherEngineConfig": 0.45, "TeacherServerConfig": 0.8},
+    "teacher.gpu_memory_utilization": {"TeacherEngineConfig": None, "TeacherServerConfig": 0.8},
     "teacher.model": {"TeacherConfig": None, "TeacherServerConfig": "???"},
+    "teacher.tensor_parallel_size": {"TeacherEngineConfig": None, "TeacherServerConfig": 1},
 }
 """Settings whose default depends on the choice; a server has a GPU to itself and needs a model."""
 

@@ -9,10 +9,15 @@ import yaml
 import opd
 from opd.cli.main import run
 from opd.mask.file import RUN_MASK
+from opd.run.devices import find_cards, resolved
 from opd.run.folder import CONFIG, DRY_RUN, describe, open_folder
-from opd.run.recipe import composed, find_recipe
+from opd.run.recipe import Recipe, composed, find_recipe
 
 QUICKSTART = find_recipe("quickstart")
+
+
+def quickstart(*overrides: str) -> Recipe:
+    return resolved(composed(QUICKSTART, overrides), find_cards())
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +30,7 @@ def test_a_dry_run_leaves_its_description_and_nothing_else(tmp_path: Path) -> No
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files == [tmp_path / "runs" / "quickstart" / "dry_run.yaml"]
     written = yaml.safe_load(files[0].read_text())
-    assert written["config"] == composed(QUICKSTART, ["loss=jsd", "dry_run=true"]).plain
+    assert written["config"] == quickstart("loss=jsd", "dry_run=true").plain
     assert written["config"]["optim"]["lr"] > 0, "resolved, not as the recipe spells it"
     assert written["choices"]["loss"] == "jsd"
     assert {"opd", "python", "torch"} <= set(written["versions"])
@@ -38,7 +43,7 @@ def test_a_dry_run_under_another_launcher_trains_nothing(
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as left:
-        run(["train", "quickstart", "dry_run=true"])
+        run(["train", "quickstart", "teacher=local", "dry_run=true"])
     assert not left.value.code
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == files
 
@@ -46,7 +51,7 @@ def test_a_dry_run_under_another_launcher_trains_nothing(
 def test_a_real_run_may_follow_a_dry_run_in_its_folder() -> None:
     folder = Path("runs/quickstart")
     assert run(["train", "quickstart", "dry_run=true"]) == 0
-    recipe = composed(QUICKSTART, [])
+    recipe = quickstart()
     assert open_folder(recipe, folder) == 0
     describe(recipe, folder)
     assert open_folder(recipe, folder) == 0
@@ -56,7 +61,7 @@ def test_a_real_run_may_follow_a_dry_run_in_its_folder() -> None:
 def test_a_dry_run_of_another_recipe_claims_nothing() -> None:
     folder = Path("runs/quickstart")
     assert run(["train", "quickstart", "loss=jsd", "dry_run=true"]) == 0
-    assert open_folder(composed(QUICKSTART, ["loss=forward_kl"]), folder) == 0
+    assert open_folder(quickstart("loss=forward_kl"), folder) == 0
 
 
 def test_a_folder_with_other_files_is_refused_even_after_a_dry_run() -> None:
@@ -64,7 +69,7 @@ def test_a_folder_with_other_files_is_refused_even_after_a_dry_run() -> None:
     assert run(["train", "quickstart", "dry_run=true"]) == 0
     (folder / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="so it is not a run"):
-        open_folder(composed(QUICKSTART, []), folder)
+        open_folder(quickstart(), folder)
 
 
 def test_the_api_s_dry_run_is_a_run_with_a_configuration_and_no_more() -> None:
@@ -83,7 +88,7 @@ def test_the_api_s_dry_run_is_a_run_with_a_configuration_and_no_more() -> None:
 def started(*overrides: str) -> Path:
     """The folder of a run that was described and took no step."""
     folder = Path("runs/quickstart")
-    describe(composed(QUICKSTART, overrides), folder)
+    describe(quickstart(*overrides), folder)
     (folder / "logs").mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 0, "eval/heldout/accuracy": 0.3}\n')
     return folder
@@ -113,13 +118,13 @@ def test_a_run_with_other_settings_is_refused_by_name(leave: Callable[[Path], No
     folder = started()
     leave(folder)
     with pytest.raises(ValueError, match=r"belongs to another run: it has .*loss"):
-        open_folder(composed(QUICKSTART, ["loss=jsd"]), folder)
+        open_folder(quickstart("loss=jsd"), folder)
 
 
 def test_a_run_with_steps_may_still_change_how_it_is_watched() -> None:
     folder = started()
     log_a_step(folder)
-    assert open_folder(composed(QUICKSTART, ["eval.every=7"]), folder) == 0
+    assert open_folder(quickstart("eval.every=7"), folder) == 0
 
 
 @pytest.mark.parametrize(
@@ -127,7 +132,7 @@ def test_a_run_with_steps_may_still_change_how_it_is_watched() -> None:
 )
 def test_a_setting_of_a_run_without_a_step_may_be_corrected(corrected: str) -> None:
     folder = started()
-    recipe = composed(QUICKSTART, [corrected])
+    recipe = quickstart(corrected)
     assert open_folder(recipe, folder) == 0
     describe(recipe, folder)
     assert yaml.safe_load((folder / CONFIG).read_text())["config"] == recipe.plain
@@ -136,9 +141,9 @@ def test_a_setting_of_a_run_without_a_step_may_be_corrected(corrected: str) -> N
 def test_a_correction_removes_the_mask_of_the_former_settings() -> None:
     folder = started()
     (folder / RUN_MASK).write_bytes(b"made before")
-    describe(composed(QUICKSTART, ["eval.every=7"]), folder)
+    describe(quickstart("eval.every=7"), folder)
     assert (folder / RUN_MASK).exists(), "the same run"
-    corrected = composed(QUICKSTART, ["optim.lr=3e-4"])
+    corrected = quickstart("optim.lr=3e-4")
     assert open_folder(corrected, folder) == 0
     assert (folder / RUN_MASK).exists(), "a check changes nothing"
     describe(corrected, folder)
@@ -149,4 +154,28 @@ def test_a_configuration_that_cannot_be_read_is_refused() -> None:
     folder = started()
     (folder / CONFIG).write_text("nonsense")
     with pytest.raises(ValueError, match="not readable: give another"):
-        open_folder(composed(QUICKSTART, []), folder)
+        open_folder(quickstart(), folder)
+
+
+def test_a_run_with_another_number_of_processes_is_refused_by_name() -> None:
+    folder = started()
+    log_a_step(folder)
+    number = quickstart().config.launch.processes
+    with pytest.raises(ValueError, match=f"launch.processes={number}, found launch.processes=7"):
+        open_folder(quickstart("launch.processes=7"), folder)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "rollout.gpu_memory_utilization=0.2",
+        "teacher.gpu_memory_utilization=0.2",
+        "teacher.tensor_parallel_size=2",
+        "teacher.devices=1",
+        "launch.cpu_processes=1 launch.processes=2",
+    ],
+)
+def test_a_run_with_steps_may_be_placed_otherwise(changed: str) -> None:
+    folder = started("launch.processes=2")
+    log_a_step(folder)
+    assert open_folder(quickstart("launch.processes=2", *changed.split()), folder) == 0

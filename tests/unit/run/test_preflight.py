@@ -15,7 +15,8 @@ QUICKSTART = find_recipe("quickstart")
 
 
 def short_trial(*overrides: str) -> Recipe:
-    return composed(QUICKSTART, ["train.steps=5", "optim.warmup_steps=40", *overrides])
+    settings = ["train.steps=5", "optim.warmup_steps=40", "launch.processes=2", *overrides]
+    return composed(QUICKSTART, settings)
 
 
 def test_a_warmup_longer_than_training_is_clipped_and_reported(tmp_path: Path) -> None:
