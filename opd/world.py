@@ -85,13 +85,24 @@ def _own_device(local_rank: int, visible: int) -> int:
     """
     if local_rank < visible:
         return local_rank
-    if visible == 1 and "SLURM_LOCALID" in os.environ:
+    if sees_one_gpu_per_task(os.environ, visible):
         os.environ["LOCAL_RANK"] = "0"
         return 0
     raise ValueError(
         f"rank {local_rank} of this machine has no GPU of its own: {visible} can be seen; start as many "
         "ranks as there are GPUs (launch.processes, --nproc-per-node), or make more visible "
         "(CUDA_VISIBLE_DEVICES)"
+    )
+
+
+def sees_one_gpu_per_task(environment: Mapping[str, str], visible: int) -> bool:
+    """Whether srun shows this task one GPU of its own; torchrun inside one task is not that."""
+    task = environment.get("SLURM_LOCALID")
+    return (
+        visible == 1
+        and task is not None
+        and task == environment.get("LOCAL_RANK")
+        and "TORCHELASTIC_RUN_ID" not in environment
     )
 
 

