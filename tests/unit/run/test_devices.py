@@ -15,7 +15,6 @@ from opd.run.recipe import Recipe, composed, load_recipe
 from opd.vllm_start import CHILDREN, set_start_method
 from tests.support.cuda import GIB, pretend_cards
 
-
 SRUN = {"WORLD_SIZE": "16", "SLURM_NNODES": "2", "SLURM_LOCALID": "3", "LOCAL_RANK": "3"}
 
 
