@@ -34,12 +34,14 @@ def find_cards(environment: Mapping[str, str] = os.environ) -> Cards:
     a node are as many as its tasks.
     """
     visible = visible_devices()
+    listed = environment.get("CUDA_VISIBLE_DEVICES")
+    ids = tuple(part.strip() for part in listed.split(",")) if listed else ()
+    if ids:
+        visible = min(visible, len(ids))  # torch counts once; the variable may have changed since
     ranks, nodes = local_ranks(environment, visible)
     if not visible:
         return Cards(count=0, nodes=nodes)
     found = [torch.cuda.get_device_properties(card) for card in range(visible)]
-    listed = environment.get("CUDA_VISIBLE_DEVICES")
-    ids = tuple(part.strip() for part in listed.split(",")) if listed else ()
     one_each = "RANK" in environment and sees_one_gpu_per_task(environment, visible)
     return Cards(
         count=ranks if one_each else visible,

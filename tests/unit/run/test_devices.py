@@ -151,6 +151,13 @@ def test_the_nodes_and_gpus_of_another_launcher_are_counted(
     assert (cards.count, cards.nodes) == (count, nodes)
 
 
+def test_a_variable_that_changed_after_torch_counted_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend_cards(monkeypatch, 4, visible="0,2,3")
+    assert (find_cards().count, find_cards().ids) == (3, ("0", "2", "3"))
+
+
 def test_ranks_without_a_gpu_are_refused_by_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cards(monkeypatch, 2)
     for name, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}.items():
