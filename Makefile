@@ -27,7 +27,7 @@ $(VENV)/.ready-gpu: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[gpu,dev,recipes]'
 	touch $@
 
-demo: setup  ## a student learns from a teacher: the quickstart, on two processes
+demo: setup  ## a student learns from a teacher: the quickstart, on the GPUs there are or two processes
 	$(BIN)/opd train quickstart
 
 test: setup  ## all tests but slow, gpu and network ones

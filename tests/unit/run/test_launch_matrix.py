@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 
 import pytest
 import torch
+from transformers import AutoConfig, LlamaConfig
 
 from opd import world
 from opd.assembly.rollout import EngineInputs, build_engine
@@ -28,13 +29,13 @@ from opd.run import devices, train
 from opd.run.commands import Command, rank_commands, rollout_commands, teacher_commands
 from opd.run.devices import find_cards, require_devices, resolved
 from opd.run.mask import prepare_mask
-from opd.run.place import place, read_known_shape
+from opd.run.place import place
 from opd.run.placement import Placement
 from opd.run.recipe import Recipe, bundled_recipes, composed, find_recipe
 from opd.run.shares import MARGIN
 from opd.teacher import backend_vllm
 from opd.teacher.connect import started_models
-from opd.teacher.model_info import LayerShape
+from opd.teacher.model_info import read_layer_shape
 from opd.tracking.console import SilentProgress
 from opd.world import World
 from tests.support.cuda import pretend_cards
@@ -42,15 +43,13 @@ from tests.support.cuda import pretend_cards
 COUNTS = (0, 1, 2, 4, 8)
 VISIBLE = {0: "", 1: "3", 2: "4,6", 4: "GPU-a,GPU-b,GPU-c,GPU-d", 8: None}
 """CUDA_VISIBLE_DEVICES of a machine with so many GPUs."""
-SHAPES = {
-    "Qwen/Qwen2.5-7B-Instruct": LayerShape(heads=28, key_value_heads=4, intermediate_size=18944),
-    "agentica-org/DeepScaleR-1.5B-Preview": LayerShape(
-        heads=12, key_value_heads=2, intermediate_size=8960
-    ),
-    "Qwen/Qwen3-4B": LayerShape(heads=32, key_value_heads=8, intermediate_size=9728),
-    ".cache/smollm2-135m-instruct": LayerShape(heads=9, key_value_heads=3, intermediate_size=1536),
+STORED = {
+    "Qwen/Qwen2.5-7B-Instruct": (28, 4, 18944),
+    "agentica-org/DeepScaleR-1.5B-Preview": (12, 2, 8960),
+    "Qwen/Qwen3-4B": (32, 8, 9728),
+    ".cache/smollm2-135m-instruct": (9, 3, 1536),
 }
-"""What the config.json of the recipes' teachers says."""
+"""Attention heads, heads of keys and values, and width of the MLP in the config.json of recipes' teachers."""
 RECIPES = {name: (name, ()) for name in sorted(bundled_recipes())} | {
     "quickstart rollout=server": ("quickstart", ("rollout=server",)),
     "qwen2.5_1.5b_gsm8k teacher apart": ("qwen2.5_1.5b_gsm8k", ("teacher.devices='6,7'",)),
@@ -69,8 +68,14 @@ NO_FIRST_RUN = (
 compose_once = cache(lambda path, overrides: composed(path, list(overrides)))
 
 
-def read_shape(model: str) -> LayerShape | None:
-    return SHAPES.get(model) or read_known_shape(model)
+def stored_config(heads: int, groups: int, width: int) -> LlamaConfig:
+    return LlamaConfig(
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        intermediate_size=width,
+        hidden_size=64 * heads,
+        dtype="bfloat16",
+    )
 
 
 class EngineStarted(Exception):
@@ -90,7 +95,13 @@ def _no_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     monkeypatch.setattr(vllm, "LLM", refuse_to_start)
     monkeypatch.setattr("opd.rollout.vllm.join_alone", lambda device: None)
     monkeypatch.setattr(backend_vllm, "join_alone", lambda device: None)
-    monkeypatch.setattr(backend_vllm, "require_divisible_heads", require_size)
+    read = AutoConfig.from_pretrained
+    stored = {model: stored_config(*shape) for model, shape in STORED.items()}
+    monkeypatch.setattr(
+        AutoConfig,
+        "from_pretrained",
+        lambda model, **options: stored[model] if model in stored else read(model, **options),
+    )
     for module in (devices, train):
         monkeypatch.setattr(
             module, "composed", lambda path, overrides: compose_once(path, tuple(overrides))
@@ -98,12 +109,6 @@ def _no_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     yield
     os.environ.clear()
     os.environ.update(before)
-
-
-def require_size(model: str, size: int) -> None:
-    shape = read_shape(model)
-    assert shape is not None
-    shape.require(model, size)
 
 
 @cache
@@ -195,7 +200,7 @@ def require_sound_teacher(command: Command, count: int, machine: Machine) -> lis
     config = parse_arguments(TeacherServerConfig, command.arguments[3:])
     assert (len(visible) > 0) == (count > 0)
     assert config.tensor_parallel_size == max(1, len(visible))
-    shape = read_shape(config.model)
+    shape = read_layer_shape(config.model)
     assert shape is not None
     assert shape.divides(config.tensor_parallel_size)
     if config.backend == TeacherBackend.vllm:
@@ -225,7 +230,7 @@ def start_here(recipe: Recipe, folder: Path) -> tuple[Placement, list[list[Comma
     if found:
         raise ValueError("\n".join(found))
     require_devices(recipe.config, cards)
-    placement = place(recipe.config, cards, read_shape=read_shape)
+    placement = place(recipe.config, cards)
     return placement, [
         teacher_commands(recipe.config, placement),
         rollout_commands(recipe.config, placement, max_length=MAX_LENGTH),
@@ -339,8 +344,10 @@ def cells() -> list[Any]:
         )
         for launcher in LAUNCHERS
         for name in sorted(bundled_recipes())
-        for count in COUNTS
         for served in (False, True)
+        for count in (
+            COUNTS if served else (0, 8)
+        )  # that servers are missing does not depend on it
     ]
 
 
