@@ -22,7 +22,7 @@ from opd.analysis.formatting import Spectrum
 from opd.analysis.null import Null, isotropic_spectrum, noise_edge, solve_null
 from opd.analysis.overlap import count_overlap
 from opd.analysis.pair import Pair
-from opd.analysis.placement import MASKS, Placement, locate_changes
+from opd.analysis.placement import MASKS, MaskCounts, locate_changes
 from opd.analysis.rows import Row
 from opd.analysis.sides import MANTISSA, NumberFormat, Sides
 from opd.analysis.spectrum import RANKS, Spectra, principal_rank, spectra, spectral_metrics
@@ -210,7 +210,7 @@ def _spectral_figures(found: Spectra, shape: tuple[int, int]) -> Row:
     }
 
 
-def _coverage(placement: Placement, null: Null, masks: tuple[str, ...]) -> Row:
+def _coverage(placement: MaskCounts, null: Null, masks: tuple[str, ...]) -> Row:
     """For each mask its density; for each definition of changed, the counts and the null's share.
 
     The null's share is a ratio of sums of independent draws; its variance is taken to first order.

@@ -23,7 +23,7 @@ MASKS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class MaskCounts:
     """Counts [3: unchanged | changed but not above 1e-5 | above, 4 classes, BINS] for a share r."""
 
     share: float
@@ -34,7 +34,7 @@ class Placement:
         return self.table[:, list(MASKS[mask])].sum(axis=1)
 
 
-def locate_changes(sides: Sides, directions: Directions | None) -> list[Placement]:
+def locate_changes(sides: Sides, directions: Directions | None) -> list[MaskCounts]:
     """Count changed coordinates inside the masks, for each share r of RANKS.
 
     Principal: the ceil(r n) largest abs(P), P the rank floor(r min dim) reconstruction of W0; low
@@ -68,7 +68,7 @@ def locate_changes(sides: Sides, directions: Directions | None) -> list[Placemen
     return _tables(sides, flags)
 
 
-def _tables(sides: Sides, flags: np.ndarray) -> list[Placement]:
+def _tables(sides: Sides, flags: np.ndarray) -> list[MaskCounts]:
     width, shares = 3 * BINS, len(RANKS)
     cells = np.zeros(256 * width, np.int64)
     for part, chunk in sides.flat():
@@ -82,7 +82,7 @@ def _tables(sides: Sides, flags: np.ndarray) -> list[Placement]:
     for i, share in enumerate(RANKS):
         label = ((np.arange(256) >> i) & 1) + 2 * ((np.arange(256) >> (i + shares)) & 1)
         table = np.stack([by_flags[label == k].sum(axis=0) for k in range(4)], axis=1)
-        found.append(Placement(share=share, table=table))
+        found.append(MaskCounts(share=share, table=table))
     return found
 
 

@@ -22,7 +22,7 @@ from opd.run.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
+class ChildCommand:
     """A child process: the arguments of Python, and the variables that it gets beside its parent's."""
 
     arguments: tuple[str, ...]
@@ -36,7 +36,7 @@ class Command:
 
 def rank_commands(
     recipe: Recipe, placement: Placement, folder: Path, *, port: int
-) -> list[Command]:
+) -> list[ChildCommand]:
     """The training processes of a run in ``folder``; they meet at ``port``.
 
     All of them see the GPUs of the ranks, and a rank takes the one of its number.
@@ -52,7 +52,7 @@ def rank_commands(
     )
     visible = placement.cards.visible(placement.rank_cards)
     return [
-        Command(
+        ChildCommand(
             arguments=arguments, environment=worker_environment(recipe.config, rank, port) | visible
         )
         for rank in range(count_processes(recipe.config))
@@ -83,11 +83,13 @@ def worker_environment(config: Config, rank: int, port: int) -> dict[str, str]:
     }
 
 
-def rollout_commands(config: Config, placement: Placement, *, max_length: int) -> list[Command]:
+def rollout_commands(
+    config: Config, placement: Placement, *, max_length: int
+) -> list[ChildCommand]:
     """The rollout servers that the run starts; ``max_length`` is the longest prompt plus completion."""
     servers = placement.rollout_servers
     return [
-        Command(
+        ChildCommand(
             arguments=(
                 *("-m", "opd.run.serve", "rollout"),
                 *as_arguments(rollout_server_config(config, server, max_length)),
@@ -117,7 +119,7 @@ def rollout_server_config(
     )
 
 
-def teacher_commands(config: Config, placement: Placement) -> list[Command]:
+def teacher_commands(config: Config, placement: Placement) -> list[ChildCommand]:
     """The teacher servers that the run starts, in the order of ``placement.teachers``."""
     return [
         teacher_command(
@@ -127,10 +129,10 @@ def teacher_commands(config: Config, placement: Placement) -> list[Command]:
     ]
 
 
-def teacher_command(config: TeacherServerConfig, environment: dict[str, str]) -> Command:
+def teacher_command(config: TeacherServerConfig, environment: dict[str, str]) -> ChildCommand:
     """A teacher server with these settings."""
     arguments = ("-m", "opd.run.serve", "teacher", *as_arguments(config))
-    return Command(arguments=arguments, environment=environment)
+    return ChildCommand(arguments=arguments, environment=environment)
 
 
 def teacher_server_config(config: Config, server: PlacedServer) -> TeacherServerConfig:

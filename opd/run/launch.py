@@ -12,7 +12,7 @@ from pathlib import Path
 from opd.config.schema import Config
 from opd.rollout.client import ROLLOUT_URLS
 from opd.rollout.wire import TOKEN_VARIABLE
-from opd.run.commands import Command, rank_commands, rollout_commands
+from opd.run.commands import ChildCommand, rank_commands, rollout_commands
 from opd.run.environment import child_environment
 from opd.run.placement import Placement
 from opd.run.recipe import Recipe
@@ -92,7 +92,7 @@ def _rollout_servers(
 
 
 def _start(
-    command: Command, environment: dict[str, str], rank: int, logs: Path
+    command: ChildCommand, environment: dict[str, str], rank: int, logs: Path
 ) -> subprocess.Popen[bytes]:
     """Rank 0 writes to the terminal on stdout; everything else goes to logs/rank_<n>.log."""
     log = (logs / f"rank_{rank}.log").open("wb")

@@ -26,10 +26,6 @@ class _Claim:
     given: float | None
     wanted: float
 
-    @property
-    def largest(self) -> float:
-        return self.wanted if self.given is None else self.given
-
 
 def with_shares(config: Config, placement: Placement) -> Placement:
     """The placement with the share of every engine.
@@ -117,20 +113,25 @@ def _factor(card: int, claims: list[_Claim]) -> float:
 def _require_room(placement: Placement, card: int, claims: list[_Claim]) -> None:
     """ValueError where the given shares of a card leave less than ``LEAST`` to another, or exceed 1."""
     given = [claim for claim in claims if claim.given is not None]
-    total = sum(claim.largest for claim in given)
-    chosen = [claim for claim in claims if claim.given is None]
-    factor = _factor(card, claims)
-    starved = [claim for claim in chosen if claim.wanted * factor < LEAST - ROUNDING]
-    if total <= 1 + ROUNDING and not starved:
+    wanted = [claim.wanted for claim in claims if claim.given is None]
+    total = sum(claim.given for claim in claims if claim.given is not None)
+    least = min(wanted, default=1.0) * _factor(card, claims)
+    if total <= 1 + ROUNDING and least >= LEAST - ROUNDING:
         return
-    asked = ", ".join(f"{claim.setting}={claim.given:g}" for claim in given)
     where = f"GPU {placement.cards.identity(card)}"
+    apart = (
+        "give servers GPUs of their own (teacher.devices, rollout.devices, fewer launch.processes)"
+    )
+    if not given:
+        raise ValueError(
+            f"{len(claims)} engines share {where} and {least:.3f} of its memory is left to each, at least "
+            f"{LEAST:g} is needed: start fewer (teacher.replicas, rollout.servers), or {apart}"
+        )
+    settings = ", ".join(f"{claim.setting}={claim.given:g}" for claim in given)
     found = (
-        f"{where} is to give {total:g} of its memory to {len(given)} engines ({asked}), and has 1"
+        f"{where} is to give {total:g} of its memory to {len(given)} engines ({settings}), and has 1"
         if total > 1 + ROUNDING
-        else f"{len(claims)} engines share {where} and {asked or 'they'} leave too little for each"
+        else f"{len(claims)} engines share {where} and {settings} leaves too little to the others"
     )
-    raise ValueError(
-        f"{found}: lower {' and '.join(sorted({claim.setting for claim in given or claims}))}, or give "
-        "servers GPUs of their own (teacher.devices, rollout.devices, fewer launch.processes)"
-    )
+    names = " and ".join(sorted({claim.setting for claim in given}))
+    raise ValueError(f"{found}: lower {names}, or {apart}")

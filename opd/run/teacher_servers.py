@@ -11,7 +11,7 @@ from pathlib import Path
 
 from opd.config.schema import Config
 from opd.config.teacher import PoolTeacherConfig, ServerTeacherConfig, TeacherServerConfig
-from opd.run.commands import Command, teacher_command, teacher_commands
+from opd.run.commands import ChildCommand, teacher_command, teacher_commands
 from opd.run.environment import child_environment
 from opd.run.placement import Placement
 from opd.serving.child import RunningService, running_service
@@ -50,7 +50,7 @@ def running_teacher(
 
 @contextmanager
 def _running(
-    command: Command, *, log_path: Path, token: str | None, wait_s: float = 1800.0
+    command: ChildCommand, *, log_path: Path, token: str | None, wait_s: float = 1800.0
 ) -> Iterator[RunningService]:
     with running_service(
         "teacher server",

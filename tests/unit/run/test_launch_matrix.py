@@ -26,7 +26,7 @@ from opd.config.rollout import RolloutServerConfig, VllmRolloutConfig
 from opd.config.schema import Config, problems
 from opd.config.teacher import PoolTeacherConfig, TeacherBackend, TeacherServerConfig
 from opd.run import devices, train
-from opd.run.commands import Command, rank_commands, rollout_commands, teacher_commands
+from opd.run.commands import ChildCommand, rank_commands, rollout_commands, teacher_commands
 from opd.run.devices import find_cards, require_devices, resolved
 from opd.run.mask import prepare_mask
 from opd.run.place import place
@@ -153,13 +153,16 @@ def rank_arguments(config: Config, own: World) -> dict[str, Any] | None:
     return started.value.args[0]
 
 
-def visible_to(command: Command) -> list[str]:
+def visible_to(command: ChildCommand) -> list[str]:
     listed = command.environment.get("CUDA_VISIBLE_DEVICES")
     return [] if listed is None else listed.split(",")
 
 
 def require_sound_ranks(
-    commands: list[Command], placement: Placement, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    commands: list[ChildCommand],
+    placement: Placement,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> list[str]:
     """Each rank has a GPU of its own, and an engine that fits; the GPUs' names, in the order of the ranks."""
     count = placement.cards.count
@@ -193,7 +196,7 @@ def require_sound_ranks(
     return taken
 
 
-def require_sound_teacher(command: Command, count: int, machine: Machine) -> list[str]:
+def require_sound_teacher(command: ChildCommand, count: int, machine: Machine) -> list[str]:
     """The server's arguments are accepted by its parser, its model divides; the names of its GPUs."""
     visible = visible_to(command)
     assert command.arguments[:3] == ("-m", "opd.run.serve", "teacher")
@@ -210,7 +213,7 @@ def require_sound_teacher(command: Command, count: int, machine: Machine) -> lis
     return visible
 
 
-def require_sound_rollout_server(command: Command, count: int, machine: Machine) -> list[str]:
+def require_sound_rollout_server(command: ChildCommand, count: int, machine: Machine) -> list[str]:
     visible = visible_to(command)
     assert len(visible) == min(1, count)
     assert command.arguments[:3] == ("-m", "opd.run.serve", "rollout")
@@ -222,7 +225,7 @@ def require_sound_rollout_server(command: Command, count: int, machine: Machine)
     return visible
 
 
-def start_here(recipe: Recipe, folder: Path) -> tuple[Placement, list[list[Command]]]:
+def start_here(recipe: Recipe, folder: Path) -> tuple[Placement, list[list[ChildCommand]]]:
     """What ``opd train`` would start: teacher servers, rollout servers, ranks."""
     cards = find_cards()
     recipe = resolved(recipe, cards)

@@ -207,8 +207,16 @@ def test_shares_are_those_of_the_settings_and_else_fit_beside_them(
         (
             2,
             ["teacher.gpu_memory_utilization=0.9"],
-            "2 engines share GPU 0 and teacher.gpu_memory_utilization=0.9 leave too little for each: lower "
+            "2 engines share GPU 0 and teacher.gpu_memory_utilization=0.9 leaves too little to the others: "
+            "lower "
             "teacher.gpu_memory_utilization, or give servers GPUs of their own (teacher.devices, "
+            "rollout.devices, fewer launch.processes)",
+        ),
+        (
+            1,
+            [*POOL, "teacher.replicas=10"],
+            "21 engines share GPU 0 and 0.022 of its memory is left to each, at least 0.05 is needed: start "
+            "fewer (teacher.replicas, rollout.servers), or give servers GPUs of their own (teacher.devices, "
             "rollout.devices, fewer launch.processes)",
         ),
     ],
@@ -218,7 +226,9 @@ def test_what_cannot_sit_anywhere_is_refused_with_what_would_help(
     count: int, overrides: list[str], sentence: str
 ) -> None:
     with pytest.raises(ValueError) as error:
-        placed(count, "teacher.model=TEACHER", *overrides)
+        placed(
+            count, *([] if "teacher=pool" in overrides else ["teacher.model=TEACHER"]), *overrides
+        )
     assert str(error.value) == sentence
 
 
