@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from opd.cli.main import run
 from opd.config.arguments import parse_arguments
 from opd.config.teacher import TeacherServerConfig
 from opd.run import launch, teacher_servers
@@ -111,7 +112,7 @@ def test_a_study_s_runs_leave_the_shared_teacher_its_gpu(
     )
     placement = place(recipe.config, find_cards())
 
-    def run(one: Recipe, folder: Path) -> None:
+    def run_first(one: Recipe, folder: Path) -> None:
         own = place(one.config, find_cards())
         assert own.cards.visible(own.rank_cards) == {"CUDA_VISIBLE_DEVICES": "0,2,3"}
         assert own.teachers == ()
@@ -120,7 +121,7 @@ def test_a_study_s_runs_leave_the_shared_teacher_its_gpu(
         raise FirstRun
 
     with pytest.raises(FirstRun):
-        run_study(recipe, placement, Path("study"), run)
+        run_study(recipe, placement, Path("study"), run_first)
     [(_, environment)] = children.services
     assert environment["CUDA_VISIBLE_DEVICES"] == "1"
     left = {"OPD_TEACHER_URL", "CUDA_VISIBLE_DEVICES"} & os.environ.keys()
@@ -137,3 +138,42 @@ def test_rollout_servers_are_started_on_gpus_of_their_own(
     cards = [environment["CUDA_VISIBLE_DEVICES"] for _, environment in children.services]
     assert sorted(cards) == ["2", "3"]
     assert {environment["CUDA_VISIBLE_DEVICES"] for _, environment in children.ranks} == {"0,1"}
+
+
+def test_the_plan_says_who_would_sit_where(
+    children: Children, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend_cards(monkeypatch, 2, visible="4,6")
+    assert run(["train", "quickstart", "dry_run=true"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "placement 2 GPU(s) Pretended GPU, 80 GiB" in printed
+    assert "process(es) on GPU 4, 6, each with an engine (0.35 of it)" in printed
+    assert "teacher on GPU 4 (0.45 of it)" in printed
+    assert children.services == children.ranks == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["launch.processes=3"], "launch.processes=3 needs as many GPUs and 2 can be seen"),
+        (["teacher.devices=2"], "teacher.devices=2 names 2, and the visible GPUs are 0, 1"),
+        (["teacher.tensor_parallel_size=7"], "teacher.tensor_parallel_size=7 does not divide"),
+        (["teacher.gpu_memory_utilization=0.95"], "leaves too little to the others"),
+        (["rollout=server", "rollout.servers=3"], "would put two engines on one GPU"),
+    ],
+    ids=str,
+)
+def test_a_placement_that_cannot_be_is_refused_before_anything_starts(
+    children: Children,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    words: str,
+) -> None:
+    pretend_cards(monkeypatch, 2)
+    assert run(["train", "quickstart", *overrides]) == 2
+    complaint = capsys.readouterr().err
+    assert words in complaint
+    assert complaint.count("\n") == 1
+    assert children.services == children.ranks == []
+    assert not Path("runs").exists()
