@@ -75,16 +75,16 @@ def resolved(recipe: Recipe, cards: Cards, environment: Mapping[str, str] = os.e
     automatic = given == "auto"
     if not automatic and not isinstance(given, int):
         return recipe  # the checks report it beside other mistakes
-    processes = choose_processes(recipe.config, cards) if automatic else given
-    if "RANK" in environment:
-        processes = int(environment.get("WORLD_SIZE", "1"))
-        if not automatic and given != processes:
-            raise ValueError(
-                f"launch.processes={given}, and the launcher started WORLD_SIZE={processes} ranks: start "
-                f"{given}, or leave launch.processes=auto"
-            )
+    launched = "RANK" in environment
+    started = int(environment.get("WORLD_SIZE", "1"))
+    if launched and not automatic and given != started:
+        raise ValueError(
+            f"launch.processes={given}, and the launcher started WORLD_SIZE={started} ranks: start "
+            f"{given}, or leave launch.processes=auto"
+        )
     if not automatic:
         return recipe
+    processes = started if launched else choose_processes(recipe.config, cards)
     return composed(recipe.path, [*recipe.overrides, f"launch.processes={processes}"])
 
 
