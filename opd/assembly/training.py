@@ -108,6 +108,7 @@ def build_training(
     console, progress = build_console(world, terminal)
     tokenizer = read_student_tokenizer(config.student)
     prompts = read_prompt_sets(config, tokenizer)
+    world.barrier()  # rank 0 has set damaged checkpoints aside
     checkpoint = newest_checkpoint(folder, processes=world.size)
     resumed = None if checkpoint is None else checkpoint[1]
     mask = read_run_mask(config, folder)
