@@ -108,8 +108,7 @@ def build_training(
     console, progress = build_console(world, terminal)
     tokenizer = read_student_tokenizer(config.student)
     prompts = read_prompt_sets(config, tokenizer)
-    world.barrier()  # rank 0 has set damaged checkpoints aside
-    checkpoint = newest_checkpoint(folder, processes=world.size)
+    checkpoint = _find_checkpoint(folder, world)
     resumed = None if checkpoint is None else checkpoint[1]
     mask = read_run_mask(config, folder)
     inputs = EngineInputs(
@@ -153,6 +152,12 @@ def build_training(
         sync_check=parts.sync_check,
         first_sync=build_first_sync(sync),
     )
+
+
+def _find_checkpoint(folder: Path, world: World) -> tuple[Path, int] | None:
+    """The checkpoint to resume from, once rank 0 has set damaged ones aside; collective."""
+    world.barrier()
+    return newest_checkpoint(folder, processes=world.size)
 
 
 def _build_evaluator(

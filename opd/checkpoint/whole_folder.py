@@ -19,14 +19,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Its files are on the disk before it does. A folder of that name is replaced.
     """
-    partial = partial_of(path)
+    partial = partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
     put_in_place(partial, path)
 
 
-def partial_of(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """The name that ``path`` has while it is written."""
     return path.with_name(path.name + PARTIAL)
 
@@ -43,7 +43,7 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that readers find the former one or all of this one."""
-    partial = partial_of(path)
+    partial = partial_path(path)
     partial.write_text(text, encoding="utf-8")
     _flush(partial)
     partial.replace(path)

@@ -24,7 +24,7 @@ from opd.rollout.client import ROLLOUT_URLS
 from opd.rollout.wire import TOKEN_VARIABLE
 from opd.run.environment import child_environment, core_share
 from opd.run.recipe import Recipe
-from opd.run.status import DONE, USAGE_ERROR, USAGE_ERROR_MARK
+from opd.run.status import DONE, FAILED, MESSAGE_MARK, USAGE_ERROR
 from opd.run.teacher_servers import started_teachers
 from opd.serving.child import running_service
 
@@ -36,7 +36,7 @@ TAIL_LINES = 25
 
 
 class WorkerFailed(RuntimeError):
-    """A training process ended with an error; the message holds the end of its log."""
+    """A training process ended with an error; the message is its own, or the end of its log."""
 
 
 def run_processes(
@@ -161,9 +161,11 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
 
 def _raise_failure(log: Path, rank: int, status: int) -> None:
     lines = log.read_text(errors="replace").splitlines()
+    marked = [line.removeprefix(MESSAGE_MARK) for line in lines if line.startswith(MESSAGE_MARK)]
     if status == USAGE_ERROR:
-        marked = [line for line in lines if line.startswith(USAGE_ERROR_MARK)]
-        raise ValueError(marked[-1].removeprefix(USAGE_ERROR_MARK) if marked else lines[-1])
+        raise ValueError(marked[-1] if marked else lines[-1])
+    if status == FAILED and marked:
+        raise WorkerFailed(f"{marked[-1]} (details: {log})")
     tail = "\n".join(lines[-TAIL_LINES:])
     raise WorkerFailed(f"process {rank} ended with status {status}; the end of {log}:\n{tail}")
 

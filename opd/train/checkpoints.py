@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd.checkpoint.whole_folder import PARTIAL, checksums, partial_of, put_in_place
+from opd.checkpoint.whole_folder import PARTIAL, checksums, partial_path, put_in_place
 from opd.world import World
 
 MANIFEST = "manifest.json"
@@ -38,7 +38,7 @@ def write_checkpoint(
     Returns the checkpoint's folder.
     """
     final = checkpoint_folder(run_folder, step)
-    partial = partial_of(final)
+    partial = partial_path(final)
     if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
