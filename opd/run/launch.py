@@ -20,6 +20,7 @@ from opd.config.rollout import (
     engine_dtype,
 )
 from opd.config.schema import Config
+from opd.faults import RunError
 from opd.rollout.client import ROLLOUT_URLS
 from opd.rollout.wire import TOKEN_VARIABLE
 from opd.run.environment import child_environment, core_share
@@ -35,7 +36,7 @@ GRACE_S = 10.0
 TAIL_LINES = 25
 
 
-class WorkerFailed(RuntimeError):
+class WorkerFailed(RunError):
     """A training process ended with an error; the message is its own, or the end of its log."""
 
 
