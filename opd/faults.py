@@ -1,4 +1,4 @@
-"""The error of a run that cannot go on."""
+"""The errors of a run that cannot go on."""
 
 
 class RunError(RuntimeError):
@@ -6,3 +6,12 @@ class RunError(RuntimeError):
 
     What the user can correct before a run starts is a ValueError, with exit status 2.
     """
+
+
+class Interrupted(RunError):
+    """A run was asked to end and has saved what it did."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"stopped after step {step}, whose checkpoint is saved; the same command goes on from there"
+        )

@@ -26,13 +26,13 @@ from opd.rollout.wire import TOKEN_VARIABLE
 from opd.run.environment import child_environment, core_share
 from opd.run.recipe import Recipe
 from opd.run.status import DONE, FAILED, MESSAGE_MARK, USAGE_ERROR
+from opd.run.stop import STOP
 from opd.run.teacher_servers import started_teachers
 from opd.serving.child import running_service
 
 TEACHER_ACCURACY = "OPD_TEACHER_ACCURACY"
 """Environment variable with the teacher's accuracy in the evaluation of the run."""
 POLL_S = 0.2
-GRACE_S = 10.0
 TAIL_LINES = 25
 
 
@@ -68,6 +68,8 @@ def run_processes(
             _watch(workers, logs)
         finally:
             _end(workers)
+    if not (folder / "final").is_dir():
+        raise WorkerFailed(f"the run ended without a final model; look at {logs}")
 
 
 @contextmanager
@@ -149,8 +151,14 @@ def _start(
 
 
 def _watch(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
-    """Wait for all workers; the first failure is raised at once."""
+    """Wait for all workers; the first failure is raised at once. A signal is passed on to them."""
+    STOP.patient = True
+    passed_on = False
     while True:
+        if STOP() and not passed_on:
+            passed_on = True
+            for worker in workers:
+                worker.terminate()
         statuses = [w.poll() for w in workers]
         for rank, status in enumerate(statuses):
             if status not in (None, DONE):
@@ -172,15 +180,12 @@ def _raise_failure(log: Path, rank: int, status: int) -> None:
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End what still runs at once: after a failure a rank may wait in a collective without end."""
+    STOP.patient = False
     for worker in workers:
-        worker.terminate()
-    deadline = time.monotonic() + GRACE_S
+        worker.kill()
     for worker in workers:
-        try:
-            worker.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
+        worker.wait()
 
 
 def _free_port() -> int:

@@ -19,6 +19,7 @@ from opd.run.plan_table import plan_table
 from opd.run.preflight import check
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder, sweep
 from opd.run.results import Run
+from opd.run.stop import STOP
 from opd.run.study import run_study
 from opd.tracking.report import REPORT, compare_runs, write_report
 from opd.tracking.terminal import comparison_table, summary_table
@@ -55,6 +56,8 @@ def train_all(recipe: str | Path, *overrides: str) -> list[Run]:
         try:
             run_one(one, folder)
         except Exception as error:  # the other jobs of the sweep continue; raised below
+            if STOP():
+                raise
             failures.append(error)
             print(f"opd: {folder}: {error}", file=sys.stderr)
 
@@ -72,7 +75,7 @@ def run_one(recipe: Recipe, folder: Path) -> None:
     if recipe.config.dry_run:
         _dry_run(recipe, folder)
         return
-    with locked(folder):
+    with STOP.heard(), locked(folder):
         _run_locked(recipe, folder)
 
 

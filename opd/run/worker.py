@@ -19,6 +19,7 @@ from opd.run.mask import SCORES
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder
 from opd.run.self_check import compare_at_start
 from opd.run.status import DONE, FAILED, MESSAGE_MARK, USAGE_ERROR
+from opd.run.stop import STOP
 from opd.teacher.connect import describe_transport
 from opd.teacher.vocabulary import read_vocabulary
 from opd.tracking.report import write_report
@@ -36,11 +37,15 @@ def run_rank(recipe: Recipe, terminal: TextIO) -> int:
             recipe.plain,
             terminal,
             teacher_accuracy=None if accuracy is None else float(accuracy),
+            stop=STOP,
         )
         _describe_teacher(config, training)
         print("\n".join(compare_at_start(config, training)), file=sys.stderr)
     except ValueError as error:
         return _explained(error, USAGE_ERROR)
+    except RunError as error:
+        return _explained(error, FAILED)
+    STOP.patient = True
     try:
         training.loop.run(training.start)
         training.loop.tracker.close()
@@ -114,7 +119,8 @@ def leave_after(recipe: Recipe) -> NoReturn:
     terminal = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        status = run_rank(recipe, terminal)
+        with STOP.heard():
+            status = run_rank(recipe, terminal)
     except BaseException:
         traceback.print_exc()
         status = FAILED
