@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from opd.faults import Interrupted
 from opd.interfaces import (
     Evaluator,
     Learner,
@@ -24,7 +25,8 @@ class Loop:
 
     ``verify`` compares engine and learner and raises when they differ, ``watch`` raises when a step's
     metrics show it; ``save`` writes a checkpoint
-    of the step it is given; ``total`` sums counts over ranks.
+    of the step it is given; ``total`` sums counts over ranks. ``interrupted`` says, on all ranks alike,
+    whether the run shall end before its last step.
     ``*_every`` = 0 leaves what is always done: verify and evaluate before training, evaluate and
     save at the last step.
     """
@@ -39,6 +41,7 @@ class Loop:
     verify: Callable[[], dict[str, float]]
     watch: Callable[[Mapping[str, float]], None]
     save: Callable[[int], None]
+    interrupted: Callable[[], bool]
     total: Callable[[dict[str, float]], dict[str, float]]
     sampling: Sampling
     steps: int
@@ -47,7 +50,10 @@ class Loop:
     verify_every: int
 
     def run(self, start: int) -> None:
-        """Continue from ``start`` finished steps to ``steps``; step 0 is the evaluation before training."""
+        """Continue from ``start`` finished steps to ``steps``; step 0 is the evaluation before training.
+
+        Raises Interrupted after a saved step when the run is interrupted.
+        """
         pushed = self.sync.push(self.learner.weights(), start)
         first = dict(pushed) | self.verify()
         if start == 0:
@@ -60,8 +66,11 @@ class Loop:
             if self._due(step, self.eval_every) or step == self.steps:
                 metrics |= self._evaluated(step)
             self.tracker.log(step, metrics)
-            if self._due(step, self.save_every) or step == self.steps:
+            ends = step < self.steps and self.interrupted()
+            if self._due(step, self.save_every) or step == self.steps or ends:
                 self.save(step)
+            if ends:
+                raise Interrupted(step)
 
     def _step(self, step: int) -> dict[str, float]:
         times: dict[str, float] = {}

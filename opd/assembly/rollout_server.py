@@ -31,6 +31,7 @@ def build_engine_host(config: RolloutServerConfig) -> EngineHost:
         model=config.model,
         dtype=config.dtype.value,
         max_length=max_length,
+        vocab_size=tokenizer.vocab_size,
         stop_ids=tokenizer.stop_ids,
     )
     return EngineHost(engine=engine, model=served, take=receiver.take, state=receiver.state)

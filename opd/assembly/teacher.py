@@ -28,6 +28,7 @@ from opd.interfaces import Progress, Teacher
 from opd.sync.ema import EMAWeights
 from opd.teacher.backend import Backend
 from opd.teacher.backend_torch import TorchBackend
+from opd.teacher.checked import CheckedTeacher
 from opd.teacher.connect import TEACHER_URL, TEACHER_URLS, member_urls, server_client
 from opd.teacher.local import LocalTeacher
 from opd.teacher.model_info import max_positions, read_info, read_spec
@@ -95,7 +96,7 @@ def build_teachers(
         teachers = _local_clients(backend, limit, DType.float32, requests, student, progress)
     else:
         teachers = build_clients(config.teacher, student, requests, world, progress)
-    training, whole, sampled = teachers
+    training, whole, sampled = map(CheckedTeacher, teachers)
     members = config.teacher.members if isinstance(config.teacher, PoolTeacherConfig) else ()
     heads = TeacherHeads(whole, max(1, len(members)), world.device)
     return Teachers(

@@ -98,17 +98,19 @@ def build_training(
     resolved: dict[str, Any],
     terminal: TextIO,
     teacher_accuracy: float | None,
+    stop: Callable[[], bool] = bool,
 ) -> Training:
     """Build everything of this rank; collective. Raises ValueError for configuration errors.
 
     ``resolved`` is the configuration as plain data, for the trackers. ``teacher_accuracy`` is that of
-    the teacher in the same evaluation, where it is known.
+    the teacher in the same evaluation, where it is known. ``stop`` says whether this process has been
+    asked to end.
     """
     world = join_world()
     console, progress = build_console(world, terminal)
     tokenizer = read_student_tokenizer(config.student)
     prompts = read_prompt_sets(config, tokenizer)
-    checkpoint = newest_checkpoint(folder, processes=world.size)
+    checkpoint = _find_checkpoint(folder, world)
     resumed = None if checkpoint is None else checkpoint[1]
     mask = read_run_mask(config, folder)
     inputs = EngineInputs(
@@ -141,7 +143,7 @@ def build_training(
     evaluator = _build_evaluator(config, parts, teacher_accuracy)
     tracker = build_trackers(config, folder, resolved, console, world, resumed)
     return Training(
-        loop=_build_loop(config, folder, parts, evaluator, tracker),
+        loop=_build_loop(config, folder, parts, evaluator, tracker, stop),
         learner=learner,
         model=model,
         teachers=teachers,
@@ -152,6 +154,12 @@ def build_training(
         sync_check=parts.sync_check,
         first_sync=build_first_sync(sync),
     )
+
+
+def _find_checkpoint(folder: Path, world: World) -> tuple[Path, int] | None:
+    """The checkpoint to resume from, once rank 0 has set damaged ones aside; collective."""
+    world.barrier()
+    return newest_checkpoint(folder, processes=world.size)
 
 
 def _build_evaluator(
@@ -170,7 +178,12 @@ def _build_evaluator(
 
 
 def _build_loop(
-    config: Config, folder: Path, parts: _Parts, evaluator: Evaluator | None, tracker: Tracker
+    config: Config,
+    folder: Path,
+    parts: _Parts,
+    evaluator: Evaluator | None,
+    tracker: Tracker,
+    stop: Callable[[], bool],
 ) -> Loop:
     prompts, engine, teachers, world = parts.prompts, parts.engine, parts.teachers, parts.world
     check = parts.sync_check
@@ -187,6 +200,7 @@ def _build_loop(
         verify=dict if check is None else check.verify,
         watch=check.watch if check is not None and watches(config) else lambda metrics: None,
         save=_saver(config, folder, parts.learner, teachers, world),
+        interrupted=lambda: world.max({"stop": float(stop())})["stop"] > 0,
         total=world.sum,
         sampling=training_sampling(config),
         steps=last_step(config),

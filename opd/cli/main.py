@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from opd.faults import RunError
 from opd.run.status import DONE, FAILED, USAGE_ERROR
 
 
@@ -79,9 +80,10 @@ def run(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"opd: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except (RuntimeError, ConnectionError) as error:
-        if not _needs_no_traceback(error):
-            raise
+    except OSError as error:
+        print(f"opd: {_sentence(error)}", file=sys.stderr)
+        return FAILED
+    except RunError as error:
         print(f"opd: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
@@ -92,9 +94,12 @@ def run(argv: Sequence[str]) -> int:
     return DONE
 
 
-def _needs_no_traceback(error: Exception) -> bool:
-    """WorkerFailed and connection errors need no traceback, other errors do."""
-    return isinstance(error, ConnectionError) or type(error).__name__ == "WorkerFailed"
+def _sentence(error: OSError) -> str:
+    """The file and what is wrong with it, such as a full disk, or the message of a lost connection."""
+    if error.strerror is None:
+        return " ".join(str(error).split())
+    files = " and ".join(str(f) for f in (error.filename, error.filename2) if f is not None)
+    return f"{files}: {error.strerror}" if files else error.strerror
 
 
 def _run(argv: list[str]) -> None:

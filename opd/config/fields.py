@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING as UNSET
 from dataclasses import Field, field, fields, is_dataclass
@@ -51,6 +52,9 @@ def require_bounds(node: Any, path: str = "") -> None:
 
 
 def _broken_bound(name: str, value: float, bounds: Any) -> Iterator[str]:
+    if not math.isfinite(value):
+        yield f"{name}={value}: allowed are finite numbers"
+        return
     if "least" in bounds and not value >= bounds["least"]:
         yield f"{name}={value}: allowed is {bounds['least']} or more"
     if "above" in bounds and not value > bounds["above"]:

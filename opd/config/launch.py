@@ -91,14 +91,28 @@ NUMERICS = {
 """Keys of a DeepSpeed file that belong to the recipe, and the setting that holds each."""
 
 
+def _read_launch_file(name: str) -> dict[str, Any]:
+    try:
+        machine = json.loads(Path(name).read_text())
+    except OSError as error:
+        raise ValueError(
+            f"launch.deepspeed={name} cannot be read ({error.strerror}): give a DeepSpeed JSON file"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"launch.deepspeed={name} is not JSON ({error}): correct it") from None
+    if not isinstance(machine, dict) or not isinstance(machine.get("zero_optimization", {}), dict):
+        raise ValueError(f"launch.deepspeed={name} is no DeepSpeed configuration: give an object")
+    return machine
+
+
 def merged_deepspeed(
     launch_file: str | None, *, zero: int, precision: Precision, max_grad_norm: float
 ) -> dict[str, Any]:
     """A DeepSpeed config: numerics from the recipe, stage, offload and buckets from the launch file.
 
-    Raises ValueError when the file sets something that the recipe owns.
+    Raises ValueError when the file cannot be read, or sets something that the recipe owns.
     """
-    machine: dict[str, Any] = json.loads(Path(launch_file).read_text()) if launch_file else {}
+    machine = _read_launch_file(launch_file) if launch_file else {}
     for key, setting in NUMERICS.items():
         if key in machine:
             raise ValueError(

@@ -20,7 +20,7 @@ class LearningRateSchedule(StrEnum):
 class OptimConfig:
     """The optimizer and its learning rate."""
 
-    lr: float = bounded(1e-6, above=0)
+    lr: float = bounded(1e-6, above=0, most=1e6)
     """Peak learning rate."""
     weight_decay: float = bounded(0.0, least=0)
     """Weight decay on matrices (decoupled for AdamW); vectors are never decayed."""
@@ -48,7 +48,7 @@ class AdamWConfig(OptimConfig):
 class SGDConfig(OptimConfig):
     """Stochastic gradient descent."""
 
-    lr: float = bounded(1e-2, above=0)
+    lr: float = bounded(1e-2, above=0, most=1e6)
     """Peak learning rate."""
     momentum: float = bounded(0.9, least=0, below=1)
     """Momentum factor."""

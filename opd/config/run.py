@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opd.config.schema import Config
 
 
 class Resume(StrEnum):
@@ -19,3 +23,14 @@ class RunConfig:
     """Folder of the run; by default runs/<name>, and in a sweep runs/<name>/<overrides>."""
     resume: Resume = Resume.auto
     """auto resumes from the newest checkpoint in run.dir; never refuses a folder with a checkpoint."""
+
+
+def names_are_printable(config: "Config") -> str | None:
+    """A name with control characters would reach the terminal and the file system."""
+    for setting, value in (("run.name", config.run.name), ("run.dir", config.run.dir or "x")):
+        if not value.isprintable() or not value.strip():
+            return f"{setting}={value!r}: allowed are printable characters, at least one"
+    return None
+
+
+RULES = (names_are_printable,)

@@ -25,6 +25,7 @@ class ServedModel:
     model: str
     dtype: str
     max_length: int
+    vocab_size: int
     stop_ids: list[int]
 
 
@@ -74,7 +75,7 @@ def rollout_app(
             generate_request = await asyncio.to_thread(read_request, body)
         except ValueError as error:
             raise Refusal(400, str(error)) from error
-        _require_room(generate_request, host.model)
+        _require_fit(generate_request, host.model)
         try:
             return await asyncio.wrap_future(thread.submit(_generate, host, generate_request))
         except Refusal:
@@ -98,7 +99,8 @@ def _generate(host: EngineHost, request: GenerateRequest) -> Response:
     return Response(response_bytes(rollouts), media_type=MEDIA_TYPE)
 
 
-def _require_room(request: GenerateRequest, model: ServedModel) -> None:
+def _require_fit(request: GenerateRequest, model: ServedModel) -> None:
+    """Refuse ids that the model does not have and completions longer than it takes."""
     longest = max(len(p.token_ids) for p in request.prompts) + request.sampling.max_tokens
     if longest > model.max_length:
         raise Refusal(
@@ -106,3 +108,14 @@ def _require_room(request: GenerateRequest, model: ServedModel) -> None:
             f"prompt plus completion can reach {longest} tokens, this server takes "
             f"{model.max_length}; start it with a larger max_model_len",
         )
+    for prompt in request.prompts:
+        least, most = int(prompt.token_ids.min()), int(prompt.token_ids.max())
+        if least < 0 or most >= model.vocab_size:
+            wrong = least if least < 0 else most
+            raise Refusal(
+                400,
+                f"prompt {prompt.uid} holds the id {wrong}, the vocabulary of {model.model} has ids from "
+                f"0 to {model.vocab_size - 1}",
+            )
+    if request.sampling.support_k > model.vocab_size:
+        raise Refusal(400, f"sampling.support_k is more than the {model.vocab_size} ids there are")

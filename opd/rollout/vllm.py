@@ -130,14 +130,23 @@ class VllmRollouts:
         """Outputs in the order of ``requests``, which vLLM numbers as they arrive."""
         if not requests:
             return []
-        self.llm.enqueue(requests, params, use_tqdm=False)
         engine = self.llm.llm_engine
         outputs: list[RequestOutput] = []
-        while engine.has_unfinished_requests():
-            done: list[Any] = [o for o in engine.step() if o.finished]
-            outputs += done
-            advance(len(done))
+        try:
+            self.llm.enqueue(requests, params, use_tqdm=False)
+            while engine.has_unfinished_requests():
+                done: list[Any] = [o for o in engine.step() if o.finished]
+                outputs += done
+                advance(len(done))
+        except BaseException:
+            self._abort()
+            raise
         return sorted(outputs, key=lambda o: int(o.request_id))
+
+    def _abort(self) -> None:
+        """Drop all requests, so that those of a failed call are not answered in the next one."""
+        engine = self.llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
     def _params(self, prompt: Prompt, sampling: Sampling) -> Any:
         from vllm import SamplingParams

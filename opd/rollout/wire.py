@@ -61,7 +61,7 @@ def read_request(body: bytes) -> GenerateRequest:
         fields = json.loads(metadata.get("request", "{}"))
         found = metadata.get("format")
         token_ids, lengths = arrays["token_ids"], arrays["lengths"]
-        uids, run, version = fields["uids"], fields["run"], fields["version"]
+        uids, run, version = fields["uids"], str(fields["run"]), _read_version(fields["version"])
         sampling = _read_sampling(fields["sampling"])
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"the body is not an opd rollout request: {error!r}") from error
@@ -69,15 +69,17 @@ def read_request(body: bytes) -> GenerateRequest:
         raise ValueError(f"format is {found!r}, this server reads {FORMAT!r}")
     if token_ids.dtype != np.int32 or lengths.dtype != np.int32 or token_ids.ndim != 1:
         raise ValueError("token_ids and lengths must be flat int32")
-    if len(lengths) == 0 or len(lengths) != len(uids) or lengths.min() < 1:
+    if not isinstance(uids, list) or not all(isinstance(uid, str) for uid in uids):
+        raise ValueError("uids must be a list of texts")
+    if lengths.ndim != 1 or len(lengths) == 0 or len(lengths) != len(uids) or lengths.min() < 1:
         raise ValueError(
             f"{len(lengths)} lengths and {len(uids)} uids must be as many, and positive"
         )
     if int(lengths.sum(dtype=np.int64)) != len(token_ids):
         raise ValueError(f"lengths must add up to the {len(token_ids)} token_ids")
     parts = np.split(token_ids, np.cumsum(lengths)[:-1])
-    prompts = [Prompt(uid=str(u), token_ids=part) for u, part in zip(uids, parts, strict=True)]
-    return GenerateRequest(prompts=prompts, sampling=sampling, run=str(run), version=int(version))
+    prompts = [Prompt(uid=u, token_ids=part) for u, part in zip(uids, parts, strict=True)]
+    return GenerateRequest(prompts=prompts, sampling=sampling, run=run, version=version)
 
 
 def response_bytes(rollouts: Sequence[Rollout]) -> bytes:
@@ -118,7 +120,32 @@ def read_response(body: bytes, prompts: Sequence[Prompt], sampling: Sampling) ->
     return rollouts
 
 
+def _read_version(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value < 1 << 62:
+        raise ValueError(f"version={value!r}: allowed is a whole number from -1 on")
+    return value
+
+
+SAMPLING_RANGES = {
+    "n": (1, 1 << 16),
+    "temperature": (0.0, 1e6),
+    "top_p": (1e-9, 1.0),
+    "top_k": (-1, 1 << 31),
+    "max_tokens": (1, 1 << 31),
+    "seed": (0, (1 << 63) - 1),
+    "support_k": (0, 1 << 31),
+}
+"""Least and largest value of each field of ``Sampling`` that a server accepts."""
+
+
 def _read_sampling(fields: dict[str, Any]) -> Sampling:
-    """Each field converted to the type of its default."""
+    """Every field a number of its kind and within its range: an engine may die of any other."""
     defaults = asdict(Sampling())
+    for name, value in fields.items():
+        kinds = (int, float) if isinstance(defaults[name], float) else (int,)
+        least, most = SAMPLING_RANGES[name]
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+            raise ValueError(f"sampling.{name}={value!r}: allowed is {least} to {most}")
+    if fields.get("top_k") == 0:
+        raise ValueError("sampling.top_k=0: allowed is -1 (all) or 1 and more")
     return Sampling(**{name: type(defaults[name])(value) for name, value in fields.items()})

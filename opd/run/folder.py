@@ -9,14 +9,16 @@ from typing import Any
 
 import yaml
 
+from opd.checkpoint.whole_folder import write_whole
 from opd.config.launch import count_processes
 from opd.config.optim import LearningRateSchedule
 from opd.config.run import Resume
 from opd.mask.file import RUN_MASK
+from opd.run.lock import LOCK
 from opd.run.recipe import Recipe
 from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
 from opd.tracking.runs import CONFIG
-from opd.train.checkpoints import checkpoints, newest_checkpoint
+from opd.train.checkpoints import checkpoints, newest_checkpoint, set_damaged_aside
 
 DRY_RUN = "dry_run.yaml"
 COMMAND_LINE = tuple(sys.argv[1:])  # as typed; sys.argv is replaced for Hydra
@@ -48,6 +50,7 @@ MAY_CHANGE = (
 BEFORE_THE_FIRST_STEP = {
     CONFIG,
     DRY_RUN,
+    LOCK,
     "logs",
     "checkpoints",
     METRICS,
@@ -63,9 +66,10 @@ BEFORE_THE_FIRST_STEP = {
 def open_folder(recipe: Recipe, folder: Path) -> int:
     """Claim ``folder`` for this run; the step to resume from (0: from the start).
 
-    Raises ValueError when it belongs to another recipe, when resume=never finds a checkpoint, or
-    when the newest checkpoint is incomplete. A run that never took a step owns nothing yet: its
-    settings may be corrected.
+    A damaged checkpoint is set aside with a warning and the one before it is used; a dry run changes
+    nothing. Raises ValueError when the folder belongs to another recipe, when resume=never finds a
+    checkpoint, or when no checkpoint is sound. A run that never took a step owns nothing yet: its settings
+    may be corrected.
     """
     written = folder / CONFIG
     if written.exists():
@@ -81,13 +85,30 @@ def open_folder(recipe: Recipe, folder: Path) -> int:
             f"the folder {folder} holds files but no {CONFIG}, so it is not a run: "
             "give another run.dir, or empty it"
         )
+    if not recipe.config.dry_run:
+        for warning in set_damaged_aside(folder):
+            print(f"opd: warning: {warning}", file=sys.stderr)
     newest = newest_checkpoint(folder, processes=count_processes(recipe.config))
     if newest is not None and recipe.config.run.resume == Resume.never:
         raise ValueError(
             f"the run {folder} has a checkpoint of step {newest[1]} and run.resume=never: "
             "give another run.dir, or run.resume=auto"
         )
-    return 0 if newest is None else newest[1]
+    return _finished_step(recipe, folder) if newest is None else newest[1]
+
+
+def _finished_step(recipe: Recipe, folder: Path) -> int:
+    """The last step of a finished run whose checkpoints are gone; 0 for a run without a final model."""
+    if not (folder / "final").is_dir():
+        return 0
+    steps = recipe.config.train.steps
+    logged = max((row["step"] for row in read_lines(folder / METRICS)), default=0)
+    if logged < steps:
+        raise ValueError(
+            f"the run {folder} has a final model after {logged} steps and no checkpoint, so it cannot go "
+            f"on to train.steps={steps}: give another run.dir, or put checkpoints/ back"
+        )
+    return logged
 
 
 def describe(recipe: Recipe, folder: Path) -> None:
@@ -96,7 +117,7 @@ def describe(recipe: Recipe, folder: Path) -> None:
     written = folder / CONFIG
     if written.exists() and _changed_setting(recipe, written) is not None:
         (folder / RUN_MASK).unlink(missing_ok=True)
-    (folder / CONFIG).write_text(description(recipe))
+    write_whole(written, description(recipe))
 
 
 def description(recipe: Recipe) -> str:
@@ -115,7 +136,7 @@ def description(recipe: Recipe) -> str:
 
 
 def _is_unused(folder: Path) -> bool:
-    return all(p.name in ("logs", DRY_RUN) for p in folder.iterdir())
+    return all(p.name in ("logs", DRY_RUN, LOCK) for p in folder.iterdir())
 
 
 def took_a_step(folder: Path) -> bool:

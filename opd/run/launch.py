@@ -10,25 +10,26 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from opd.config.schema import Config
+from opd.faults import RunError
 from opd.rollout.client import ROLLOUT_URLS
 from opd.rollout.wire import TOKEN_VARIABLE
 from opd.run.commands import ChildCommand, rank_commands, rollout_commands
 from opd.run.environment import child_environment
 from opd.run.placement import Placement
 from opd.run.recipe import Recipe
-from opd.run.status import DONE, USAGE_ERROR, USAGE_ERROR_MARK
+from opd.run.status import DONE, FAILED, MESSAGE_MARK, USAGE_ERROR
+from opd.run.stop import STOP
 from opd.run.teacher_servers import started_teachers
 from opd.serving.child import running_service
 
 TEACHER_ACCURACY = "OPD_TEACHER_ACCURACY"
 """Environment variable with the teacher's accuracy in the evaluation of the run."""
 POLL_S = 0.2
-GRACE_S = 10.0
 TAIL_LINES = 25
 
 
-class WorkerFailed(RuntimeError):
-    """A training process ended with an error; the message holds the end of its log."""
+class WorkerFailed(RunError):
+    """A training process ended with an error; the message is its own, or the end of its log."""
 
 
 def run_processes(
@@ -61,6 +62,8 @@ def run_processes(
             _watch(workers, logs)
         finally:
             _end(workers)
+    if not (folder / "final").is_dir():
+        raise WorkerFailed(f"the run ended without a final model; look at {logs}")
 
 
 @contextmanager
@@ -107,8 +110,14 @@ def _start(
 
 
 def _watch(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
-    """Wait for all workers; the first failure is raised at once."""
+    """Wait for all workers; the first failure is raised at once. A signal is passed on to them."""
+    STOP.patient = True
+    passed_on = False
     while True:
+        if STOP() and not passed_on:
+            passed_on = True
+            for worker in workers:
+                worker.terminate()
         statuses = [w.poll() for w in workers]
         for rank, status in enumerate(statuses):
             if status not in (None, DONE):
@@ -120,23 +129,22 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
 
 def _raise_failure(log: Path, rank: int, status: int) -> None:
     lines = log.read_text(errors="replace").splitlines()
+    marked = [line.removeprefix(MESSAGE_MARK) for line in lines if line.startswith(MESSAGE_MARK)]
     if status == USAGE_ERROR:
-        marked = [line for line in lines if line.startswith(USAGE_ERROR_MARK)]
-        raise ValueError(marked[-1].removeprefix(USAGE_ERROR_MARK) if marked else lines[-1])
+        raise ValueError(marked[-1] if marked else lines[-1])
+    if status == FAILED and marked:
+        raise WorkerFailed(f"{marked[-1]} (details: {log})")
     tail = "\n".join(lines[-TAIL_LINES:])
     raise WorkerFailed(f"process {rank} ended with status {status}; the end of {log}:\n{tail}")
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End what still runs at once: after a failure a rank may wait in a collective without end."""
+    STOP.patient = False
     for worker in workers:
-        worker.terminate()
-    deadline = time.monotonic() + GRACE_S
+        worker.kill()
     for worker in workers:
-        try:
-            worker.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
+        worker.wait()
 
 
 def _free_port() -> int:

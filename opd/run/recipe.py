@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd.config.schema import GROUPS, Config, register
 from opd.run.recipe_errors import explain, require_present_names
+from opd.run.recipe_limits import read_variable, require_own_targets
 
 CONF = "pkg://opd.conf"
 PRIMARY = (
@@ -88,14 +89,21 @@ def composed(recipe: Path, overrides: Sequence[str]) -> Recipe:
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        # The bundled defaults come first, so that a file base.yaml beside the recipe is not taken for them.
-        with initialize_config_module(CONF.removeprefix("pkg://"), version_base="1.3"):
-            cfg = compose(PRIMARY, [_search_path(recipe), *overrides], return_hydra_config=True)
+        cfg = _compose(recipe, overrides)
         return _typed(cfg, cfg.hydra.runtime.choices, recipe, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+def _compose(recipe: Path, overrides: Sequence[str]) -> DictConfig:
+    """What Hydra composes; ValueError when it would run code that is not Hydra's."""
+    # the bundled defaults come first, so that a file base.yaml beside the recipe is not taken for them
+    with initialize_config_module(CONF.removeprefix("pkg://"), version_base="1.3"):
+        cfg = compose(PRIMARY, [_search_path(recipe), *overrides], return_hydra_config=True)
+    require_own_targets(OmegaConf.to_container(cfg.hydra, resolve=False))
+    return cfg
 
 
 def sweep(recipe: Path, overrides: Sequence[str], job: Callable[[Recipe, str], None]) -> None:
@@ -106,6 +114,7 @@ def sweep(recipe: Path, overrides: Sequence[str], job: Callable[[Recipe, str], N
     overrides = with_method(overrides)
     require_present_names(overrides)
     _prepare(recipe)
+    hydra_overrides = [o for o in overrides if o.lstrip("+").startswith("hydra")]
 
     def one(_: DictConfig) -> None:
         hydra_config = HydraConfig.get()
@@ -116,6 +125,8 @@ def sweep(recipe: Path, overrides: Sequence[str], job: Callable[[Recipe, str], N
     sys.argv = ["opd train", "--multirun", *_hydra_arguments(recipe), *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
     try:
+        _compose(recipe, hydra_overrides)
+        GlobalHydra.instance().clear()
         hydra.main(version_base="1.3", config_path=CONF)(one)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
@@ -156,6 +167,7 @@ def _prepare(recipe: Path) -> None:
         raise ValueError(f"{recipe} holds a list: a recipe is a mapping of settings")
     ConfigStore.instance().store(name=PRIMARY, node=content)
     OmegaConf.register_new_resolver("here", lambda path: str(recipe.parent / path), replace=True)
+    OmegaConf.register_new_resolver("oc.env", read_variable, replace=True)
 
 
 def _search_path(recipe: Path) -> str:

@@ -9,6 +9,7 @@ from typing import NoReturn
 import yaml
 from rich.console import Console
 
+from opd.config.launch import count_processes
 from opd.config.mask import StudyMaskConfig
 from opd.config.schema import problems
 from opd.run.commands import engine_settings
@@ -16,15 +17,18 @@ from opd.run.devices import find_cards, require_devices, require_running_servers
 from opd.run.evaluate_apart import teacher_accuracy
 from opd.run.folder import DRY_RUN, describe, description
 from opd.run.launch import run_processes
+from opd.run.lock import hold, locked
 from opd.run.mask import prepare_mask
 from opd.run.place import place
 from opd.run.plan_table import plan_table
 from opd.run.preflight import check
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder, sweep
 from opd.run.results import Run
+from opd.run.stop import STOP
 from opd.run.study import run_study
-from opd.tracking.report import compare_runs
+from opd.tracking.report import REPORT, compare_runs, write_report
 from opd.tracking.terminal import comparison_table, summary_table
+from opd.train.checkpoints import newest_checkpoint
 
 
 def train(recipe: str | Path, *overrides: str) -> Run:
@@ -57,6 +61,8 @@ def train_all(recipe: str | Path, *overrides: str) -> list[Run]:
         try:
             run_one(one, folder)
         except Exception as error:  # the other jobs of the sweep continue; raised below
+            if STOP():
+                raise
             failures.append(error)
             print(f"opd: {folder}: {error}", file=sys.stderr)
 
@@ -71,22 +77,35 @@ def train_all(recipe: str | Path, *overrides: str) -> list[Run]:
 
 def run_one(recipe: Recipe, folder: Path) -> None:
     """Check, train and report one run; with ``dry_run`` only check and print the plan."""
-    console = Console()
     recipe = resolved(recipe, find_cards())
+    if recipe.config.dry_run:
+        _dry_run(recipe, folder)
+        return
+    with STOP.heard(), locked(folder):
+        _run_locked(recipe, folder)
+
+
+def _dry_run(recipe: Recipe, folder: Path) -> None:
+    console = Console()
+    console.print(plan_table(recipe, check(recipe, folder), folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DRY_RUN).write_text(description(recipe))
+    console.print("dry run: everything that can be checked before training is in order")
+    console.print(f"resolved configuration: {folder / DRY_RUN}")
+
+
+def _run_locked(recipe: Recipe, folder: Path) -> None:
+    console = Console()
     checked = check(recipe, folder)
     console.print(plan_table(recipe, checked, folder))
-    if recipe.config.dry_run:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / DRY_RUN).write_text(description(recipe))
-        console.print("dry run: everything that can be checked before training is in order")
-        console.print(f"resolved configuration: {folder / DRY_RUN}")
-        return
     describe(recipe, folder)
     if isinstance(recipe.config.mask, StudyMaskConfig) and recipe.config.mask.arms:
         run_study(recipe, checked.placement, folder, run_one)
         return
     if checked.start >= recipe.config.train.steps and (folder / "final").is_dir():
         console.print(f"the run is complete: {folder}")
+        if not (folder / REPORT).is_file():
+            write_report(folder)
     else:
         prepare_mask(recipe, folder, run_one)
         accuracy = teacher_accuracy(recipe, folder / "logs") if checked.start == 0 else None
@@ -114,7 +133,10 @@ def join(recipe: Recipe) -> NoReturn:
             run_one(recipe, folder)
         raise SystemExit
     if first:
-        check(recipe, folder)
+        hold(folder)
+        start = check(recipe, folder).start
+        if start and newest_checkpoint(folder, processes=count_processes(recipe.config)) is None:
+            raise ValueError(f"the run is complete and its checkpoints are gone: {folder}")
         describe(recipe, folder)
         prepare_mask(recipe, folder, _cannot_run_first)
     leave_after(recipe)

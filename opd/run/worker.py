@@ -13,11 +13,13 @@ from opd.checkpoint.tensors import open_checkpoint
 from opd.checkpoint.writer import write_tensors
 from opd.config.schema import Config
 from opd.config.train import MaskScores
+from opd.faults import RunError
 from opd.run.launch import TEACHER_ACCURACY
 from opd.run.mask import SCORES
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder
 from opd.run.self_check import compare_at_start
-from opd.run.status import DONE, FAILED, USAGE_ERROR, USAGE_ERROR_MARK
+from opd.run.status import DONE, FAILED, MESSAGE_MARK, USAGE_ERROR
+from opd.run.stop import STOP
 from opd.teacher.connect import describe_transport
 from opd.teacher.vocabulary import read_vocabulary
 from opd.tracking.report import write_report
@@ -35,19 +37,32 @@ def run_rank(recipe: Recipe, terminal: TextIO) -> int:
             recipe.plain,
             terminal,
             teacher_accuracy=None if accuracy is None else float(accuracy),
+            stop=STOP,
         )
         _describe_teacher(config, training)
         print("\n".join(compare_at_start(config, training)), file=sys.stderr)
     except ValueError as error:
-        traceback.print_exc()
-        print(f"{USAGE_ERROR_MARK}{error}", file=sys.stderr)
-        return USAGE_ERROR
-    training.loop.run(training.start)
-    training.loop.tracker.close()
-    if config.train.mask_scores != MaskScores.none:
-        _write_scores(config, training, folder)
-    _export(training, folder)
+        return _explained(error, USAGE_ERROR)
+    except RunError as error:
+        return _explained(error, FAILED)
+    STOP.patient = True
+    try:
+        training.loop.run(training.start)
+        training.loop.tracker.close()
+        if config.train.mask_scores != MaskScores.none:
+            _write_scores(config, training, folder)
+        _export(training, folder)
+    except (RunError, OSError) as error:
+        return _explained(error, FAILED)
     return DONE
+
+
+def _explained(error: Exception, status: int) -> int:
+    """Log the trace of an error and mark its message for the launcher, which prints that alone."""
+    traceback.print_exc()
+    message = " ".join(str(error).split())
+    print(f"{MESSAGE_MARK}{message}", file=sys.stderr)
+    return status
 
 
 def _describe_teacher(config: Config, training: Training) -> None:
@@ -104,7 +119,8 @@ def leave_after(recipe: Recipe) -> NoReturn:
     terminal = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        status = run_rank(recipe, terminal)
+        with STOP.heard():
+            status = run_rank(recipe, terminal)
     except BaseException:
         traceback.print_exc()
         status = FAILED

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from opd.faults import RunError
 from opd.interfaces import Weights
 from opd.sync.encoding import IndexEncoding, ValueEncoding, encode_indices, encode_values
 from opd.sync.message import Header, Kind, Record, TensorEntry, read_message, write_message
@@ -19,7 +20,7 @@ from opd.sync.replica import INTEGERS, Replica, flat_bits, require_kept
 from opd.types import ReceiverState
 
 
-class FrozenWeightsMoved(RuntimeError):
+class FrozenWeightsMoved(RunError):
     """A weight outside the mask has moved."""
 
 

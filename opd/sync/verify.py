@@ -7,12 +7,13 @@ from typing import Protocol
 
 import numpy as np
 
+from opd.faults import RunError
 from opd.interfaces import RolloutEngine, StudentScorer, Weights, WeightSync
 from opd.types import FloatArray, Prompt, Sampling
 from opd.world import World
 
 
-class SyncMismatch(RuntimeError):
+class SyncMismatch(RunError):
     """Engine and learner disagree by more than numerical noise."""
 
 

@@ -3,12 +3,25 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from opd.checkpoint.whole_folder import PARTIAL, checksums, partial_path, put_in_place
 from opd.world import World
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"
+DAMAGED = "damaged_"
+"""Start of the name of a checkpoint that was set aside."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint says of itself: its files with their sizes in bytes and SHA-256 checksums."""
+
+    step: int
+    processes: int
+    sizes: dict[str, int]
+    checksums: dict[str, str]
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -25,7 +38,7 @@ def write_checkpoint(
     Returns the checkpoint's folder.
     """
     final = checkpoint_folder(run_folder, step)
-    partial = final.with_name(final.name + PARTIAL)
+    partial = partial_path(final)
     if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -33,15 +46,8 @@ def write_checkpoint(
     save(str(partial))
     world.barrier()
     if world.is_main:
-        files = {
-            str(p.relative_to(partial)): p.stat().st_size
-            for p in sorted(partial.rglob("*"))
-            if p.is_file()
-        }
-        manifest = {"step": step, "processes": world.size, "files": files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        _write_manifest(partial, step, world.size)
+        put_in_place(partial, final)
         for old in checkpoints(run_folder)[:-keep]:
             shutil.rmtree(old)
     world.barrier()
@@ -63,27 +69,95 @@ def newest_checkpoint(run_folder: Path, *, processes: int) -> tuple[Path, int] |
     if not found:
         return None
     folder = found[-1]
-    advice = (
-        f"delete that folder to resume from {found[-2].name}"
-        if len(found) > 1
-        else "delete that folder to start again"
-    )
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files: dict[str, int] = manifest["files"]
-    except (OSError, ValueError, KeyError):
+    fault = _incomplete(folder)
+    if fault is not None:
+        raise ValueError(f"the checkpoint {folder} is cut short: {fault}; {_advice(found)}")
+    manifest = read_manifest(folder)
+    if manifest.processes != processes:
         raise ValueError(
-            f"the checkpoint {folder} is cut short: it has no readable {MANIFEST}; {advice}"
-        ) from None
-    for name, size in files.items():
-        path = folder / name
-        found_size = path.stat().st_size if path.is_file() else None
-        if found_size != size:
-            fault = "is missing" if found_size is None else f"has {found_size} of {size} bytes"
-            raise ValueError(f"the checkpoint {folder} is cut short: {name} {fault}; {advice}")
-    if manifest["processes"] != processes:
-        raise ValueError(
-            f"the checkpoint {folder} was written by {manifest['processes']} processes, "
+            f"the checkpoint {folder} was written by {manifest.processes} processes, "
             f"found launch.processes={processes}: resume with as many, or use another run.dir"
         )
-    return folder, manifest["step"]
+    return folder, manifest.step
+
+
+def set_damaged_aside(run_folder: Path) -> list[str]:
+    """Rename damaged checkpoints that are newer than the newest sound one; a sentence for each.
+
+    A checkpoint is damaged when a file is missing, is cut short, or has other contents than the manifest
+    says. Raises ValueError when none is sound.
+    """
+    found = checkpoints(run_folder)
+    damaged: list[tuple[Path, str]] = []
+    for folder in reversed(found):
+        fault = _incomplete(folder) or _altered(folder)
+        if fault is None:
+            break
+        damaged.append((folder, fault))
+    if damaged and len(damaged) == len(found):
+        folder, fault = damaged[0]
+        raise ValueError(
+            f"the checkpoint {folder} is damaged: {fault}, and no older one is sound; delete "
+            f"{folder.parent} to start again"
+        )
+    sentences = []
+    for folder, fault in damaged:
+        aside = folder.with_name(DAMAGED + folder.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        sentences.append(
+            f"the checkpoint {folder} is damaged ({fault}): it is now {aside.name}, and the run "
+            f"resumes from {found[-1 - len(damaged)].name}"
+        )
+    return sentences
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint; ValueError when it has none that can be read."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text())
+        sizes, sums = dict(found["files"]), dict(found.get("sha256", {}))
+        step, processes = found["step"], found["processes"]
+        typed = [isinstance(n, int) for n in (step, processes, *sizes.values())]
+        if not all([*typed, folder.name == f"step_{step:06d}"]):
+            raise ValueError("it is not a manifest of this checkpoint")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it has no readable {MANIFEST} ({error})") from None
+    return Manifest(step=step, processes=processes, sizes=sizes, checksums=sums)
+
+
+def _write_manifest(folder: Path, step: int, processes: int) -> None:
+    sums = checksums(folder)
+    sizes = {name: (folder / name).stat().st_size for name in sums}
+    manifest = {"step": step, "processes": processes, "files": sizes, "sha256": sums}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _incomplete(folder: Path) -> str | None:
+    """What is missing of a checkpoint, by its manifest and the sizes of its files."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    for name, size in manifest.sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+    return None
+
+
+def _altered(folder: Path) -> str | None:
+    """Which file of a complete checkpoint has other contents than its manifest says."""
+    found = checksums(folder)
+    for name, digest in read_manifest(folder).checksums.items():
+        if found[name] != digest:
+            return f"the checksum of {name} is not the manifest's"
+    return None
+
+
+def _advice(found: list[Path]) -> str:
+    if len(found) > 1:
+        return f"delete that folder to resume from {found[-2].name}"
+    return "delete that folder to start again"

@@ -18,6 +18,11 @@ from opd.config.train import MaskScores, TrainConfig
 from opd.interfaces import Loss, Progress
 from opd.train.checkpoint_layout import stored_buffers
 from opd.train.engine import TrainingEngine
+from opd.train.finite import (
+    require_finite_losses,
+    require_finite_norm,
+    require_finite_weights,
+)
 from opd.train.mask_scores import scores
 from opd.train.optimizers import LearningRate
 from opd.train.parameter_mask import ParameterMask
@@ -75,23 +80,31 @@ class StudentLearner:
         self.version = 0
 
     def step(self, scored: Sequence[ScoredRollout]) -> StepReport:
-        """One optimizer step on this rank's ``scored``; metrics are per token over all ranks. Collective."""
+        """One optimizer step on this rank's ``scored``; metrics are per token over all ranks. Collective.
+
+        Raises RunError when a loss, the gradient norm or a weight is not finite.
+        """
         self._model.train()
         counts = self._token_counts(scored, self._reduction)
         totals = Totals(self._teachers)
         batches = self._batches(scored, self._reduction, discount=self._discount)
+        losses: list[float] = []
         with self._progress.track("learn", len(batches)) as advance:
             for number, batch in enumerate(batches, start=1):
                 out = self._engine.forward(batch, self._loss)
                 total = out.total / counts["denominator"]
                 self._engine.backward(total, last=number == len(batches))
                 totals.add(out, batch)
+                losses.append(float(out.total.detach()))
                 advance(1)
+        self._require_finite(losses, scored)
         lr = self._learning_rate(self.version)
         self._recorder.before_step(self.version)
         norm = self._engine.step(lr)
+        require_finite_norm(norm, self.version + 1)
         self._parameter_mask.write_back(self._engine)
         self.version += 1
+        require_finite_weights(self._model, self._engine, self._world, self.version)
         metrics = totals.per_token(self._world, **counts)
         metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": counts["tokens"]}
         metrics |= self._rewards(scored) | self._parameter_mask.metrics()
@@ -191,6 +204,12 @@ class StudentLearner:
         """Over all ranks: ``tokens`` that are learned from, ``denominator`` of the loss."""
         own = float(sum(map(reduction.kept, scored)))
         return self._world.sum({"tokens": own, "denominator": reduction.denominator(scored)})
+
+    def _require_finite(self, losses: list[float], scored: Sequence[ScoredRollout]) -> None:
+        # dummy micro-batches have no group
+        each = zip_longest(losses, self._groups(scored), fillvalue=[])
+        pairs = [(loss, group) for loss, group in each if isinstance(loss, float)]
+        require_finite_losses(pairs, self._model, self._engine, self._world, self.version + 1)
 
     def _rewards(self, scored: Sequence[ScoredRollout]) -> dict[str, float]:
         """The mean over all ranks, if any rollout has a reward."""

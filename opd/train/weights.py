@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 
+from opd.checkpoint.whole_folder import whole_folder
 from opd.config.adapter import LoraConfig
 from opd.config.student import AUTO_ATTENTION, StudentConfig
 from opd.reference import TOKENS as PROBE_TOKENS
@@ -223,17 +224,17 @@ def export(
 ) -> None:
     """Write a plain Hugging Face checkpoint that transformers and vLLM load; shards of at most 5 GB.
 
-    Its generation config ends completions at its own end tokens and at ``stop_ids``, which ended those
-    that the model has learned from.
+    The folder appears when all of it is written. Its generation config ends completions at its own end
+    tokens and at ``stop_ids``, which ended those that the model has learned from.
     """
     causal = causal_lm(model)
     state = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(state, folder)
-    causal.config.dtype = next(iter(state.values())).dtype
-    causal.config.save_pretrained(folder)
-    if causal.generation_config is not None:
-        generation = copy.deepcopy(causal.generation_config)
-        generation.eos_token_id = _end_tokens(generation.eos_token_id, stop_ids)
-        generation.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with whole_folder(folder) as partial:
+        save_torch_state_dict(state, partial)
+        causal.config.dtype = next(iter(state.values())).dtype
+        causal.config.save_pretrained(partial)
+        if causal.generation_config is not None:
+            generation = copy.deepcopy(causal.generation_config)
+            generation.eos_token_id = _end_tokens(generation.eos_token_id, stop_ids)
+            generation.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)

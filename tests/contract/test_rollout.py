@@ -177,3 +177,27 @@ def test_a_models_own_generation_config_changes_nothing(
     for a, b in zip(expected, found, strict=True):
         assert np.array_equal(a.token_ids, b.token_ids)
         assert np.array_equal(a.logps, b.logps)
+
+
+def test_requests_of_a_failed_call_are_not_answered_in_the_next_one(
+    engine_pair: tuple[LLM, Qwen3ForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = engine_pair[0]
+    engine = VllmRollouts(llm, stop_ids=STOP, progress=SilentProgress(), sleeps=False)
+    sampling = Sampling(n=2, max_tokens=12, seed=3)
+    expected = engine.generate(prompts(), sampling)
+    step, steps = llm.llm_engine.step, iter(range(9))
+
+    def fail_in_the_middle() -> Any:
+        if next(steps) == 3:
+            raise RuntimeError("out of memory")
+        return step()
+
+    with monkeypatch.context() as failing:
+        failing.setattr(llm.llm_engine, "step", fail_in_the_middle)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.generate(prompts(), sampling)
+    assert not llm.llm_engine.has_unfinished_requests()
+    for one, two in zip(engine.generate(prompts(), sampling), expected, strict=True):
+        assert one.token_ids.tolist() == two.token_ids.tolist()
+        assert one.logps.tobytes() == two.logps.tobytes()

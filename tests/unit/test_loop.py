@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
+from opd.faults import Interrupted
 from opd.loop import Loop
 from opd.types import (
     Evaluation,
@@ -95,7 +97,9 @@ class Everybody:
     def close(self) -> None: ...
 
 
-def run(everybody: Everybody, *, start: int, steps: int, every: int) -> list[str]:
+def run(
+    everybody: Everybody, *, start: int, steps: int, every: int, stop_in: int | None = None
+) -> list[str]:
     Loop(
         prompts=everybody,
         engine=everybody,
@@ -107,6 +111,7 @@ def run(everybody: Everybody, *, start: int, steps: int, every: int) -> list[str
         verify=everybody.verify,
         watch=everybody.watch,
         save=everybody.save,
+        interrupted=lambda: everybody.version == stop_in,
         total=dict,
         sampling=Sampling(seed=3),
         steps=steps,
@@ -165,3 +170,19 @@ def test_a_row_holds_lengths_tokens_times_and_bytes() -> None:
     assert row["tokens/generated"] == 3
     assert {"time/rollout", "time/teacher", "time/learn", "time/sync", "time/step"} <= row.keys()
     assert everybody.rows[0].keys() >= {"eval/t/accuracy", "sync/bytes", "sync/gap"}
+
+
+@pytest.mark.parametrize(("stop_in", "saved"), [(1, ["save 1"]), (2, ["save 2"])])
+def test_an_interrupted_run_saves_the_step_that_it_is_in_once(
+    stop_in: int, saved: list[str]
+) -> None:
+    everybody = Everybody()
+    with pytest.raises(Interrupted, match=f"after step {stop_in}, whose checkpoint is saved"):
+        run(everybody, start=0, steps=3, every=2, stop_in=stop_in)
+    assert [call for call in everybody.calls if call.startswith("save")] == saved
+    assert list(everybody.rows) == list(range(stop_in + 1))
+
+
+def test_a_request_to_stop_in_the_last_step_changes_nothing() -> None:
+    calls = run(Everybody(), start=0, steps=3, every=0, stop_in=3)
+    assert calls[-1] == "save 3"

@@ -111,3 +111,43 @@ def test_a_missing_or_surplus_argument_is_answered_with_the_usage(
     )
     assert "unexpected argument two: usage: opd doctor" in refused(capsys, "doctor", "one", "two")
     assert "RUN is missing: usage: opd report" in refused(capsys, "report", "out=x")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(28, "No space left on device", "runs/x/metrics.jsonl"),
+         "runs/x/metrics.jsonl: No space left on device"),
+        (PermissionError(13, "Permission denied", "a", None, "b"), "a and b: Permission denied"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (ConnectionError("the teacher\ndoes not answer"), "the teacher does not answer"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_system_is_one_sentence(
+    error: OSError,
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(argv: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr("opd.cli.main._run", fail)
+    assert run(["train", "quickstart"]) == 1
+    assert capsys.readouterr().err == f"opd: {sentence}\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("launch.deepspeed=/no/such.json", "cannot be read (No such file or directory)"),
+        ("launch.deepspeed=/tmp", "cannot be read (Is a directory)"),
+        ('run.name="a\\x1b[31mb"', "run.name='a\\x1b[31mb': allowed are printable characters"),
+        ('run.name=" "', "run.name=' ': allowed are printable characters"),
+    ],
+)
+def test_files_and_names_of_a_run_are_checked(
+    override: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    override = override.encode().decode("unicode_escape")
+    assert sentence in refused(capsys, "train", "quickstart", "dry_run=true", override)

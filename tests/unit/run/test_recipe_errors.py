@@ -50,7 +50,7 @@ def test_a_former_name_in_a_sweep_is_refused(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("optim.lr", "fast", "optim.lr=fast: expected a number > 0"),
+        ("optim.lr", "fast", "optim.lr=fast: expected a number > 0, ≤ 1e+06"),
         ("train.steps", "2.5", "train.steps=2.5: expected a whole number ≥ 0"),
         ("train.precision", "fp8", "train.precision=fp8: expected one of fp32, bf16, pure_bf16"),
     ],

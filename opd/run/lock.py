@@ -1,0 +1,70 @@
+"""One command at a time in a run folder."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, which is made if it is missing and removed if it stays empty.
+
+    The lock belongs to this process and ends with it, however it ends; the file names its owner. Raises
+    ValueError when another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _acquire(folder)
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def hold(folder: Path) -> None:
+    """Hold the lock of a run folder until this process ends; see ``locked``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.dup(_acquire(folder).fileno())
+
+
+def _acquire(folder: Path) -> IO[str]:
+    path = folder / LOCK
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                raise ValueError(_refusal(folder, file)) from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its owner removed it in between
+    file.truncate(0)
+    owner = {"process": os.getpid(), "host": socket.gethostname(), "since": _now()}
+    file.write(json.dumps(owner))
+    file.flush()
+    return file
+
+
+def _refusal(folder: Path, file: IO[str]) -> str:
+    file.seek(0)
+    try:
+        owner = json.loads(file.read())
+        holder = f"process {owner['process']} on {owner['host']} since {owner['since']}"
+    except (ValueError, KeyError, TypeError):
+        holder = "another process"
+    return f"the folder {folder} is in use by {holder}: wait until it ends, or give another run.dir"
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
