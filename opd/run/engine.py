@@ -38,7 +38,9 @@ def load_engine(config: Config, model: str, *, grades_training: bool = False) ->
     prompts = read_prompt_sets(config, tokenizer, grades_training=grades_training)
     require_gradable(config, prompts, grades_training=grades_training)
     rollout = config.rollout
-    if isinstance(rollout, VllmRolloutConfig):  # nothing is pushed, and nothing else needs its memory
+    if isinstance(
+        rollout, VllmRolloutConfig
+    ):  # nothing is pushed, and nothing else needs its memory
         rollout = replace(rollout, enable_sleep_mode=False)
     inputs = EngineInputs(
         config=replace(config, rollout=rollout),

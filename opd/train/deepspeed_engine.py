@@ -145,7 +145,7 @@ class DeepSpeedEngine:
         return states
 
     def _create_states(self) -> None:
-        """Optimizer states of this rank's masters; those that DeepSpeed swaps to disk come in the first step."""
+        """Create the states of this rank's masters, except those that DeepSpeed swaps to disk."""
         basic = self._engine.basic_optimizer
         if self._zero < 3:
             # flat masters of this rank in stages 1 and 2, parameters or their masters in stage 0

@@ -32,7 +32,8 @@ SMALL = [
     "eval.kl_prompts=4", "data.eval_limit=4", "eval.teacher_accuracy=false",
 ]  # fmt: skip
 MIXED = [
-    "rollout.on_policy=0.5", "rollout.max_tokens=48",
+    "rollout.on_policy=0.5",
+    "rollout.max_tokens=48",
     f"data.train={STUDENT.parent / 'written.jsonl.gz'}",
     "data.completion_field=completion",
 ]

@@ -38,7 +38,7 @@ def main(out: Path, cases: list[str]) -> None:
 
 
 def run_case(name: str, world: World) -> dict[str, Any]:
-    """Numbers of state values when built and after two steps, and how many lie in new memory, over all ranks."""
+    """Values of states when built, after two steps, and of these in new memory; summed over ranks."""
     case = engine_case(name)
     learner = fresh_learner(case.setup, world, None)
     built = states(learner)
@@ -54,9 +54,7 @@ def states(learner: StudentLearner) -> dict[tuple[int, str], int]:
     """(address, name) of each state tensor -> the number of its values."""
     engine: Any = learner._engine
     optimizer: torch.optim.Optimizer = (
-        engine._engine.basic_optimizer
-        if isinstance(engine, DeepSpeedEngine)
-        else engine._optimizer
+        engine._engine.basic_optimizer if isinstance(engine, DeepSpeedEngine) else engine._optimizer
     )
     return {
         (tensor.data_ptr(), name): tensor.numel()
