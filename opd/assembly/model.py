@@ -73,7 +73,7 @@ def _load(config: Config, mask: Mask | None, world: World) -> torch.nn.Module:
 
 
 def _dtype(config: Config) -> torch.dtype:
-    """What the weights are held in. DeepSpeed makes masters from bf16 weights; torch computes with masters."""
+    """What weights are held in: DeepSpeed makes masters from bf16 weights, torch computes with masters."""
     match config.train.precision:
         case Precision.fp32:
             return torch.float32

@@ -68,7 +68,10 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """The peak bytes of a rank per parameter, the largest of two ranks, by case."""
     results = Results(out=tmp_path_factory.mktemp("memory"))
     parameters = save_model(results.out)
-    run_cases(results, 2, SCRIPT, MEMORY)
+    with pytest.MonkeyPatch.context() as patch:
+        # freed tensors go back to the system, so that what is counted is what is held
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", str(128 << 10))
+        run_cases(results, 2, SCRIPT, MEMORY)
     return {
         case: max(results.json(case, f"{rank}.{PEAK}") for rank in range(2)) / parameters
         for case in MEMORY
@@ -78,5 +81,5 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 def test_no_rank_holds_a_whole_float32_model_while_it_loads(peaks: dict[str, float]) -> None:
     assert peaks["memory/whole/3"] > 4.0, "the measure sees a whole model in float32"
     assert peaks["memory/recipe/2"] < 4.0
-    # half a model in bf16 is one byte a parameter; the rest is the largest weight, and libraries
+    # half a model in bf16 is one byte a parameter; the rest is a layer in float32, for the checks
     assert peaks["memory/recipe/3"] < 2.0

@@ -36,3 +36,13 @@ def test_a_step_allocates_no_optimizer_state(trained: Results, case: str) -> Non
     assert found["built"] < 1.1 * weights * copies * per_weight  # counters and padding
     assert found["stepped"] == found["built"]
     assert found["new"] == 0
+
+
+@pytest.mark.parametrize("case", [*ALONE, *SHARED])
+def test_training_is_that_of_states_made_in_the_first_step(trained: Results, case: str) -> None:
+    assert trained.json(case, STATES)["same"]
+
+
+@pytest.mark.parametrize("case", [*ALONE, *SHARED])
+def test_a_checkpoint_of_such_a_run_is_resumed_bit_for_bit(trained: Results, case: str) -> None:
+    assert trained.json(case, STATES)["resumed"]

@@ -29,7 +29,6 @@ from opd.assembly.learner import build_learner
 from opd.assembly.teacher import no_teachers
 from opd.config.mask import FileMaskConfig, MaskTraining
 from opd.config.schema import Config
-from opd.config.student import StudentConfig
 from opd.data.tokenizer import read_student_tokenizer
 from opd.mask.mask import Mask
 from opd.run.recipe import load_recipe
@@ -111,10 +110,10 @@ def loaded_whole(wanted: bool) -> Iterator[None]:
 def run_memory(name: str, folder: Path, out: Path, world: World) -> None:
     """Load a model, and leave the peak of private memory over what there was before, of each rank."""
     how, zero = name.split("/")
-    path = out / SHARED
-    config = load_recipe(
-        "quickstart", f"zero={zero}", "train.precision=bf16", f"student.model={path}"
-    ).config
+    overrides = [f"zero={zero}", "train.precision=bf16"]
+    small = load_recipe("quickstart", *overrides).config
+    assembly._load(small, None, world)  # libraries are loaded and set up
+    config = load_recipe("quickstart", *overrides, f"student.model={out / SHARED}").config
     with loaded_whole(how == "whole"), peak_memory() as peak:
         model = assembly._load(config, None, world)
     (folder / f"{world.rank}.{PEAK}").write_text(json.dumps(peak()))
