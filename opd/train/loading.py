@@ -45,7 +45,7 @@ def load_for_training(
 def _partitioned(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
     """Inside, transformers partitions what it loads."""
     from deepspeed import comm
-    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     if not comm.is_initialized():
         comm.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
