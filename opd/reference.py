@@ -80,7 +80,7 @@ def _set_attention(causal: Any, name: str) -> None:
 class OwnForward:
     """Log-probs [T - 1, V] of a model's own forward pass for each of a few sequences, as it was loaded.
 
-    ``dtype`` is that of its weights; ``name`` is its class and ``attention`` the one in use.
+    ``dtype`` is the one that computed; ``name`` is its class and ``attention`` the one in use.
     """
 
     sequences: list[IntArray]
@@ -90,13 +90,15 @@ class OwnForward:
     attention: str
 
     @classmethod
-    def of(cls, causal: Any, ids: Sequence[int]) -> "OwnForward":
-        """Compute them on two sequences made of ``ids``."""
+    def of(
+        cls, causal: Any, ids: Sequence[int], *, dtype: torch.dtype | None = None
+    ) -> "OwnForward":
+        """Compute them on two sequences made of ``ids``, in ``dtype`` (by default that of the weights)."""
         sequences = probe_sequences(ids)
         return cls(
             sequences=sequences,
             logps=[reference_logps(causal, each) for each in sequences],
-            dtype=next(causal.parameters()).dtype,
+            dtype=dtype or next(causal.parameters()).dtype,
             name=type(causal).__name__,
             attention=causal.config._attn_implementation,
         )
@@ -110,8 +112,8 @@ class OwnForward:
     ) -> float:
         """Compare our log-probs with these; the gap in nats.
 
-        ``ours`` maps sequences to log-probs [T - 1, V], computed in ``dtype`` (by default that of the
-        weights); ``who`` names the model in an error. Raises ValueError when the difference is above the
+        ``ours`` maps sequences to log-probs [T - 1, V], computed in ``dtype`` (by default that of
+        these); ``who`` names the model in an error. Raises ValueError when the difference is above the
         bound of the dtype.
         """
         bound = BOUND[dtype or self.dtype]
@@ -150,17 +152,20 @@ def largest_gap(
     return max(float(torch.cat(gaps).mean()) for gaps in (own_gaps, top_gaps))
 
 
-def use_faithful_attention(causal: Any, ids: Sequence[int]) -> str:
+def use_faithful_attention(
+    causal: Any, ids: Sequence[int], *, dtype: torch.dtype | None = None
+) -> str:
     """Switch to eager attention where the one in use computes another model; the name of the one used.
 
     SDPA leaves out soft caps of attention logits, for example. The difference is measured on a few tokens
-    in float32 weights; it drowns in the rounding of others, where a soft cap in the config decides.
+    where ``dtype``, which computes (by default that of the weights), is float32; it drowns in the rounding
+    of others, where a soft cap in the config decides.
     """
     attention = causal.config._attn_implementation
     text = causal.config.get_text_config().to_dict()
     if attention == "eager":
         return attention
-    if next(causal.parameters()).dtype == torch.float32:
+    if (dtype or next(causal.parameters()).dtype) == torch.float32:
         differs = _attention_gap(causal, ids) > BOUND[torch.float32]
     else:
         differs = attention == "sdpa" and bool(text.get("attn_logit_softcapping"))
@@ -188,7 +193,9 @@ def bf16_rounding(causal: Any, ids: Sequence[int], spec: HeadSpec) -> float:
     causal.eval()
     logps = []
     for enabled in (False, True):
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+        # a cache of cast weights would be a second copy of the model
+        cast = torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        with torch.no_grad(), cast:
             hidden_TD = decoder(causal)(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
             logp_TV = head_logps(hidden_TD[:-1].float(), head_VD, spec)
         logps.append(logp_TV.gather(1, target_N1.to(device)))

@@ -5,7 +5,7 @@ import torch
 from opd.assembly.loss import build_loss, build_reduction, return_discount
 from opd.assembly.teacher import Teachers
 from opd.checkpoint.tensors import open_checkpoint
-from opd.config.launch import LaunchEngine, merged_deepspeed
+from opd.config.launch import LaunchEngine, run_deepspeed
 from opd.config.optim import AdamWConfig, clipped_warmup
 from opd.config.record import WeightRecordConfig
 from opd.config.schema import Config
@@ -112,13 +112,7 @@ def _engine(
             max_grad_norm=config.optim.max_grad_norm,
             device=world.device,
         )
-    merged = merged_deepspeed(
-        config.launch.deepspeed,
-        zero=config.zero,
-        precision=config.train.precision,
-        max_grad_norm=config.optim.max_grad_norm,
-    )
-    return DeepSpeedEngine(student, optimizer, config=merged, world=world)
+    return DeepSpeedEngine(student, optimizer, config=run_deepspeed(config), world=world)
 
 
 def _recorder(

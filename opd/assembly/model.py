@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from opd.config.adapter import LoraConfig
+from opd.config.launch import LaunchEngine, run_deepspeed
 from opd.config.mask import DiscoverMaskConfig, FileMaskConfig, MaskTraining, active_mask
 from opd.config.schema import Config
 from opd.config.train import Precision
@@ -13,6 +14,8 @@ from opd.mask.file import RUN_MASK
 from opd.mask.mask import Mask
 from opd.model_head import head_spec
 from opd.reference import OwnForward, bf16_rounding
+from opd.train.float32 import float32_layers
+from opd.train.loading import load_for_training
 from opd.train.parameter_mask import (
     DenseTraining,
     ParameterMask,
@@ -38,17 +41,54 @@ def build_model(
 
     The last is that of the model as it was loaded, on the token ids ``probe``.
     """
-    pure = config.train.precision == Precision.pure_bf16
-    dtype = torch.bfloat16 if pure else torch.float32
-    model = load_student(config.student.model, config.student, dtype=dtype).to(world.device)
-    own = OwnForward.of(model, probe)
+    model = _load(config, mask, world).to(world.device)
+    with float32_layers(model):
+        own = OwnForward.of(model, probe, dtype=torch.float32)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
     if isinstance(config.adapter, LoraConfig):
         model = with_lora(model, config.adapter)
+        if config.launch.engine == LaunchEngine.deepspeed:
+            _cast_trained(model, _dtype(config))
     if not config.train.dropout:
         disable_dropout(model)
     return model, _parameter_mask(config, mask, model), own
+
+
+def _load(config: Config, mask: Mask | None, world: World) -> torch.nn.Module:
+    """The model in the dtype that the engine trains; partitioned over ranks in stage 3 without a mask.
+
+    A mask needs whole weights, of which it keeps coordinates.
+    """
+    deepspeed = config.launch.engine == LaunchEngine.deepspeed
+    partition = deepspeed and config.zero == 3 and world.size > 1 and mask is None
+    if config.train.precision == Precision.pure_bf16 and not partition:
+        return load_student(config.student.model, config.student, dtype=torch.bfloat16)
+    return load_for_training(
+        config.student.model,
+        config.student,
+        dtype=_dtype(config),
+        partition=run_deepspeed(config) if partition else None,
+    )
+
+
+def _dtype(config: Config) -> torch.dtype:
+    """What weights are held in: DeepSpeed makes masters from bf16 weights, torch computes with masters."""
+    match config.train.precision:
+        case Precision.fp32:
+            return torch.float32
+        case Precision.pure_bf16:
+            return torch.bfloat16
+        case Precision.bf16:
+            of_deepspeed = config.launch.engine == LaunchEngine.deepspeed
+            return torch.bfloat16 if of_deepspeed else torch.float32
+
+
+def _cast_trained(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """New adapters in ``dtype``, as DeepSpeed casts them in a model that is not partitioned."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def measure_rounding(config: Config, model: torch.nn.Module, ids: Sequence[int]) -> float | None:
@@ -57,7 +97,8 @@ def measure_rounding(config: Config, model: torch.nn.Module, ids: Sequence[int])
         return None
     causal = causal_lm(model)
     spec = head_spec(causal.config, trust_remote_code=config.student.trust_remote_code)
-    return bf16_rounding(causal, ids, spec)
+    with float32_layers(causal, causal.get_output_embeddings().parameters()):
+        return bf16_rounding(causal, ids, spec)
 
 
 def _parameter_mask(config: Config, mask: Mask | None, model: torch.nn.Module) -> ParameterMask:

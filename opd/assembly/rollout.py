@@ -51,7 +51,11 @@ class EngineInputs:
 def build_engine(
     inputs: EngineInputs, mask: Mask | None = None
 ) -> tuple[RolloutEngine, WeightSync]:
-    """The engine and its weight sync; with a ``mask`` only kept coordinates are sent to a server."""
+    """The engine and its weight sync; with a ``mask`` only kept coordinates are sent to a server.
+
+    An engine that sleeps has no weights before the first push: commands without a push set
+    ``rollout.enable_sleep_mode=false``.
+    """
     match inputs.config.rollout:
         case DatasetRolloutConfig():
             return DatasetRollouts(), NoSync()
@@ -65,7 +69,7 @@ def build_engine(
 
 
 def _vllm(inputs: EngineInputs, rollout: VllmRolloutConfig) -> tuple[RolloutEngine, WeightSync]:
-    sleeps = rollout.enable_sleep_mode and inputs.world.device.type == "cuda"
+    sleeps = engine_sleeps(rollout, inputs.world)
     llm = start_llm(
         inputs.model,
         rollout,
@@ -79,7 +83,13 @@ def _vllm(inputs: EngineInputs, rollout: VllmRolloutConfig) -> tuple[RolloutEngi
     engine = VllmRollouts(
         llm, stop_ids=inputs.tokenizer.stop_ids, progress=inputs.progress, sleeps=sleeps
     )
+    engine.discard_weights()
     return engine, VllmWeights(llm, wake=engine.wake, mark=engine.mark)
+
+
+def engine_sleeps(rollout: VllmRolloutConfig, world: World) -> bool:
+    """Whether the engine sleeps while others work: on CUDA, where vLLM can free its memory."""
+    return rollout.enable_sleep_mode and world.device.type == "cuda"
 
 
 def _server(
@@ -137,10 +147,15 @@ def in_process(rollout: RolloutConfig) -> RolloutConfig:
 
 
 def build_writer(config: Config, engine: RolloutEngine) -> RolloutEngine:
-    """What completes the prompts of a step: the engine, the data set, or each a share."""
+    """What completes the prompts of a step: the engine, the data set, or each a share.
+
+    A step pushes weights after its rollouts, so that an engine that sleeps discards them.
+    """
     share = config.rollout.on_policy
     if share == 0:
         return DatasetRollouts()
+    if isinstance(engine, VllmRollouts):
+        engine = engine.before_push()
     return engine if share == 1 else MixedRollouts(engine, on_policy=share)
 
 

@@ -105,6 +105,16 @@ def _read_launch_file(name: str) -> dict[str, Any]:
     return machine
 
 
+def run_deepspeed(config: "Config") -> dict[str, Any]:
+    """The DeepSpeed config of a run."""
+    return merged_deepspeed(
+        config.launch.deepspeed,
+        zero=config.zero,
+        precision=config.train.precision,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+
+
 def merged_deepspeed(
     launch_file: str | None, *, zero: int, precision: Precision, max_grad_norm: float
 ) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import torch
 
 from opd.config.rollout import SHARED_ENGINE, VllmEngineConfig
 from opd.config.student import DType
-from opd.interfaces import Progress
+from opd.interfaces import Progress, RolloutEngine
 from opd.rollout.seeds import request_seed
+from opd.rollout.sleep import EngineSleep, SleepLevel
 from opd.types import FinishReason, IntArray, Prompt, Rollout, Sampling
 from opd.vllm_start import explain_refusal, set_start_method
 from opd.world import join_alone
@@ -86,7 +87,7 @@ class VllmRollouts:
     """Implements ``RolloutEngine``. The weight sync marks the version.
 
     Log-probs are of the distribution sampled from, temperature and truncation included.
-    A sleeping engine (CUDA) wakes in ``generate`` and in a push, nowhere else.
+    An engine that ``sleeps`` is awake in ``generate`` and in a push, nowhere else.
     """
 
     def __init__(
@@ -96,33 +97,43 @@ class VllmRollouts:
         self._version = 0
         self._stop_ids = sorted(set(stop_ids))
         self._progress = progress
-        self._sleeps = sleeps
-        self._asleep = False
+        self._sleep = EngineSleep(llm, enabled=sleeps)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        self.wake()
+        """See ``RolloutEngine``; the engine may generate again without a push."""
+        return self._generate(prompts, sampling, SleepLevel.keep_weights)
+
+    def before_push(self) -> RolloutEngine:
+        """This engine for a caller that pushes weights before anybody generates again."""
+        return _BeforePush(self)
+
+    def discard_weights(self) -> None:
+        """Sleep until the first push: its weights are not needed, and the learner is built meanwhile."""
+        self._sleep.sleep(SleepLevel.discard_weights)
+
+    def mark(self, version: int) -> None:
+        """The weights are those after ``version`` optimizer steps; rollouts carry it."""
+        self._version = version
+        self._sleep.pushed()
+
+    def wake(self) -> None:
+        """Bring the weights back to the GPU for a push."""
+        self._sleep.wake_for_push()
+
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, level: SleepLevel
+    ) -> list[Rollout]:
+        self._sleep.wake_for_generate()
         requests = [{"prompt_token_ids": p.token_ids.tolist()} for p in prompts]
         params = [self._params(p, sampling) for p in prompts]
         with self._progress.track("rollout", len(prompts)) as advance:
             outputs = self._run_requests(requests, params, advance)
-        if self._sleeps:
-            self.llm.sleep(level=1)
-            self._asleep = True
+        self._sleep.sleep(level)
         return [
             self._rollout(prompt, sample, completion, sampling.support_k)
             for prompt, output in zip(prompts, outputs, strict=True)
             for sample, completion in enumerate(output.outputs)
         ]
-
-    def mark(self, version: int) -> None:
-        """The weights are now those after ``version`` optimizer steps; rollouts carry it."""
-        self._version = version
-
-    def wake(self) -> None:
-        """Bring weights and cache back to the GPU."""
-        if self._asleep:
-            self.llm.wake_up()
-            self._asleep = False
 
     def _run_requests(
         self, requests: list[Any], params: list[Any], advance: Callable[[int], None]
@@ -179,6 +190,17 @@ class VllmRollouts:
             sample=sample,
             support_ids=_support(flat, token_ids, support_k) if support_k else None,
         )
+
+
+class _BeforePush:
+    """Implements ``RolloutEngine``: after ``generate`` the engine sleeps and discards its weights."""
+
+    def __init__(self, engine: VllmRollouts) -> None:
+        self._engine = engine
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """See ``RolloutEngine``."""
+        return self._engine._generate(prompts, sampling, SleepLevel.discard_weights)
 
 
 def _support(flat: "FlatLogprobs", token_ids: IntArray, k: int) -> IntArray:

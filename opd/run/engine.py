@@ -2,10 +2,11 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opd.assembly.rollout import EngineInputs, build_engine
 from opd.assembly.tracking import build_console
+from opd.config.rollout import VllmRolloutConfig
 from opd.config.schema import Config
 from opd.data.prompt_sets import PromptSets, read_prompt_sets
 from opd.data.tokenizer import StudentTokenizer, read_tokenizer
@@ -36,8 +37,13 @@ def load_engine(config: Config, model: str, *, grades_training: bool = False) ->
     tokenizer = read_tokenizer(model, trust_remote_code=config.student.trust_remote_code)
     prompts = read_prompt_sets(config, tokenizer, grades_training=grades_training)
     require_gradable(config, prompts, grades_training=grades_training)
+    rollout = config.rollout
+    if isinstance(
+        rollout, VllmRolloutConfig
+    ):  # nothing is pushed, and nothing else needs its memory
+        rollout = replace(rollout, enable_sleep_mode=False)
     inputs = EngineInputs(
-        config=config,
+        config=replace(config, rollout=rollout),
         model=model,
         tokenizer=tokenizer,
         max_length=prompts.max_length,

@@ -58,6 +58,11 @@ class MaskedWeight(nn.Module):
         return weight.detach().reshape(-1).index_select(0, self.index)
 
 
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """The shape of the whole parameter, also where DeepSpeed holds a shard of it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def dense_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(leaf, dense parameter) that a module owns itself, masked ones included."""
     yield from module.named_parameters(recurse=False)
@@ -90,6 +95,6 @@ def matrices_and_vectors(
             if isinstance(masked, MaskedWeight) and masked.matrix:
                 of_matrices.add(id(module.original))
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1 or id(p) in of_matrices]
-    vectors = [p for p in trained if p.ndim <= 1 and id(p) not in of_matrices]
+    matrices = [p for p in trained if len(full_shape(p)) > 1 or id(p) in of_matrices]
+    vectors = [p for p in trained if len(full_shape(p)) <= 1 and id(p) not in of_matrices]
     return matrices, vectors

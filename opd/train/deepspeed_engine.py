@@ -15,6 +15,7 @@ import torch
 
 from opd.batch import Batch, LossOutput
 from opd.interfaces import Loss
+from opd.train.optimizers import create_states
 from opd.train.student import Student
 from opd.world import World
 
@@ -48,6 +49,7 @@ class DeepSpeedEngine:
             # DeepSpeed's set-up takes a step on zero gradients, which leaves Adam's counter at 1
             optimizer.state.clear()
         self._optimizer = wrapped.optimizer
+        self._create_states()
         self._linked = False
 
     def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
@@ -141,6 +143,20 @@ class DeepSpeedEngine:
                 target[own.start : own.start + own.numel].copy_(fragment)
         self._world.add_up(gathered)
         return states
+
+    def _create_states(self) -> None:
+        """Create the states of this rank's masters, except those that DeepSpeed swaps to disk."""
+        basic = self._engine.basic_optimizer
+        if self._zero < 3:
+            # flat masters of this rank in stages 1 and 2, parameters or their masters in stage 0
+            create_states(basic, [p for g in basic.param_groups for p in g["params"]])
+            return
+        sharded = self._engine.optimizer
+        if sharded.swap_optimizer:
+            return
+        for number, master in enumerate(sharded.fp32_partitioned_groups_flat):
+            on_gpu = sharded.offload_optimizer and sharded.subgroup_to_device[number] != "cpu"
+            create_states(sharded.backup_optimizer if on_gpu else basic, [master])
 
     def _link_states(self) -> None:
         """Give every parameter access to its optimizer states, once these exist.

@@ -1,6 +1,7 @@
 """Optimizers of torch, and the learning rate of each step."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -30,6 +31,26 @@ def build_optimizer(student: torch.nn.Module, config: OptimConfig) -> torch.opti
                 groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov
             )
     raise AssertionError(f"no optimizer for {type(config).__name__}")
+
+
+def create_states(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]
+) -> None:
+    """Create the optimizer's states of ``parameters``, which torch creates in the first step.
+
+    That step then needs no more memory than every other, and computes the same bits. Optimizers of other
+    classes are left as they are.
+    """
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        match optimizer:
+            case torch.optim.AdamW():
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            case torch.optim.SGD() if optimizer.defaults["momentum"]:
+                # the sum of -0.0 and a gradient is the gradient, also where that is a zero
+                state["momentum_buffer"] = torch.full_like(parameter, -0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,16 @@ import torch
 
 from opd.batch import Batch, LossOutput, collate
 from opd.reference import OwnForward
-from opd.train.student import Student, TeacherHeads
+from opd.train.float32 import float32_layers
+from opd.train.student import Student, TeacherHeads, causal_lm
 from opd.types import FinishReason, IntArray, Prompt, Rollout, ScoredRollout
 
 
 def require_learner_forward(student: Student, own: OwnForward, *, pad_id: int, who: str) -> float:
     """The gap in nats between the log-probs that losses get and those of the model as it was loaded.
 
-    The sequences are padded into one micro-batch, in the mode that ``student`` is in. It has whole
-    weights, before an engine shards them; ``who`` names it in an error. Raises ValueError for a gap above
-    the bound.
+    The sequences are padded into one micro-batch, in the mode that ``student`` is in, and computed in
+    float32 like ``own``. ``who`` names the student in an error. Raises ValueError for a gap above the bound.
     """
     alone = Student(
         student.model,
@@ -25,7 +25,9 @@ def require_learner_forward(student: Student, own: OwnForward, *, pad_id: int, w
         chunk_bytes=student.chunk_bytes,
         teacher_head=TeacherHeads(None, 1, next(student.parameters()).device),
     ).train(student.training)
-    return own.require(lambda sequences: _log_probs(alone, sequences, pad_id), who)
+    head = causal_lm(student.model).get_output_embeddings()
+    with float32_layers(student.model, head.parameters()):
+        return own.require(lambda sequences: _log_probs(alone, sequences, pad_id), who)
 
 
 def _log_probs(student: Student, sequences: Sequence[IntArray], pad_id: int) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from opd.batch import Batch, LossOutput
 from opd.config.train import Precision
 from opd.interfaces import Loss
+from opd.train.optimizers import create_states
 from opd.train.student import Student
 
 
@@ -34,6 +35,7 @@ class TorchEngine:
         self._autocast = precision == Precision.bf16
         self._max_grad_norm = max_grad_norm
         self._device = device
+        create_states(optimizer, (p for g in optimizer.param_groups for p in g["params"]))
 
     def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
         compute = (

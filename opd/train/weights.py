@@ -23,7 +23,8 @@ from opd.train.checkpoint_layout import (
     stored_buffers,
     to_checkpoint,
 )
-from opd.train.compact import dense_parameters
+from opd.train.compact import dense_parameters, full_shape
+from opd.train.float32 import float32_layers
 from opd.train.student import causal_lm
 
 NOISE = re.compile(r"drop(out|_prob|$)|pdrop|jitter")
@@ -36,17 +37,28 @@ def load_student(model: str, config: StudentConfig, *, dtype: torch.dtype) -> to
 
     Raises ValueError for a model or an attention that transformers cannot load, and for missing tensors.
     """
+    student = load_weights(model, config, dtype=dtype)
+    choose_attention(student, config)
+    return student
+
+
+def load_weights(model: str, config: StudentConfig, *, dtype: torch.dtype) -> torch.nn.Module:
+    """``load_student`` before its attention is chosen."""
     auto = config.attn_implementation == AUTO_ATTENTION
-    student = load_whole(
+    return load_whole(
         model,
         f"student.model={model}",
         dtype=dtype,
         attn_implementation=None if auto else config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
-    if auto:
-        use_faithful_attention(student, range(PROBE_TOKENS))
-    return student
+
+
+def choose_attention(student: torch.nn.Module, config: StudentConfig) -> None:
+    """Switch to eager attention where the recipe leaves the choice and the default is unfaithful."""
+    if config.attn_implementation == AUTO_ATTENTION:
+        with float32_layers(student):
+            use_faithful_attention(student, range(PROBE_TOKENS), dtype=torch.float32)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
@@ -108,7 +120,7 @@ def named_weights(causal: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Param
 
 def checkpoint_layout(causal: torch.nn.Module) -> CheckpointLayout:
     """Where the weights of the checkpoint lie in the parameters of ``named_weights``."""
-    return CheckpointLayout(causal, {name: _full_shape(p) for name, p in named_weights(causal)})
+    return CheckpointLayout(causal, {name: full_shape(p) for name, p in named_weights(causal)})
 
 
 def checkpoint_views(causal: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -137,11 +149,6 @@ def flip_bit(tensor: torch.Tensor) -> None:
     if tensor.dtype in FLIPPED:
         integers, bit = FLIPPED[tensor.dtype]
         tensor.detach().view(integers).bitwise_xor_(bit)
-
-
-def _full_shape(parameter: Any) -> tuple[int, ...]:
-    """The shape of the whole parameter, also where DeepSpeed holds a shard of it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _weight_modules(causal: Any) -> Iterator[tuple[str, Any]]:
