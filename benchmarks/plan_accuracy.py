@@ -35,10 +35,10 @@ COMMON = [
     "teacher=local",
     "rollout=transformers",
     "data.eval=null",
-    "rollout.max_tokens=64",
+    "rollout.max_tokens=32",
     "train.steps=2",
     "train.prompts_per_step=16",
-    "train.max_tokens_per_micro_batch=512",
+    "train.max_tokens_per_micro_batch=336",
     "train.chunk_mib=32",
     "save.every=0",
     "sync.verify_every=0",
@@ -128,9 +128,10 @@ def measure(settings: list[str], folder: Path) -> int:
     return max(peaks.values())
 
 
-def libraries() -> int:
-    """Peak of a training process that has loaded its libraries and no model."""
+def libraries(more: str) -> int:
+    """Peak of a training process that has loaded its libraries, ``more`` included, and no model."""
     code = (
+        f"{more}; "
         "import opd.run.worker, peft, accelerate, deepspeed; "
         "from transformers import AutoModelForCausalLM, Qwen2ForCausalLM; "
         "import torch; a = torch.randn(512, 512, requires_grad=True); (a @ a).sum().backward(); "
@@ -164,10 +165,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
     args = parser.parse_args()
     if args.libraries:
-        print(f"interpreter and libraries: {libraries() / MIB:.0f} MiB")
+        vllm = "from vllm import LLM; import vllm.v1.worker.cpu_worker"
+        without, with_vllm = libraries("pass"), libraries(vllm)
+        print(
+            f"interpreter and libraries: {without / MIB:.0f} MiB; with vLLM {with_vllm / MIB:.0f} MiB"
+        )
         return
-    from opd.run.plan import make_plan
     from opd.run.placement import Cards
+    from opd.run.plan import make_plan
 
     rows = []
     with tempfile.TemporaryDirectory() as name:

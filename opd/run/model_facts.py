@@ -139,8 +139,8 @@ def _from_pretrained(
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"the config.json of {model} is neither in a folder of this name nor in the cache of the hub, opd "
-            f"does not know its sizes, and the hub cannot be asked ({first}): give a folder that has one"
+            f"the config.json of {model} is neither in a folder of this name nor in the cache of the hub, "
+            f"opd does not know its sizes, and the hub cannot be asked ({first}): give a folder that has one"
         ) from None
 
 

@@ -76,10 +76,22 @@ def make_plan(recipe: str, overrides: Sequence[str], *, cards: Cards, prompt_tok
         forecasts=forecasts,
         seconds=step_seconds(config, forecasts[0], placement, models),
         sent=_sent(config, forecasts[0], models),
-        too_small=tuple(dict.fromkeys(s for each in forecasts for s in overflows(each, cards))),
+        too_small=tuple(fits_on(config, models, prompt_tokens=prompt_tokens)(placement)),
         changes=tuple(helpful_changes(config, fullest, _again(cards, models, prompt_tokens))),
         prompt_tokens=prompt_tokens,
     )
+
+
+def fits_on(
+    config: Config, models: Models, *, prompt_tokens: int
+) -> Callable[[Placement], list[str]]:
+    """What says of a placement which cards are too small for it, as ``overflows`` does."""
+
+    def fits(placement: Placement) -> list[str]:
+        found = _forecasts(config, placement, models, prompt_tokens)
+        return list(dict.fromkeys(s for each in found for s in overflows(each, placement.cards)))
+
+    return fits
 
 
 def read_models(config: Config) -> Models:
@@ -208,7 +220,7 @@ def _device_json(device: Device) -> dict[str, Any]:
         "count": device.count,
         "holds": [short_name(each) for each in device.holds],
         "worst": device.worst.value,
-        "moment": device.moment,
+        "moments": dict(device.moments),
         "spare_bytes": device.spare,
         "phases": {phase.value: dict(terms) for phase, terms in device.phases.items()},
     }

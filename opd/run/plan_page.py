@@ -64,6 +64,8 @@ def _sentences(plan: Plan) -> Iterator[str]:
     elif any(device.memory_bytes for found in plan.forecasts for device in found.devices):
         yield f"[bold]fits[/bold]: {_room(plan)}"
     for found in plan.forecasts:
+        if not plan.cards.count:
+            continue
         yield f"memory of the machine{_which(plan, found)}: {_gib(found.host_bytes)} GiB"
         if found.cache_tokens:
             yield (
@@ -134,9 +136,10 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         f"Every sequence is taken to be {work.width} tokens long, {plan.prompt_tokens} of them the prompt "
         f"(prompt_tokens=...); micro-batches of {work.rows}, {work.micro_batches} of them a step and rank."
     )
-    moment = plan.forecasts[0].devices[0].moment
-    if moment:
-        yield f"The learn phase is shown at its largest moment: {moment}."
+    moments = plan.forecasts[0].devices[0].moments
+    if moments:
+        listed = ", ".join(f"{name} {_gib(size)}" for name, size in moments.items())
+        yield f"A step adds, at its moments ({listed} GiB), what is shown under learn: the largest."
     if plan.cards.count:
         yield "No figure was measured on a GPU. docs/plan.md has every formula and what is left out."
 
@@ -146,6 +149,6 @@ def _gib(size: float) -> str:
 
 
 def _size(size: int) -> str:
-    if size < 10_000:
+    if size < 1_000_000:
         return f"{size:,}"
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -38,7 +38,7 @@ def helpful_changes(
     found = []
     for setting, changed in _candidates(config):
         forecast = again(changed)
-        if forecast is None or problems(changed):
+        if forecast is None or problems(changed) or set(forecast.cramped) - set(now.cramped):
             continue
         after = _fullest(forecast)
         if after - before >= LEAST_SAVED:

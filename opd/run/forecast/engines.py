@@ -91,6 +91,12 @@ def cache_tokens(config: Config, facts: ModelFacts, share_bytes: float) -> int:
     return max(0, int(room / cache_bytes(facts, element)))
 
 
+def least_share(facts: ModelFacts, element: int, cards: int, width: int) -> int:
+    """The least of each card with which vLLM starts: weights, workspace, the cache of one sequence."""
+    split = element * facts.parameters + width * cache_bytes(facts, element)
+    return split // cards + ENGINE_WORKSPACE_BYTES
+
+
 def process_engine(config: Config, facts: ModelFacts) -> Bytes:
     """A rollout engine inside a training process that keeps its memory: on a CPU, or transformers.
 

@@ -8,7 +8,7 @@ from opd.config.teacher import ServedTeacherConfig
 from opd.run.forecast import engines
 from opd.run.forecast.gpus import CONTEXT_BYTES, SLEEPING_ENGINE_BYTES
 from opd.run.forecast.learner import Bytes, added
-from opd.run.forecast.rank import Device, Phase, Rank
+from opd.run.forecast.rank import Device, Phase, Rank, largest
 from opd.run.forecast.setup import Learner
 from opd.run.placement import PlacedServer, Placement
 
@@ -30,9 +30,9 @@ def _gpu(placement: Placement, rank: Rank, card: int) -> Device:
     ranks, servers = placement.on(card)
     memory = placement.cards.memory_bytes
     phases: dict[Phase, Bytes] = {phase: {} for phase in Phase}
-    moment = ""
+    moments: dict[str, int] = {}
     if ranks:
-        moment, own = _rank_phases(rank, placement.engine_utilization * memory)
+        moments, own = _rank_phases(rank, placement.engine_utilization * memory)
         phases = {phase: dict(terms) for phase, terms in own.items()}
     for server in servers:
         is_teacher = server in placement.teachers
@@ -51,11 +51,11 @@ def _gpu(placement: Placement, rank: Rank, card: int) -> Device:
         holds=tuple(names),
         phases={phase: {n: b for n, b in terms.items() if b} for phase, terms in phases.items()},
         memory_bytes=memory,
-        moment=moment,
+        moments=moments,
     )
 
 
-def _rank_phases(rank: Rank, share: float) -> tuple[str, dict[Phase, Bytes]]:
+def _rank_phases(rank: Rank, share: float) -> tuple[dict[str, int], dict[Phase, Bytes]]:
     """A rank with its engine on a card.
 
     The engine starts first and then sleeps at level 2: it wakes its weights in the sync, its cache in the
@@ -63,7 +63,7 @@ def _rank_phases(rank: Rank, share: float) -> tuple[str, dict[Phase, Bytes]]:
     """
     config, setup = rank.config, rank.setup
     resident = rank.resident()
-    moment, learn = rank.learn()
+    moments, learn = largest(rank.learn())
     own = rank.models.student
     local = engines.local_teacher(config, own if rank.teacher is None else rank.teacher, cuda=True)
     kept = engines.process_engine(config, own)
@@ -88,12 +88,13 @@ def _rank_phases(rank: Rank, share: float) -> tuple[str, dict[Phase, Bytes]]:
             "scores": engines.scoring_head(rank.teacher, element)["scores"]
             + engines.forward_pass(rank.teacher, element, config.teacher.max_num_batched_tokens)
         }
-    return moment, {
+    return moments, {
         Phase.start: start,
         Phase.rollout: always | awake | {"generation": generating},
         Phase.score: always | asleep | scoring,
         Phase.learn: added(always | asleep, learn),
         Phase.sync: always | weights | {"gathered weights": _gathered(setup)},
+        Phase.save: always | asleep | {"gathered weights": _gathered(setup)},
     }
 
 
@@ -119,7 +120,7 @@ def _server(
     if card == server.cards[0]:
         element = engines.weight_bytes(rank.config.teacher, facts, cuda=True)
         head = engines.scoring_head(facts, element)
-        terms["teacher server's head"] = head["teacher's head"]
+        terms["teacher's head (server)"] = head["teacher's head"]
         terms["scores"] = head["scores"] if phase == Phase.score else 0
     return terms
 

@@ -137,7 +137,7 @@ def optimizer_temporaries(learner: Learner) -> int:
     if learner.offload_states:
         return 0
     one = _largest_stepped(learner)
-    norm = 2 * one if learner.zero == 2 else 0
+    norm = 8 * min(_largest_trained(learner), states_size(learner)) if learner.zero == 2 else 0
     if learner.states < 2:
         return max(norm, (states_size(learner) if learner.cuda else one) if learner.decays else 0)
     return max(norm, states_size(learner) if learner.cuda else 2 * one)
@@ -188,10 +188,13 @@ def _embedding_gradient(learner: Learner) -> int:
 
 def _largest_stepped(learner: Learner) -> int:
     """Bytes of the largest tensor that the optimizer steps; DeepSpeed's is the flat partition."""
-    if learner.zero:
-        return states_size(learner)
+    return states_size(learner) if learner.zero else 4 * _largest_trained(learner)
+
+
+def _largest_trained(learner: Learner) -> int:
+    """Numbers of the largest tensor that has a gradient, under a mask or adapters in proportion."""
     share = learner.trained / learner.facts.parameters
-    return int(4 * learner.facts.largest * min(1.0, share))
+    return int(learner.facts.largest * min(1.0, share))
 
 
 def _scores(learner: Learner) -> int:

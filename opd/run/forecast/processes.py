@@ -1,28 +1,30 @@
 """What the processes of a run on a CPU hold in each phase: nothing sleeps, freed memory is kept."""
 
-from opd.config.rollout import ServerRolloutConfig
+from opd.config.rollout import ServerRolloutConfig, VllmRolloutConfig
 from opd.config.teacher import ServedTeacherConfig, TeacherBackend
 from opd.rollout.vllm import CPU_CACHE_BYTES
 from opd.run.forecast import engines
 from opd.run.forecast.learner import Bytes, added
-from opd.run.forecast.rank import Device, Phase, Rank
+from opd.run.forecast.rank import Device, Phase, Rank, largest
 from opd.run.placement import PlacedServer, Placement
 
-LIBRARIES_BYTES = 900 << 20
-"""Interpreter and libraries of a training process before it loads a model; benchmarks/plan_accuracy.py
-measures it."""
+LIBRARIES_BYTES = 490 << 20
+"""Interpreter and libraries of a training process before it loads a model, as benchmarks/plan_accuracy.py
+--libraries measures it."""
+VLLM_BYTES = 185 << 20
+"""What vLLM's modules add to them, measured in the same way."""
 
 
 def process_devices(placement: Placement, rank: Rank) -> tuple[Device, ...]:
     """The ranks, which are alike, and each server."""
     memory = placement.cards.memory_bytes
-    moment, phases = _rank_phases(rank)
+    moments, phases = _rank_phases(rank)
     ranks = Device(
         name="each rank" if len(placement.ranks) > 1 else "the rank",
         holds=("a rank",),
         phases=_without_zeros(phases),
         memory_bytes=memory,
-        moment=moment,
+        moments=moments,
         count=len(placement.ranks),
     )
     servers = [
@@ -37,32 +39,30 @@ def process_devices(placement: Placement, rank: Rank) -> tuple[Device, ...]:
     return (ranks, *servers)
 
 
-def _rank_phases(rank: Rank) -> tuple[str, dict[Phase, Bytes]]:
+def _rank_phases(rank: Rank) -> tuple[dict[str, int], dict[Phase, Bytes]]:
     config, setup, student = rank.config, rank.setup, rank.models.student
     teacher = student if rank.teacher is None else rank.teacher
     local = engines.local_teacher(config, teacher, cuda=False)
-    always = (
-        {"interpreter and libraries": LIBRARIES_BYTES}
-        | rank.resident()
-        | engines.process_engine(config, student)
-    )
+    is_vllm = isinstance(config.rollout, VllmRolloutConfig)
+    always = _libraries(is_vllm) | rank.resident() | engines.process_engine(config, student)
     always = added(always, local)
-    moment, learn = rank.learn()
+    moments, learn = largest(rank.learn())
     generating = engines.generation(config, student, setup.work.width, setup.work.sequences)
     scoring = _scoring(rank) if local else 0
     waiting = {"waiting scores": rank.waiting()}
-    return moment, {
+    return moments, {
         Phase.start: always | {"loading": _loading(rank)},
         Phase.rollout: always | {"generation": generating},
         Phase.score: always | waiting | {"scores": scoring},
         Phase.learn: added(always | waiting, learn),
         Phase.sync: always | {"gathered weights": _gathered(rank)},
+        Phase.save: always | {"saved copy": rank.saved_copy()},
     }
 
 
 def _loading(rank: Rank) -> int:
     """The file of the student, mapped while it is read; under DeepSpeed in bf16 its float32 copy too."""
-    facts, setup = rank.models.student, rank.setup
+    facts = rank.models.student
     stored = 4 if facts.dtype == "float32" else 2
     return stored * facts.parameters
 
@@ -86,7 +86,6 @@ def _gathered(rank: Rank) -> int:
 
 def _server_phases(rank: Rank, server: PlacedServer, is_teacher: bool) -> dict[Phase, Bytes]:
     config = rank.config
-    always: Bytes = {"interpreter and libraries": LIBRARIES_BYTES}
     scoring: Bytes = {}
     if is_teacher:
         assert isinstance(config.teacher, ServedTeacherConfig)
@@ -94,7 +93,7 @@ def _server_phases(rank: Rank, server: PlacedServer, is_teacher: bool) -> dict[P
         element = engines.weight_bytes(config.teacher, facts, cuda=False)
         head = engines.scoring_head(facts, element)
         is_vllm = config.teacher.backend == TeacherBackend.vllm
-        always |= {
+        always = _libraries(is_vllm) | {
             "teacher": element * facts.parameters,
             "teacher's head": 4 * facts.head if is_vllm else head["teacher's head"],
             "teacher's cache": config.teacher.kv_cache_memory_bytes if is_vllm else 0,
@@ -104,11 +103,15 @@ def _server_phases(rank: Rank, server: PlacedServer, is_teacher: bool) -> dict[P
     else:
         assert isinstance(config.rollout, ServerRolloutConfig)
         student = rank.models.student
-        always |= {
+        always = _libraries(True) | {
             "engine": engines.engine_weights(config, student),
             "engine's cache": config.rollout.kv_cache_memory_bytes or CPU_CACHE_BYTES,
         }
     return {phase: always | (scoring if phase == Phase.score else {}) for phase in Phase}
+
+
+def _libraries(vllm: bool) -> Bytes:
+    return {"interpreter and libraries": LIBRARIES_BYTES + (VLLM_BYTES if vllm else 0)}
 
 
 def _without_zeros(phases: dict[Phase, Bytes]) -> dict[Phase, Bytes]:

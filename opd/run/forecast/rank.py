@@ -13,13 +13,14 @@ from opd.teacher.wire import Want
 
 
 class Phase(StrEnum):
-    """What a run does, in the order of a step; ``start`` is before the first one."""
+    """What a run does, in the order of a step; ``start`` is before the first, ``save`` after the last."""
 
     start = "start"
     rollout = "rollout"
     score = "score"
     learn = "learn"
     sync = "sync"
+    save = "save"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,18 +42,24 @@ class Models:
 class Device:
     """A card, or a process on a CPU: who is on it, and bytes by phase and use.
 
-    ``memory_bytes`` is 0 where it is not known. ``moment`` names the largest moment of the learn phase.
+    ``memory_bytes`` is 0 where it is not known. ``moments`` are what the moments of the learn phase add to
+    what is there; the phase is shown at the largest.
     """
 
     name: str
     holds: tuple[str, ...]
     phases: Mapping[Phase, Bytes]
     memory_bytes: int
-    moment: str = ""
+    moments: Mapping[str, int] = field(default_factory=dict)
     count: int = 1
 
     def total(self, phase: Phase) -> int:
         return sum(self.phases[phase].values())
+
+    @property
+    def moment(self) -> str:
+        """The largest moment of the learn phase; "" on a device without a rank."""
+        return max(self.moments, key=lambda name: self.moments[name], default="")
 
     @property
     def worst(self) -> Phase:
@@ -84,23 +91,25 @@ class Rank:
         terms = learner.resident(self.setup)
         if self.sent.head and self.teacher is not None:
             copy = learner.teacher_head_copy(self.sent.vocab, self.teacher.hidden)
-            terms["teacher's head"] = copy
+            terms["teacher's head (learner)"] = copy
         return terms
 
-    def learn(self) -> tuple[str, Bytes]:
-        """The largest moment of a step and what it adds."""
+    def learn(self) -> dict[str, Bytes]:
+        """What the moments of a step add."""
         transport = self.sent.transport
         is_full = transport is not None and transport.want != Want.logps
         sent_whole = transport is not None and transport.want == Want.full_logps
         targets = self.setup.work.targets
-        found = moments.learn_moments(
+        return moments.learn_moments(
             self.setup,
             moments.count_blocks(self.config.loss, is_full),
             self.sent.vocab,
             4 * targets * self.sent.vocab if sent_whole else 0,
         )
-        name = max(found, key=lambda each: sum(found[each].values()))
-        return name, found[name]
+
+    def saved_copy(self) -> int:
+        """The weights that rank 0 copies to the host, to write the final model."""
+        return self.setup.element * self.setup.facts.parameters
 
     def waiting(self) -> int:
         """Scores of a step on the host."""
@@ -108,3 +117,9 @@ class Rank:
             return 0
         tokens = self.setup.work.sequences * self.config.rollout.max_tokens
         return tokens * self.sent.transport.bytes_per_token
+
+
+def largest(found: Mapping[str, Bytes]) -> tuple[dict[str, int], Bytes]:
+    """The size of each moment, and what the largest adds."""
+    sizes = {name: sum(terms.values()) for name, terms in found.items()}
+    return sizes, found[max(sizes, key=lambda name: sizes[name])]
