@@ -10,7 +10,7 @@ import torch
 
 from opd.config.schema import Config, problems
 from opd.run.forecast.cards import Forecast, forecast, overflows
-from opd.run.forecast.changes import Change, helpful_changes
+from opd.run.forecast.changes import Saving, helpful_changes
 from opd.run.forecast.engines import placed_models, scoring_model
 from opd.run.forecast.gpus import cards_named, find_gpu
 from opd.run.forecast.rank import Device, Models, Phase
@@ -35,7 +35,7 @@ class Plan:
     seconds: dict[Phase, Span]
     sent: dict[str, int]
     too_small: tuple[str, ...]
-    changes: tuple[Change, ...]
+    changes: tuple[Saving, ...]
     prompt_tokens: int
 
     @property

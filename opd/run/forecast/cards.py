@@ -10,7 +10,7 @@ from opd.run.forecast.gpu_cards import gpu_devices
 from opd.run.forecast.gpus import GIB
 from opd.run.forecast.processes import process_devices
 from opd.run.forecast.rank import Device, Models, Rank
-from opd.run.forecast.setup import Learner, read_learner
+from opd.run.forecast.setup import TrainingSetup, read_learner
 from opd.run.model_facts import ModelFacts
 from opd.run.placement import Cards, PlacedServer, Placement
 from opd.teacher.transport import WIDTHS, Transport
@@ -30,7 +30,7 @@ class Forecast:
 
     trains: str
     devices: tuple[Device, ...]
-    learner: Learner
+    learner: TrainingSetup
     transport: Transport | None
     cache_tokens: int
     host_bytes: int

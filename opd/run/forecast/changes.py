@@ -22,7 +22,7 @@ CLONE = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class Saving:
     """A setting, what it saves on the fullest device, and what is free there afterwards."""
 
     setting: str
@@ -32,7 +32,7 @@ class Change:
 
 def helpful_changes(
     config: Config, now: Forecast, again: Callable[[Config], Forecast | None]
-) -> list[Change]:
+) -> list[Saving]:
     """The changes that save memory, each alone. ``again`` forecasts a changed recipe; None: not possible."""
     before = _fullest(now)
     found = []
@@ -42,7 +42,7 @@ def helpful_changes(
             continue
         after = _fullest(forecast)
         if after - before >= LEAST_SAVED:
-            found.append(Change(setting=setting, saves=after - before, spare=after))
+            found.append(Saving(setting=setting, saves=after - before, spare=after))
     return found
 
 

@@ -171,12 +171,17 @@ def scores_sent(
     )
 
 
+def scoring_blocks(facts: ModelFacts, tokens: int) -> int:
+    """Float32 [C, V] blocks of a teacher's head, C so many that a block has 64 MiB, or all tokens."""
+    return SCORE_BLOCKS * 4 * facts.vocab * min(tokens, chunk_rows(facts.vocab, CHUNK_BYTES))
+
+
 def scoring_head(facts: ModelFacts, element: int) -> Bytes:
     """A teacher's own head in float32 and the blocks of its scores, on the first card of a server.
 
     A head in float32 that is the model's own tensor is not held twice.
     """
-    blocks = SCORE_BLOCKS * 4 * facts.vocab * chunk_rows(facts.vocab, CHUNK_BYTES)
+    blocks = scoring_blocks(facts, chunk_rows(facts.vocab, CHUNK_BYTES))
     return {
         "teacher's head": 0 if element == HEAD_BYTES else HEAD_BYTES * facts.head,
         "scores": blocks,

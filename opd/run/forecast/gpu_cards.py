@@ -9,7 +9,7 @@ from opd.run.forecast import engines
 from opd.run.forecast.gpus import CONTEXT_BYTES, SLEEPING_ENGINE_BYTES
 from opd.run.forecast.learner import Bytes, added
 from opd.run.forecast.rank import Device, Phase, Rank, largest
-from opd.run.forecast.setup import Learner
+from opd.run.forecast.setup import TrainingSetup
 from opd.run.placement import PlacedServer, Placement
 
 
@@ -98,7 +98,7 @@ def _rank_phases(rank: Rank, share: float) -> tuple[dict[str, int], dict[Phase, 
     }
 
 
-def _gathered(setup: Learner) -> int:
+def _gathered(setup: TrainingSetup) -> int:
     """The largest layer or embedding in the engine's number format; under ZeRO-3 the same gathered."""
     largest = max(setup.facts.layer, setup.facts.embedding)
     return 2 * largest * (2 if setup.zero == 3 else 1)

@@ -5,7 +5,7 @@ number in a matrix product, m of a master weight. Read against DeepSpeed 0.19.8 
 """
 
 from opd.config.train import Precision
-from opd.run.forecast.setup import Learner
+from opd.run.forecast.setup import TrainingSetup
 
 Bytes = dict[str, int]
 """Bytes by what they are for."""
@@ -16,7 +16,7 @@ def added(held: Bytes, more: Bytes) -> Bytes:
     return held | {name: held.get(name, 0) + size for name, size in more.items()}
 
 
-def weights(learner: Learner) -> int:
+def weights(learner: TrainingSetup) -> int:
     """e P, under ZeRO-3 e P / N; 0 where they are offloaded. Adapters are added to P."""
     adapters = (
         0 if learner.trained >= learner.facts.parameters or learner.compact else learner.trained
@@ -27,18 +27,18 @@ def weights(learner: Learner) -> int:
     return _part(held, learner.ranks) if learner.zero == 3 else held
 
 
-def mask_indices_and_values(learner: Learner) -> int:
+def mask_indices_and_values(learner: TrainingSetup) -> int:
     """(4 + e) T of a compact mask: int32 coordinates and the values beside the dense weights."""
     values = learner.element * learner.compact
     return 4 * learner.compact + (_part(values, learner.ranks) if learner.zero == 3 else values)
 
 
-def initial_copy(learner: Learner) -> int:
+def initial_copy(learner: TrainingSetup) -> int:
     """(4 + 1) P of mask.training=restore: the initial weights in float32, and which are kept."""
     return 5 * learner.restored
 
 
-def masters(learner: Learner) -> int:
+def masters(learner: TrainingSetup) -> int:
     """m T / N with ZeRO, also in fp32, where DeepSpeed copies its partition; none without DeepSpeed.
 
     Stage 0 keeps 4 T in bf16 and none in fp32.
@@ -50,16 +50,16 @@ def masters(learner: Learner) -> int:
     return int(learner.master * learner.trained * learner.share)
 
 
-def optimizer_states(learner: Learner) -> int:
+def optimizer_states(learner: TrainingSetup) -> int:
     """m T / N for each of the optimizer's numbers: two of AdamW, one of SGD with momentum."""
     return 0 if learner.offload_states else learner.states * states_size(learner)
 
 
-def standing_gradients(learner: Learner) -> int:
+def standing_gradients(learner: TrainingSetup) -> int:
     """Gradients that lie there between steps too.
 
     ZeRO-1 in bf16 (BF16_Optimizer): (4 + 2) T, all of them in float32 and the zeroed bf16 ones. ZeRO-3:
-    4 T / N and a bucket of c bytes a number.
+    4 T / N and a bucket of e bytes a number.
     """
     if bf16_optimizer(learner):
         return 6 * learner.trained
@@ -68,7 +68,8 @@ def standing_gradients(learner: Learner) -> int:
     partition = (
         0 if learner.offload_states else int(accumulated(learner) * learner.trained * learner.share)
     )
-    return partition + bucket(learner, 1)
+    numbers = learner.bucket if learner.cuda else min(learner.bucket, learner.trained)
+    return partition + numbers * learner.element
 
 
 def teacher_head_copy(teacher_vocab: int, teacher_hidden: int) -> int:
@@ -76,7 +77,7 @@ def teacher_head_copy(teacher_vocab: int, teacher_hidden: int) -> int:
     return 4 * teacher_vocab * teacher_hidden
 
 
-def resident(learner: Learner) -> Bytes:
+def resident(learner: TrainingSetup) -> Bytes:
     """What the learner holds in every phase once it is built."""
     return {
         "weights": weights(learner),
@@ -88,7 +89,7 @@ def resident(learner: Learner) -> Bytes:
     }
 
 
-def offloaded(learner: Learner) -> int:
+def offloaded(learner: TrainingSetup) -> int:
     """Host memory of a rank: masters, states and a float32 gradient of its partition; and weights."""
     partition = int(learner.trained * learner.share)
     states = (2 * learner.master + 4 + learner.states * learner.master) * partition
@@ -100,7 +101,7 @@ def _part(total: int, ranks: int) -> int:
     return -(-total // ranks)
 
 
-def states_size(learner: Learner) -> int:
+def states_size(learner: TrainingSetup) -> int:
     """One number of ``master`` bytes for each trained number of this rank."""
     size = (
         learner.master
@@ -110,22 +111,19 @@ def states_size(learner: Learner) -> int:
     return int(size * learner.trained * learner.share)
 
 
-def bf16_optimizer(learner: Learner) -> bool:
+def bf16_optimizer(learner: TrainingSetup) -> bool:
     """Whether DeepSpeed takes its BF16_Optimizer: stage 1, float32 accumulation, nothing offloaded."""
     plain = learner.precision == Precision.bf16 and not learner.offload_states
     return learner.zero == 1 and plain
 
 
-def accumulated(learner: Learner) -> int:
+def accumulated(learner: TrainingSetup) -> int:
     """Bytes of a gradient that is summed over micro-batches."""
     return 4 if learner.precision == Precision.bf16 and learner.zero else learner.element
 
 
-def bucket(learner: Learner, count: int, only: tuple[int, ...] = (3,)) -> int:
-    """Buffers in which gradients are reduced; on a CPU pages that are not written to take no memory."""
-    if learner.zero not in only:
+def start_buffers(learner: TrainingSetup) -> int:
+    """What ZeRO-1 and 2 hold for a moment while they start: flat weights e T, zero gradients m T / N."""
+    if learner.zero not in (1, 2):
         return 0
-    if bf16_optimizer(learner):
-        return 2 * learner.trained  # the float32 gradients are sent as bf16, all at once
-    numbers = learner.bucket if learner.cuda else min(learner.bucket, learner.trained)
-    return count * numbers * learner.element
+    return learner.element * learner.trained + states_size(learner)

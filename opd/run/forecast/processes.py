@@ -61,10 +61,10 @@ def _rank_phases(rank: Rank) -> tuple[dict[str, int], dict[Phase, Bytes]]:
 
 
 def _loading(rank: Rank) -> int:
-    """The file of the student, mapped while it is read; under DeepSpeed in bf16 its float32 copy too."""
+    """The student's file, mapped while it is cast; without a cast its pages are the weights."""
     facts = rank.models.student
     stored = 4 if facts.dtype == "float32" else 2
-    return stored * facts.parameters
+    return 0 if stored == rank.setup.element else stored * facts.parameters
 
 
 def _scoring(rank: Rank) -> int:
@@ -75,7 +75,7 @@ def _scoring(rank: Rank) -> int:
         rank.config.teacher.max_num_batched_tokens,
         rank.setup.work.sequences * rank.setup.work.width,
     )
-    blocks = engines.scoring_head(rank.teacher, element)["scores"]
+    blocks = engines.scoring_blocks(rank.teacher, tokens)
     return blocks + engines.forward_pass(rank.teacher, element, tokens)
 
 

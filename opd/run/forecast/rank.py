@@ -7,7 +7,7 @@ from enum import StrEnum
 from opd.config.schema import Config
 from opd.run.forecast import engines, learner, moments
 from opd.run.forecast.learner import Bytes
-from opd.run.forecast.setup import Learner
+from opd.run.forecast.setup import TrainingSetup
 from opd.run.model_facts import ModelFacts
 from opd.teacher.wire import Want
 
@@ -83,7 +83,7 @@ class Rank:
     config: Config
     models: Models
     teacher: ModelFacts | None
-    setup: Learner
+    setup: TrainingSetup
     sent: engines.Sent
 
     def resident(self) -> Bytes:

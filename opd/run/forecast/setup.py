@@ -52,7 +52,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Learner:
+class TrainingSetup:
     """How a student is trained. ``zero`` is None without DeepSpeed.
 
     ``trained`` counts the numbers that the optimizer changes; ``compact`` those among them that are stored
@@ -124,7 +124,7 @@ def read_learner(
     cuda: bool,
     prompt_tokens: int,
     density: float | None,
-) -> Learner:
+) -> TrainingSetup:
     """The learner of a recipe; ``density`` is that of its mask, None trains every weight or adapters."""
     masked = density is not None and density < 1
     compact = masked and _mask_training(config) == MaskTraining.compact
@@ -137,7 +137,7 @@ def read_learner(
         trained = round(density * facts.parameters)
     deepspeed = config.launch.engine == LaunchEngine.deepspeed
     zero = _zero_file(config.launch.deepspeed)
-    return Learner(
+    return TrainingSetup(
         facts=facts,
         trained=trained,
         compact=trained if compact else 0,

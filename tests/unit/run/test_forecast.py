@@ -21,7 +21,7 @@ from opd.run.forecast.cards import overflows
 from opd.run.forecast.gpus import GIB, cards_named, find_gpu
 from opd.run.forecast.rank import Phase
 from opd.run.forecast.seconds import hidden_state_bytes
-from opd.run.forecast.setup import Learner, Work
+from opd.run.forecast.setup import TrainingSetup, Work
 from opd.run.model_facts import ModelFacts, read_facts
 from opd.run.placement import Cards
 from opd.run.plan import Plan, make_plan
@@ -39,8 +39,8 @@ def gib(plan: Plan, phase: Phase, term: str, device: int = 0) -> float:
     return plan.forecasts[0].devices[device].phases[phase][term] / GIB
 
 
-def a_learner(facts: ModelFacts, **changes: Any) -> Learner:
-    plain = Learner(
+def a_learner(facts: ModelFacts, **changes: Any) -> TrainingSetup:
+    plain = TrainingSetup(
         facts=facts,
         trained=facts.parameters,
         compact=0,
