@@ -109,7 +109,7 @@ def _seconds(plan: Plan) -> Table:
     for phase, span in plan.seconds.items():
         parts = sorted(span.parts.items(), key=lambda item: -item[1])
         text = ", ".join(f"{what} {seconds:.1f}" for what, seconds in parts if seconds >= 0.05)
-        table.add_row(phase.value, f"{span.seconds:.1f}", text)
+        table.add_row(phase.value, _seconds_text(span.seconds), text)
     table.add_section()
     assert plan.bound is not None
     bound = plan.seconds[plan.bound]
@@ -117,6 +117,10 @@ def _seconds(plan: Plan) -> Table:
     reason = f"bound: {plan.bound}, {bound.seconds / total:.0%} of the step, by {bound.bound}"
     table.add_row("together", f"{total:.1f}", reason, style="bold")
     return table
+
+
+def _seconds_text(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds >= 0.05 else "<0.1"
 
 
 def _changes(plan: Plan) -> Table:

@@ -90,9 +90,9 @@ def resident(learner: TrainingSetup) -> Bytes:
 
 
 def offloaded(learner: TrainingSetup) -> int:
-    """Host memory of a rank: masters, states and a float32 gradient of its partition; and weights."""
+    """Host memory of a rank: masters, states and two float32 gradients of its partition; its weights."""
     partition = int(learner.trained * learner.share)
-    states = (2 * learner.master + 4 + learner.states * learner.master) * partition
+    states = (learner.master + 8 + learner.states * learner.master) * partition
     held = _part(learner.element * learner.facts.parameters, learner.ranks)
     return (states if learner.offload_states else 0) + (held if learner.offload_weights else 0)
 

@@ -1,14 +1,18 @@
 import io
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from benchmarks import plan_accuracy
 from opd.cli import main, plan
 from opd.run.forecast.gpus import GIB
 from opd.run.forecast.rank import Phase
-from opd.run.plan import chosen_cards
+from opd.run.placement import Cards
+from opd.run.plan import chosen_cards, make_plan
 from opd.run.plan_page import print_plan
 from tests.support.plans import CASES, FOLDER
 
@@ -68,8 +72,13 @@ def test_the_command_prints_json(arguments: list[str], capsys: pytest.CaptureFix
     found = json.loads(capsys.readouterr().out)
     assert found["cards"]["name"] == "A100-80"
     assert found["recipe"] == "paper_opd_k1"
-    assert "vllm" not in sys.modules
-    assert "deepspeed" not in sys.modules
+
+
+def test_a_plan_needs_no_engine() -> None:
+    """In an interpreter of its own: other tests load engines."""
+    code = "import opd.cli.plan, opd.run.plan, opd.run.plan_page, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) & {"vllm", "deepspeed", "opd.assembly"} == set()
 
 
 def test_the_command_lists_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,3 +103,35 @@ def test_a_number_of_cards_without_a_name_needs_cards(monkeypatch: pytest.Monkey
         chosen_cards(None, 4, 1, 4)
     assert chosen_cards(None, None, 1, 4).count == 0
     assert chosen_cards("H100", None, 1, 4).count == 4
+
+
+MEASURED_MIB = {
+    "dense AdamW, fp32": 3704,
+    "mask of density 0.05, AdamW, fp32": 2772,
+    "dense AdamW, bf16, ZeRO-2 on 2 ranks": 3827,
+    "LoRA r=16, AdamW, fp32": 2436,
+}
+"""Peak resident memory of a rank, by benchmarks/plan_accuracy.py (docs/benchmarks.md)."""
+
+
+@pytest.mark.parametrize("case", MEASURED_MIB)
+def test_a_forecast_is_within_its_bound_of_the_measured_peak(case: str, tmp_path: Path) -> None:
+    from transformers import Qwen2Config
+
+    for name in ("student", "teacher"):
+        shape = Qwen2Config(**plan_accuracy.SHAPE, dtype="float32")
+        shape.save_pretrained(tmp_path / name)
+    settings = [
+        *plan_accuracy.COMMON,
+        f"student.model={tmp_path}/student",
+        f"teacher.model={tmp_path}/teacher",
+        *plan_accuracy.CASES[case],
+    ]
+    found = make_plan(
+        "quickstart",
+        settings,
+        cards=Cards(count=0),
+        prompt_tokens=plan_accuracy.PROMPT_TOKENS,
+    )
+    planned = max(each.devices[0].peak for each in found.forecasts) / plan_accuracy.MIB
+    assert planned == pytest.approx(MEASURED_MIB[case], rel=plan_accuracy.BOUND)
