@@ -158,8 +158,8 @@ def scores_sent(
         linear_head=not teacher.softcap,
     )
 
-    def cheapest(asked_for: ScoreRequest) -> Transport:
-        found = transports(info, asked_for, vocab_size=vocab, hidden_dtype=dtype, named=named)
+    def cheapest(wanted: ScoreRequest) -> Transport:
+        found = transports(info, wanted, vocab_size=vocab, hidden_dtype=dtype, named=named)
         return found[0]
 
     measured = config.eval.kl_prompts and (config.eval.kl_data or config.data.eval)
