@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -120,7 +121,10 @@ def _read_config(model: str, trust_remote_code: bool) -> PreTrainedConfig:
     folder = Path(resolved_model(model))
     if folder.is_dir():
         return _from_pretrained(str(folder), trust_remote_code)
-    cached = try_to_load_from_cache(model, "config.json") if model.count("/") == 1 else None
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+    except HFValidationError:
+        raise _unknown(model, "that is no name on it") from None
     if isinstance(cached, str):
         return _from_pretrained(str(Path(cached).parent), trust_remote_code)
     known: dict[str, dict[str, Any]] = json.loads(TABLE.read_text())
@@ -137,11 +141,14 @@ def _from_pretrained(
             model, trust_remote_code=trust_remote_code, local_files_only=local_files_only
         )
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"the config.json of {model} is neither in a folder of this name nor in the cache of the hub, "
-            f"opd does not know its sizes, and the hub cannot be asked ({first}): give a folder that has one"
-        ) from None
+        raise _unknown(model, str(error).strip().splitlines()[0]) from None
+
+
+def _unknown(model: str, reason: str) -> ValueError:
+    return ValueError(
+        f"the config.json of {model} is neither in a folder of this name nor in the cache of the hub, opd "
+        f"does not know its sizes, and the hub cannot be asked ({reason}): give a folder that has one"
+    )
 
 
 def _largest_list(causal: nn.Module) -> nn.ModuleList:

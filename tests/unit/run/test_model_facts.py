@@ -100,8 +100,13 @@ def test_adapters_are_as_many_as_peft_makes(targets: str) -> None:
     assert read_facts(STUDENT).adapters(config) == trained
 
 
-def test_an_unknown_model_is_refused_in_one_sentence() -> None:
-    with pytest.raises(ValueError, match=r"config\.json of no/such-model") as error:
-        read_facts("no/such-model")
+@pytest.mark.parametrize("model", ["no/such-model", "no-such-model", ".cache/not-made-yet"])
+def test_an_unknown_model_is_refused_in_one_sentence(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the cache of the hub refuses names that it could not hold
+    monkeypatch.setattr(model_facts, "hub_answers", lambda: False)
+    with pytest.raises(ValueError, match=rf"config\.json of {model}") as error:
+        read_facts(model)
     assert "\n" not in str(error.value)
     assert "give a folder that has one" in str(error.value)
