@@ -23,6 +23,7 @@ LAZY_IMPORTS = {
     ("cli/doctor.py", "opd.run.doctor"),
     ("cli/evaluate.py", "opd.run.evaluate"),
     ("cli/generate.py", "opd.run.generate"),
+    ("cli/plan.py", "opd.run"),
     ("cli/report.py", "opd.run.train"),
     ("cli/rollout.py", "opd.run"),
     ("cli/teacher.py", "opd.run"),
@@ -95,7 +96,16 @@ def test_every_import_contract_is_kept() -> None:
         "opd.cli.main",
         *(
             f"opd.cli.{name}"
-            for name in ("train", "doctor", "evaluate", "generate", "report", "teacher", "rollout")
+            for name in (
+                "train",
+                "doctor",
+                "plan",
+                "evaluate",
+                "generate",
+                "report",
+                "teacher",
+                "rollout",
+            )
         ),
     ],
 )

@@ -25,6 +25,7 @@ class Command:
 COMMANDS = {
     "train": Command("opd.cli.train", "train a student from a teacher; an existing run is resumed"),
     "doctor": Command("opd.cli.doctor", "check a recipe before it costs anything"),
+    "plan": Command("opd.cli.plan", "forecast memory, bytes and time of a run on given GPUs"),
     "eval": Command("opd.cli.evaluate", "evaluate a checkpoint on the recipe's held-out prompts"),
     "generate": Command(
         "opd.cli.generate", "generate completions for the training prompts: a data set"
