@@ -12,7 +12,7 @@ from opd.config.student import DType
 from opd.interfaces import Progress
 from opd.rollout.seeds import request_seed
 from opd.types import FinishReason, IntArray, Prompt, Rollout, Sampling
-from opd.vllm_start import explain_refusal, set_start_method
+from opd.vllm_start import explain_refusal, set_exact_float32, set_start_method
 from opd.world import join_alone
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def start_llm(
     multiprocessing), so that weights are handed over without copies.
     """
     set_start_method()
+    if dtype == DType.float32:
+        set_exact_float32()
     on_gpu = device.type == "cuda"
     eager = not on_gpu if config.enforce_eager is None else config.enforce_eager
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

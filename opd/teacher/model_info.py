@@ -28,7 +28,7 @@ def read_info(model: str, *, max_length: int, dtype: torch.dtype | None = None) 
     config = AutoConfig.from_pretrained(model)
     text = config.get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    compute_dtype = dtype or text.dtype or config.dtype or torch.float32
+    compute_dtype = dtype or read_dtype(model)
     base, added = base_and_added(tokenizer)
     return TeacherInfo(
         model=model,
@@ -42,6 +42,12 @@ def read_info(model: str, *, max_length: int, dtype: torch.dtype | None = None) 
         base_fingerprint=base,
         added_tokens=added,
     )
+
+
+def read_dtype(model: str) -> torch.dtype:
+    """The number format in a checkpoint's config; float32 where it names none."""
+    config = AutoConfig.from_pretrained(model)
+    return config.get_text_config().dtype or config.dtype or torch.float32
 
 
 def read_spec(model: str) -> HeadSpec:
