@@ -143,7 +143,8 @@ def test_a_resumed_run_is_as_near_as_a_second_run(figures: dict[str, Any], dtype
     """Equal bits are promised on a CPU; here kernels round differently from run to run."""
     found = part(figures, "resume", dtype)
     noise = found["again"]["largest_difference"]
-    assert found["resumed"]["largest_difference"] <= max(4 * noise, 1e-2)
+    learning_rate = 1e-4  # what a lost optimizer state would make in one step
+    assert found["resumed"]["largest_difference"] <= max(4 * noise, learning_rate)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
