@@ -36,7 +36,7 @@ test: setup  ## all tests but slow, gpu and network ones
 test-fast: setup  ## unit tests only
 	$(BIN)/pytest tests/unit tests/numerics tests/test_architecture.py tests/test_recipes.py tests/test_loop.py
 
-test-gpu: setup  ## what only a CUDA device can show, about 25 minutes on 80 GB
+test-gpu: setup  ## what only a CUDA device can show, on one card of 80 GB
 	$(BIN)/pytest -m gpu tests/gpu
 
 check: setup  ## format, lint, types, floors
@@ -55,5 +55,5 @@ bench: setup  ## measurements, each beside its alternative
 	$(BIN)/python benchmarks/weight_sync.py
 	$(BIN)/python benchmarks/analysis.py
 
-bench-gpu: setup  ## the figures of one card of 80 GB, about 20 minutes: gpu.json and gpu.md
+bench-gpu: setup  ## the figures of one card of 80 GB: gpu.json and gpu.md
 	$(BIN)/python benchmarks/gpu.py --out gpu.json --markdown gpu.md

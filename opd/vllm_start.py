@@ -21,9 +21,8 @@ def set_start_method() -> None:
 
 
 EXACT_FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}
-"""Of vLLM's attention kernels on CUDA only Triton's takes float32 without torch.compile, and Triton multiplies
-float32 matrices as TF32 (10 bits of mantissa) where a kernel states no precision. torch's own products are
-exact by default."""
+"""vLLM computes attention in float32 with Triton, which multiplies float32 matrices as TF32 (10 bits of
+mantissa) where a kernel states no precision, as this one. torch's own products are exact by default."""
 
 
 def set_exact_float32() -> None:

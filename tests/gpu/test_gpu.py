@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: `pytest -m gpu tests/gpu`, about 25 minutes on one card of 80 GB.
+"""What only a CUDA device can show: `pytest -m gpu tests/gpu`, on one card of 80 GB.
 
 Most of it is one run of benchmarks/gpu.py, whose figures the tests look at.
 """

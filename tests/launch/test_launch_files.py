@@ -484,3 +484,12 @@ def test_the_readme_names_every_file() -> None:
     files = [p.relative_to(LAUNCH).as_posix() for p in LAUNCH.rglob("*") if p.is_file()]
     assert [f for f in files if f != "README.md" and Path(f).name not in text] == []
     assert os.access(LAUNCH / "torchrun" / "train.sh", os.X_OK)
+
+
+@pytest.mark.parametrize("model", HEADS)
+def test_the_readme_lists_the_sizes_that_divide_the_heads(tmp_path: Path, model: str) -> None:
+    with pytest.raises(ValueError, match="allowed are") as refused:
+        require_heads(tmp_path, model, 5)
+    sizes = str(refused.value).rpartition("allowed are ")[2]
+    text = " ".join((LAUNCH / "README.md").read_text().split())
+    assert f"allow {sizes}" in text
