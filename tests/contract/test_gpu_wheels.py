@@ -90,9 +90,15 @@ def installed() -> Path:
     return Path(spec.origin).parent.parent
 
 
+@cache
+def read_sources(root: Path) -> Sources:
+    """The libraries below ``root``; a module is parsed once for all tests."""
+    return Sources(root, LIBRARIES, FORWARDS)
+
+
 def problems(root: Path, package: Path = PACKAGE, known: Sequence[Known] = KNOWN) -> list[str]:
     """What ``package`` uses and the sources below ``root`` do not have."""
-    sources = Sources(root, LIBRARIES, FORWARDS)
+    sources = read_sources(root)
     uses, _ = library_uses(package, LIBRARIES, known)
     found = [p for use in uses if (p := sources.problem(use)) is not None]
     variables = sources.strings("vllm.envs")
@@ -102,7 +108,7 @@ def problems(root: Path, package: Path = PACKAGE, known: Sequence[Known] = KNOWN
 
 def v2_problems(root: Path) -> list[str]:
     """What opd needs of Model Runner V2, which CUDA takes, and does not find there."""
-    sources = Sources(root, LIBRARIES, FORWARDS)
+    sources = read_sources(root)
     unsupported = _strings(
         sources.function("vllm.config:VllmConfig._get_v2_model_runner_unsupported_features")
     )
