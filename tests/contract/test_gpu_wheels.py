@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -63,7 +64,11 @@ KNOWN = (
     Known(
         "train/deepspeed_engine.py",
         "self._engine.optimizer",
-        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer",),
+        (
+            "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer",
+            "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
+        ),
+        one_of=True,
     ),
     Known("train/deepspeed_engine.py", "wrapped", ("accelerate.optimizer:AcceleratedOptimizer",)),
     Known("train/deepspeed_engine.py", "self._optimizer"),
@@ -100,7 +105,12 @@ def problems(root: Path, package: Path = PACKAGE, known: Sequence[Known] = KNOWN
     """What ``package`` uses and the sources below ``root`` do not have."""
     sources = read_sources(root)
     uses, _ = library_uses(package, LIBRARIES, known)
-    found = [p for use in uses if (p := sources.problem(use)) is not None]
+    by_use: defaultdict[tuple[str, ...], list[str | None]] = defaultdict(list)
+    for use in uses:
+        target = use.target
+        here = (*target.steps, target.one_of) if target.one_of else (str(target),)
+        by_use[use.where, str(use.arguments), *here].append(sources.problem(use))
+    found = [each[0] for each in by_use.values() if all(each) and each[0] is not None]
     variables = sources.strings("vllm.envs")
     used = string_constants(package, "VLLM_")
     return found + [f"opd/{used[n]}: vLLM reads no {n}" for n in used if n not in variables]

@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,14 +11,18 @@ CALL = "()"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """``name`` of ``module`` (or the module itself), then attributes and calls (``()``) on it."""
+    """``name`` of ``module`` (or the module itself), then attributes and calls (``()``) on it.
+
+    ``one_of`` names the expression that may be of this class or of others.
+    """
 
     module: str
     name: str | None
     steps: tuple[str, ...] = ()
+    one_of: str = ""
 
     def then(self, step: str) -> "Target":
-        return Target(self.module, self.name, (*self.steps, step))
+        return replace(self, steps=(*self.steps, step))
 
     @property
     def library(self) -> str:
@@ -51,12 +55,14 @@ class Known:
     """What an expression is where no annotation says so: instances of these classes.
 
     ``file`` has patterns of paths below the package, comma separated. ``classes`` are written module:Class;
-    every one of them must have what is used. Without classes it is no object of these libraries.
+    every one of them must have what is used, or one of them where the object is of one at a time
+    (``one_of``). Without classes it is no object of these libraries.
     """
 
     file: str
     expression: str
     classes: tuple[str, ...] = ()
+    one_of: bool = False
 
     def is_in(self, file: str) -> bool:
         return any(fnmatch(file, pattern) for pattern in self.file.split(","))
@@ -90,7 +96,7 @@ def library_uses(
 class _Scope:
     """The names of a function whose library class is known, and the keys of its dictionaries."""
 
-    types: dict[str, Target] = field(default_factory=dict)
+    types: dict[str, list[Target]] = field(default_factory=dict)
     keys: dict[str, dict[str, ast.expr]] = field(default_factory=dict)
 
 
@@ -101,7 +107,7 @@ class _Module:
         self._file = file
         self._tree = tree
         self._libraries = libraries
-        self._known = {entry.expression: entry.classes for entry in known}
+        self._known = {entry.expression: entry for entry in known}
         self._imports = dict(self._imported())
 
     def uses(self) -> list[Use]:
@@ -164,12 +170,12 @@ class _Module:
         """What an expression is; several where ``known`` lists several classes."""
         text = ast.unparse(node)
         if text in self._known:
-            return [
-                Target(*entry.split(":"), (CALL,))  # pyright: ignore
-                for entry in self._known[text]
-            ]
+            entry = self._known[text]
+            paths = [path.split(":") for path in entry.classes]
+            one_of = text if entry.one_of else ""
+            return [Target(module, name, (CALL,), one_of) for module, name in paths]
         if text in scope.types:
-            return [scope.types[text]]
+            return scope.types[text]
         match node:
             case ast.Name(id=name) if name in self._imports:
                 return [self._imports[name]]
@@ -197,7 +203,7 @@ class _Module:
         if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
             annotation = ast.parse(annotation.value, mode="eval").body
         if isinstance(annotation, ast.Name) and annotation.id in self._imports:
-            scope.types[name] = self._imports[annotation.id].then(CALL)
+            scope.types[name] = [self._imports[annotation.id].then(CALL)]
 
     def _assign(self, target: ast.expr, value: ast.expr, scope: _Scope) -> None:
         match target:
@@ -209,7 +215,7 @@ class _Module:
                 if keys is not None:
                     scope.keys[text] = {**scope.keys.get(text, {}), **keys}
                 if targets := self._targets(value, scope):
-                    scope.types.setdefault(text, targets[0])
+                    scope.types.setdefault(text, targets)
 
 
 def _literal_keys(
