@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from opd.checkpoint.family import is_tied
 from opd.checkpoint.files import model_folder
-from opd.checkpoint.tensors import open_checkpoint
+from opd.checkpoint.tensors import open_checkpoint, torch_dtype
 from opd.head import HeadSpec
 from opd.model_head import head_spec, head_width
 from opd.reference import TOKENS
@@ -47,7 +47,8 @@ def read_info(model: str, *, max_length: int, dtype: torch.dtype | None = None) 
 def read_dtype(model: str) -> torch.dtype:
     """The number format in a checkpoint's config; float32 where it names none."""
     config = AutoConfig.from_pretrained(model)
-    return config.get_text_config().dtype or config.dtype or torch.float32
+    found = config.get_text_config().dtype or config.dtype or torch.float32
+    return torch_dtype(found) if isinstance(found, str) else found
 
 
 def read_spec(model: str) -> HeadSpec:
