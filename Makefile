@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STACK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check docs bench
+.PHONY: help setup demo test test-fast test-gpu check docs bench bench-gpu
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -36,6 +36,9 @@ test: setup  ## all tests but slow, gpu and network ones
 test-fast: setup  ## unit tests only
 	$(BIN)/pytest tests/unit tests/numerics tests/test_architecture.py tests/test_recipes.py tests/test_loop.py
 
+test-gpu: setup  ## what only a CUDA device can show, on one card of 80 GB
+	$(BIN)/pytest -m gpu tests/gpu
+
 check: setup  ## format, lint, types, floors
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -51,3 +54,6 @@ bench: setup  ## measurements, each beside its alternative
 	$(BIN)/python benchmarks/mask_discovery.py
 	$(BIN)/python benchmarks/weight_sync.py
 	$(BIN)/python benchmarks/analysis.py
+
+bench-gpu: setup  ## the figures of one card of 80 GB: gpu.json and gpu.md
+	$(BIN)/python benchmarks/gpu.py --out gpu.json --markdown gpu.md

@@ -20,6 +20,20 @@ def set_start_method() -> None:
         os.environ.setdefault(name, value)
 
 
+EXACT_FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}
+"""vLLM computes attention in float32 with Triton, which multiplies float32 matrices as TF32 (10 bits of
+mantissa) where a kernel states no precision, as this one. torch's own products are exact by default."""
+
+
+def set_exact_float32() -> None:
+    """Set ``EXACT_FLOAT32`` for this process and its children, where the caller has not.
+
+    For engines that compute in float32, before their first forward pass: Triton reads it when it compiles.
+    """
+    for name, value in EXACT_FLOAT32.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def explain_refusal(model: str, arguments: Mapping[str, Any], room: str) -> Iterator[None]:
     """Turn a ValueError of vLLM's start, or a KeyError of its loaders, into one sentence.

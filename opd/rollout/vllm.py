@@ -13,7 +13,7 @@ from opd.interfaces import Progress, RolloutEngine
 from opd.rollout.seeds import request_seed
 from opd.rollout.sleep import EngineSleep, SleepLevel
 from opd.types import FinishReason, IntArray, Prompt, Rollout, Sampling
-from opd.vllm_start import explain_refusal, set_start_method
+from opd.vllm_start import explain_refusal, set_exact_float32, set_start_method
 from opd.world import join_alone
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def start_llm(
     multiprocessing), so that weights are handed over without copies.
     """
     set_start_method()
+    if dtype == DType.float32:
+        set_exact_float32()
     on_gpu = device.type == "cuda"
     eager = not on_gpu if config.enforce_eager is None else config.enforce_eager
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

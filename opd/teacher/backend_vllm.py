@@ -15,12 +15,14 @@ import psutil
 import torch
 
 from opd.config.serving import ALONE
+from opd.config.student import DType
 from opd.config.teacher import TeacherEngineConfig
 from opd.head import HeadSpec
 from opd.reference import OwnForward, load_whole
 from opd.teacher.model_info import (
     checkpoint_bytes,
     probe_text,
+    read_dtype,
     read_head,
     read_info,
     read_spec,
@@ -28,7 +30,7 @@ from opd.teacher.model_info import (
 )
 from opd.teacher.scoring import log_probs
 from opd.types import IntArray, TeacherInfo
-from opd.vllm_start import explain_refusal, set_start_method
+from opd.vllm_start import explain_refusal, set_exact_float32, set_start_method
 from opd.world import join_alone
 
 SOCKET_VARIABLE = "VLLM_RPC_BASE_PATH"
@@ -68,8 +70,11 @@ class VllmBackend:
         has_workers = size > 1
         if not has_workers:
             join_alone(torch.device("cuda" if cuda else "cpu"))
+        dtype = compute_dtype(model, config.dtype)
+        if dtype == DType.float32.value:
+            set_exact_float32()
         arguments: dict[str, Any] = {
-            "dtype": config.dtype.value,
+            "dtype": dtype,
             "max_model_len": config.max_model_len,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "tensor_parallel_size": size,
@@ -115,6 +120,16 @@ class VllmBackend:
         lengths = [len(sequence) for sequence in sequences]
         assert [len(h) for h in hidden] == lengths, "the engine left out hidden states"
         return hidden
+
+
+def compute_dtype(model: str, dtype: DType) -> str:
+    """vLLM's name of the format to compute in; auto is the checkpoint's own.
+
+    vLLM's own auto would compute a float32 checkpoint in float16 here, which overflows in some models.
+    """
+    if dtype != DType.auto:
+        return dtype.value
+    return str(read_dtype(model)).removeprefix("torch.")
 
 
 def _require_own_forward(backend: VllmBackend, model: str) -> None:

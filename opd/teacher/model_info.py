@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from opd.checkpoint.family import is_tied
 from opd.checkpoint.files import model_folder
-from opd.checkpoint.tensors import open_checkpoint
+from opd.checkpoint.tensors import open_checkpoint, torch_dtype
 from opd.head import HeadSpec
 from opd.model_head import head_spec, head_width
 from opd.reference import TOKENS
@@ -29,7 +29,7 @@ def read_info(model: str, *, max_length: int, dtype: torch.dtype | None = None) 
     config = AutoConfig.from_pretrained(model)
     text = config.get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    compute_dtype = dtype or text.dtype or config.dtype or torch.float32
+    compute_dtype = dtype or read_dtype(model)
     base, added = base_and_added(tokenizer)
     return TeacherInfo(
         model=model,
@@ -43,6 +43,13 @@ def read_info(model: str, *, max_length: int, dtype: torch.dtype | None = None) 
         base_fingerprint=base,
         added_tokens=added,
     )
+
+
+def read_dtype(model: str) -> torch.dtype:
+    """The number format in a checkpoint's config; float32 where it names none."""
+    config = AutoConfig.from_pretrained(model)
+    found = config.get_text_config().dtype or config.dtype or torch.float32
+    return torch_dtype(found) if isinstance(found, str) else found
 
 
 def read_spec(model: str) -> HeadSpec:

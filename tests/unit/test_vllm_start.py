@@ -1,9 +1,11 @@
 """A refusal of vLLM is one sentence with its own words and the settings that it names."""
 
+import os
+
 import pytest
 from pydantic import BaseModel, model_validator
 
-from opd.vllm_start import explain_refusal
+from opd.vllm_start import EXACT_FLOAT32, explain_refusal, set_exact_float32
 
 GIVEN = {"max_model_len": 4096, "enable_chunked_prefill": False, "dtype": "float32"}
 
@@ -60,3 +62,15 @@ def test_a_tensor_that_a_loader_does_not_know_is_named() -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="out of memory"), explain_refusal("m", {}, "teacher"):
         raise RuntimeError("out of memory")
+
+
+def test_float32_products_are_exact_unless_the_caller_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    [(name, value)] = EXACT_FLOAT32.items()
+    monkeypatch.setenv(name, "tf32")
+    set_exact_float32()
+    assert os.environ[name] == "tf32"
+    monkeypatch.delenv(name)
+    set_exact_float32()
+    assert os.environ.pop(name) == value
