@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from opd.config.fields import bounded
+from opd.config.teacher import TeacherTokenizer, has_teacher
 from opd.types import (
     Correction,
     DivergenceKind,
@@ -107,6 +108,25 @@ class DivergenceLossConfig(LossConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class UldLossConfig(LossConfig):
+    """A distance between distributions over two vocabularies, for teacher.tokenizer=own."""
+
+    kind: DivergenceKind = DivergenceKind.reverse_kl
+    """Which divergence compares texts that are tokens of both sides."""
+    beta: float = bounded(0.5, least=0, most=1)
+    """Weight of the teacher in the mixture of jsd; 0 is forward and 1 is reverse KL."""
+    skew: float = bounded(0.1, least=0, below=1)
+    """Share of the first distribution mixed into the second one by the skewed divergences."""
+    matched_weight: float = bounded(1.0, least=0)
+    """Weight of the divergence over texts that both sides have."""
+    unmatched_weight: float = bounded(1.0, least=0)
+    """Weight of the difference of the sorted probabilities of all other tokens."""
+
+    def request(self, temperature: float = 1.0) -> ScoreRequest:
+        return ScoreRequest(full=True, temperature=temperature)
+
+
+@dataclass(kw_only=True, slots=True)
 class PolicyGradientLossConfig(LossConfig):
     """A policy gradient on sampled tokens: the teacher's log-prob as a reward, a verifier's, or both."""
 
@@ -170,6 +190,7 @@ CHOICES: dict[str, Any] = {
     "topk_reverse_kl": DivergenceLossConfig(
         kind=DivergenceKind.reverse_kl, support=Support.teacher_top_k
     ),
+    "uld": UldLossConfig,
     "policy_gradient": PolicyGradientLossConfig,
     "grpo": PolicyGradientLossConfig(teacher_weight=0.0, reward_weight=1.0),
     "nll": NllLossConfig,
@@ -247,7 +268,36 @@ def advantages_need_a_reward(config: "Config") -> str | None:
     return None
 
 
+def a_loss_fits_the_tokenizers(config: "Config") -> str | None:
+    """A teacher with its own tokenizer has no distribution over the student's ids."""
+    is_uld = isinstance(config.loss, UldLossConfig)
+    if config.teacher.tokenizer == TeacherTokenizer.shared:
+        return (
+            "loss=uld compares distributions over two vocabularies: set teacher.tokenizer=own, or use "
+            "loss=reverse_kl or another divergence"
+            if is_uld
+            else None
+        )
+    request = config.loss.request()
+    if (
+        has_teacher(config)
+        and not is_uld
+        and (request.full or request.top_k or config.loss.engine_support_k())
+    ):
+        return (
+            "teacher.tokenizer=own and a loss over the student's ids, which mean other tokens to the "
+            "teacher: use loss=policy_gradient (sampled tokens) or loss=uld (distributions)"
+        )
+    if is_uld and config.loss.weighting == Weighting.teacher_entropy:
+        return (
+            "loss.weighting=teacher_entropy cannot be used with loss=uld, whose teacher has a distribution "
+            "at the last token of a span only: use loss.weighting=uniform, student_entropy or gap"
+        )
+    return None
+
+
 RULES = (
+    a_loss_fits_the_tokenizers,
     off_policy_completions_can_be_learned_from,
     a_weighting_has_its_inputs,
     the_engine_is_corrected_for_once,

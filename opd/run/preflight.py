@@ -36,7 +36,12 @@ from opd.run.gradable import require_gradable
 from opd.run.mask import require_mask_fits
 from opd.run.model_check import check_student_model
 from opd.run.recipe import Recipe
-from opd.teacher.connect import describe_transport, pool_models, teacher_infos
+from opd.teacher.connect import (
+    describe_transport,
+    pool_models,
+    scored_vocabulary,
+    teacher_infos,
+)
 from opd.teacher.vocabulary import read_vocabulary
 from opd.types import Prompt
 
@@ -198,7 +203,9 @@ def _require_launch_file(config: Config) -> None:
 
 def _check_teacher(config: Config, tokenizer: StudentTokenizer, prompts: PromptSets) -> str:
     """How the teacher's responses are sent; ValueError when a teacher does not fit student or prompts."""
-    student = read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
+    student = scored_vocabulary(
+        config.teacher, read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
+    )
     if isinstance(config.teacher, PoolTeacherConfig):
         every_prompt = [*prompts.train, *prompts.eval, *prompts.divergence]
         _require_members(config.teacher, every_prompt)
