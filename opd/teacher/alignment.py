@@ -39,6 +39,8 @@ def align(student: Sequence[int | None], teacher: Sequence[int | None]) -> list[
     other = {end: index + 1 for index, end in enumerate(teacher) if end}
     cuts = sorted((own[end], other[end]) for end in own.keys() & other.keys())
     whole = (len(student), len(teacher))
+    if not student:
+        return []
     if not cuts or cuts[-1][0] < whole[0]:
         cuts.append(whole)
     cuts[-1] = whole

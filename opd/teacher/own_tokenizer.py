@@ -15,6 +15,9 @@ from opd.types import FloatArray, IntArray, Prompt, Rollout, ScoredRollout, Teac
 MOST_SPAN_TOKENS = 64
 """Longer spans, in tokens of the student, are not compared by a divergence: a chunk holds whole spans."""
 
+FRONTS = ("\n", "a", "0", ")")
+"""What a text is put behind, one character each: the first whose tokens do not merge with the text's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ends:
@@ -53,20 +56,19 @@ class TokenizerPair:
     def align(self, rollout: Rollout) -> tuple[list[int], list[Span]]:
         """The teacher's ids of a completion, and their spans with the student's tokens.
 
-        An end token of the student is the teacher's end token.
+        An end token of the student is the teacher's end token, a span of its own.
         """
         ids = rollout.token_ids.tolist()
         ended = ids[-1] in self.student_ends.stop_ids
         pieces = [self.student(index) for index in (ids[:-1] if ended else ids)]
         written = written_text(pieces, is_cut=not ended)
-        teacher_ids, teacher_text_ends = self.encode(written.text)
-        student_text_ends = written.ends
+        teacher_ids, teacher_ends = self.encode(written.text)
+        spans = align(written.ends, teacher_ends)
         if ended:
-            end = len(written.text.encode()) + 1  # the end token stands for one more position
-            student_text_ends = [*student_text_ends, end]
-            teacher_text_ends = [*teacher_text_ends, end]
+            own, other = len(pieces), len(teacher_ids)
+            spans.append(Span(own, own + 1, other, other + 1))
             teacher_ids = [*teacher_ids, self.teacher_end(rollout.prompt)]
-        return teacher_ids, align(student_text_ends, teacher_text_ends)
+        return teacher_ids, spans
 
     def encode(self, text: str) -> tuple[list[int], list[int | None]]:
         """The teacher's ids of a text behind a prompt, and the byte of the text at which each ends.
@@ -107,15 +109,15 @@ class TokenizerPair:
         return CommonVocabulary(student_ids=student_ids, teacher_ids=teacher_ids)
 
     def _ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        alone = self._encoded(text)
-        if not self._first_space:
-            return alone
-        line_ids, _ = self._encoded("\n")
-        ids, offsets = self._encoded(f"\n{text}")
-        if ids[: len(line_ids)] != line_ids:
-            return alone
-        shifted = [(max(0, start - 1), max(0, end - 1)) for start, end in offsets[len(line_ids) :]]
-        return ids[len(line_ids) :], shifted
+        if self._first_space:
+            for front in FRONTS:
+                front_ids, _ = self._encoded(front)
+                ids, offsets = self._encoded(front + text)
+                count = len(front_ids)
+                if front_ids and ids[:count] == front_ids:
+                    shifted = [(max(0, a - 1), max(0, b - 1)) for a, b in offsets[count:]]
+                    return ids[count:], shifted
+        return self._encoded(text)
 
     def _encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         _, teacher = self._tokenizers

@@ -37,7 +37,7 @@ class TokenBytes:
         return found
 
     def _read(self, index: int) -> bytes:
-        if index in self._added:
+        if index in self._added and not BYTE_TOKEN.fullmatch(self._added[index]):
             return self._added[index].encode()
         if index >= len(self._tokenizer):
             return b""
@@ -89,7 +89,8 @@ def written_text(pieces: Sequence[bytes], *, is_cut: bool) -> WrittenText:
             mark = "" if left_out else REPLACEMENT
             parts += [good.decode(), mark]
             length += len(good) + len(mark.encode())
-            bad.append((start, end, length))
+            # a token that ends with what is left out has no end in the text
+            bad.append((start, end + left_out, length))
             position = end
     ends, at = [], 0
     for piece in pieces:
