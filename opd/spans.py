@@ -36,11 +36,20 @@ class SpanRows:
 class CommonVocabulary:
     """Pairs of ids with the same text in both vocabularies, ``student_ids[m]`` and ``teacher_ids[m]``.
 
-    No id is in more than one pair.
+    No id is in more than one of the M pairs. ``student_buckets`` and ``teacher_buckets`` have for every id of
+    each head the pair whose text its own begins with, the longest; M where there is none.
     """
 
     student_ids: npt.NDArray[np.int32]
     teacher_ids: npt.NDArray[np.int32]
+    student_buckets: npt.NDArray[np.int32]
+    teacher_buckets: npt.NDArray[np.int32]
 
     def __post_init__(self) -> None:
         assert self.student_ids.shape == self.teacher_ids.shape
+
+    @classmethod
+    def identical(cls, size: int) -> "CommonVocabulary":
+        """One vocabulary of ``size`` ids on both sides."""
+        ids = np.arange(size, dtype=np.int32)
+        return cls(student_ids=ids, teacher_ids=ids, student_buckets=ids, teacher_buckets=ids)

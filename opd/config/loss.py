@@ -107,20 +107,33 @@ class DivergenceLossConfig(LossConfig):
         return self.k if self.support in STUDENT_SUPPORTS else 0
 
 
+class Unmatched(StrEnum):
+    """What becomes of tokens that only one of two vocabularies has.
+
+    sorted: both sides' are sorted by probability and subtracted (ULD, and GOLD's hybrid). prefix: each counts
+    to the longest common token that its text begins with, others to a tail bucket.
+    """
+
+    sorted = "sorted"
+    prefix = "prefix"
+
+
 @dataclass(kw_only=True, slots=True)
 class UldLossConfig(LossConfig):
     """A distance between distributions over two vocabularies, for teacher.tokenizer=own."""
 
-    kind: DivergenceKind = DivergenceKind.reverse_kl
+    kind: DivergenceKind = DivergenceKind.jsd
     """Which divergence compares texts that are tokens of both sides."""
     beta: float = bounded(0.5, least=0, most=1)
     """Weight of the teacher in the mixture of jsd; 0 is forward and 1 is reverse KL."""
     skew: float = bounded(0.1, least=0, below=1)
     """Share of the first distribution mixed into the second one by the skewed divergences."""
+    unmatched: Unmatched = Unmatched.sorted
+    """Tokens that one side alone has: sorted by probability (ULD, GOLD), or counted to common prefixes."""
     matched_weight: float = bounded(1.0, least=0)
     """Weight of the divergence over texts that both sides have."""
     unmatched_weight: float = bounded(1.0, least=0)
-    """Weight of the difference of the sorted probabilities of all other tokens."""
+    """unmatched=sorted: weight of the difference of the sorted probabilities."""
 
     def request(self, temperature: float = 1.0) -> ScoreRequest:
         return ScoreRequest(full=True, temperature=temperature)

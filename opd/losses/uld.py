@@ -7,21 +7,28 @@ from torch.nn.functional import pad
 
 from opd.batch import Batch, LossOutput
 from opd.config.fields import require_bounds
-from opd.config.loss import UldLossConfig
+from opd.config.loss import UldLossConfig, Unmatched
 from opd.losses.closed_form import with_gradients
 from opd.losses.divergence import excess_mass, value_and_slope
 from opd.losses.support import MAX_LOG_RATIO
 from opd.losses.token_weights import TokenWeights, at_target
 from opd.spans import CommonVocabulary
+from opd.types import IntArray
+
+Distance = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+LEAST_TAIL = 2.0**-24
+"""float32 cannot distinguish 1 less a smaller probability from 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class UniversalLogitDistillation:
-    """Sum over spans of weight times the distance between the teacher and the student, hybrid of GOLD.
+    """Sum over spans of weight times a distance between teacher and student.
 
     A span is the least text that whole tokens of both sides cover. In it both sides are compared at their
     last token, by the probability of the tokens before it times the distribution of the last one
-    (chain rule): the measures q over the student's and p over the teacher's vocabulary. Then
+    (chain rule): the measures q over the student's and p over the teacher's vocabulary. With
+    unmatched=sorted,
 
         matched_weight D(p, q) over texts that both sides have
         + unmatched_weight sum_i |p_(i) - q_(i)| over the others, each side sorted by size
@@ -30,8 +37,16 @@ class UniversalLogitDistillation:
     Texts that both sides have are, where the span is one token on both sides, the common vocabulary
     (equal text, and the end tokens); in longer spans, whose last tokens stand behind different text, the
     span itself. D is ``kind``, extended to measures that do not sum to one, so that it is never
-    negative and 0 only where p = q: KL becomes sum p log(p / q) - p + q. Gradients reach every token
-    of a span. Tokens outside a compared span add nothing. A span has the weight of its last token.
+    negative and 0 only where p = q: KL becomes sum p log(p / q) - p + q.
+
+    With unmatched=prefix there are buckets instead of pairs, and both sides sum to one: in a span of one
+    token on both sides each id counts to the longest common token that its text begins with, ids
+    without one to a tail; a longer span has two buckets, the span and everything else. The loss is
+    matched_weight D over the buckets. A token ``+`` of the student and a token ``+0=`` of the teacher
+    are then the same beginning, where unmatched=sorted counts them as different answers.
+
+    Gradients reach every token of a span. Tokens outside a compared span add nothing. A span has the
+    weight of its last token.
 
     Metrics: ``loss/uld`` (both parts, weighted), ``loss/uld_matched`` (D), ``loss/uld_unmatched`` (the
     sorted sum), ``loss/uld_span_share`` (spans per token), ``loss/uld_compared_share`` (tokens in them).
@@ -65,8 +80,10 @@ class UniversalLogitDistillation:
             before_E1 = (sum_G[group_N[end_E]] - own_N[end_E])[:, None]
             s_EV = student_logp_NV[end_E] + (0.0 if single else before_E1)
             t_EW = batch.teacher_logp_NV[end_E] + batch.span_logp_N[end_E][:, None]
-            pairs = self._pairs(batch.target_N[end_E], target_N[end_E], single=single)
-            matched_E, unmatched_E, slope_EV = self._distance(s_EV, t_EW, *pairs)
+            distance = self._sorted if self.config.unmatched == Unmatched.sorted else self._prefix
+            matched_E, unmatched_E, slope_EV = distance(
+                s_EV, t_EW, batch.target_N[end_E], target_N[end_E], single=single
+            )
             matched += (weight_N[end_E] * matched_E).sum()
             unmatched += (weight_N[end_E] * unmatched_E).sum()
             slope_EV *= weight_N[end_E][:, None]
@@ -90,22 +107,24 @@ class UniversalLogitDistillation:
             total = with_gradients(total, (student_logp_NV, grad_NV))
         return LossOutput(total=total, sums=sums)
 
-    def _pairs(
-        self, own_E: torch.Tensor, teacher_E: torch.Tensor, *, single: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids of equal text, [E, M] of each side: the common vocabulary, or the span's last token."""
-        if not single:
-            return own_E[:, None], teacher_E[:, None]
-        device, rows = own_E.device, len(own_E)
-        own = torch.from_numpy(self.common.student_ids).to(device).long()
-        teacher = torch.from_numpy(self.common.teacher_ids).to(device).long()
-        return own.expand(rows, -1), teacher.expand(rows, -1)
+    def _ids(self, like: torch.Tensor, ids: IntArray) -> torch.Tensor:
+        return torch.from_numpy(ids).to(like.device).long()
 
-    def _distance(
-        self, s_EV: torch.Tensor, t_EW: torch.Tensor, own_EM: torch.Tensor, teacher_EM: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _sorted(
+        self,
+        s_EV: torch.Tensor,
+        t_EW: torch.Tensor,
+        own_E: torch.Tensor,
+        teacher_E: torch.Tensor,
+        *,
+        single: bool,
+    ) -> Distance:
         """D [E], the sorted sum [E], and the slope [E, V] of their weighted sum by log q."""
-        config = self.config
+        config, common = self.config, self.common
+        own_EM, teacher_EM = own_E[:, None], teacher_E[:, None]
+        if single:
+            own_EM = self._ids(own_E, common.student_ids).expand(len(own_E), -1)
+            teacher_EM = self._ids(own_E, common.teacher_ids).expand(len(own_E), -1)
         shape = {"beta": config.beta, "skew": config.skew}
         s_EM, t_EM = s_EV.gather(1, own_EM), t_EW.gather(1, teacher_EM)
         matched_E, slope_EM = value_and_slope(config.kind, s_EM, t_EM, **shape)
@@ -117,6 +136,47 @@ class UniversalLogitDistillation:
         slope_EV.mul_(q_EV).mul_(config.unmatched_weight)
         slope_EV.scatter_(1, own_EM, config.matched_weight * slope_EM)
         return matched_E, unmatched_E, slope_EV
+
+    def _prefix(
+        self,
+        s_EV: torch.Tensor,
+        t_EW: torch.Tensor,
+        own_E: torch.Tensor,
+        teacher_E: torch.Tensor,
+        *,
+        single: bool,
+    ) -> Distance:
+        """D [E] over buckets, 0 [E], and the slope [E, V] of the weighted D by log q."""
+        config, common = self.config, self.common
+        shape = {"beta": config.beta, "skew": config.skew}
+        if single:
+            buckets = len(common.student_ids) + 1
+            own_V = self._ids(own_E, common.student_buckets[: s_EV.shape[1]])
+            s_EJ = bucket_logps(s_EV, own_V, buckets)
+            teacher_W = self._ids(own_E, common.teacher_buckets[: t_EW.shape[1]])
+            t_EJ = bucket_logps(t_EW, teacher_W, buckets)
+            value_E, slope_EJ = value_and_slope(config.kind, s_EJ, t_EJ, **shape)
+            slope_EV = (s_EV - s_EJ[:, own_V]).exp_().mul_(slope_EJ[:, own_V])
+        else:
+            s_E1 = s_EV.gather(1, own_E[:, None]).clamp(max=-LEAST_TAIL)
+            t_E1 = t_EW.gather(1, teacher_E[:, None]).clamp(max=-LEAST_TAIL)
+            s_EJ = torch.cat([s_E1, s_E1.expm1().neg().log()], dim=1)
+            t_EJ = torch.cat([t_E1, t_E1.expm1().neg().log()], dim=1)
+            value_E, slope_EJ = value_and_slope(config.kind, s_EJ, t_EJ, **shape)
+            odds_E = (s_EJ[:, 0] - s_EJ[:, 1]).exp()
+            slope_E = slope_EJ[:, 0] - slope_EJ[:, 1] * odds_E
+            slope_EV = torch.zeros_like(s_EV).scatter_(1, own_E[:, None], slope_E[:, None])
+        return value_E, torch.zeros_like(value_E), slope_EV.mul_(config.matched_weight)
+
+
+def bucket_logps(logp_EV: torch.Tensor, bucket_V: torch.Tensor, buckets: int) -> torch.Tensor:
+    """Log-probs [E, buckets] of the ids of each bucket together; -inf for an empty one."""
+    index_EV = bucket_V.expand_as(logp_EV)
+    most_EJ = logp_EV.new_full((len(logp_EV), buckets), -torch.inf)
+    most_EJ.scatter_reduce_(1, index_EV, logp_EV, "amax")
+    sum_EJ = torch.zeros_like(most_EJ)
+    sum_EJ.scatter_add_(1, index_EV, (logp_EV - most_EJ[:, bucket_V]).exp_())
+    return sum_EJ.log_().add_(most_EJ)
 
 
 def sorted_distance(q_EV: torch.Tensor, p_EW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -128,8 +128,7 @@ def self_loss(config: Config, training: Training) -> float:
     scored = [_with_full_logps(each, backend, request) for each in teacher.score([rollout])]
     if isinstance(config.loss, UldLossConfig):
         scored = [_aligned_with_itself(each) for each in scored]
-    every_id = np.arange(tokenizer.vocab_size, dtype=np.int32)
-    itself = CommonVocabulary(student_ids=every_id, teacher_ids=every_id)
+    itself = CommonVocabulary.identical(tokenizer.vocab_size)
     loss = build_loss(replace(config.loss, reward_weight=0.0), itself)
     loss_value = abs(learner.measure(scored, loss)["loss/total"])
     bound = DEFAULT_MAX_GAP[config.train.precision]

@@ -1,6 +1,6 @@
 """A teacher that reads the student's text with a tokenizer of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,10 +103,15 @@ class TokenizerPair:
             (self.student_ends.turn, self.teacher_ends.turn),
         ):
             pairs = {s: t for s, t in pairs.items() if s != mine and t != its} | {mine: its}
-        pairs = {s: t for s, t in pairs.items() if s < student_rows and t < teacher_rows}
-        student_ids = np.array(sorted(pairs), np.int32)
-        teacher_ids = np.array([pairs[index] for index in student_ids.tolist()], np.int32)
-        return CommonVocabulary(student_ids=student_ids, teacher_ids=teacher_ids)
+        ordered = sorted((s, t) for s, t in pairs.items() if s < student_rows and t < teacher_rows)
+        plain = {self.student(s): m for m, (s, _) in enumerate(ordered) if self.student.is_text(s)}
+        student_ids, teacher_ids = ([pair[side] for pair in ordered] for side in (0, 1))
+        return CommonVocabulary(
+            student_ids=np.array(student_ids, np.int32),
+            teacher_ids=np.array(teacher_ids, np.int32),
+            student_buckets=_buckets(self.student, student_rows, student_ids, plain),
+            teacher_buckets=_buckets(self.teacher, teacher_rows, teacher_ids, plain),
+        )
 
     def _ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         if self._first_space:
@@ -141,6 +146,20 @@ def _ids_by_text(tokenizer: Any, read: TokenBytes) -> dict[bytes, int]:
         if text := read(index):
             plain.setdefault(text, index)
     return plain
+
+
+def _buckets(
+    read: TokenBytes, rows: int, common: Sequence[int], texts: Mapping[bytes, int]
+) -> IntArray:
+    """For each id its pair in ``common``, or that of the longest of ``texts`` that it begins with."""
+    buckets = np.full(rows, len(common), np.int32)
+    longest = max(map(len, texts), default=0)
+    for index in range(rows):
+        text = read(index) if read.is_text(index) else b""
+        ends = range(min(longest, len(text)), 0, -1)
+        buckets[index] = next((texts[text[:n]] for n in ends if text[:n] in texts), len(common))
+    buckets[list(common)] = np.arange(len(common))
+    return buckets
 
 
 def _offset_ends(text: str, offsets: Sequence[tuple[int, int]]) -> list[int | None]:

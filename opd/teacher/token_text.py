@@ -36,6 +36,10 @@ class TokenBytes:
             found = self._known[index] = self._read(index)
         return found
 
+    def is_text(self, index: int) -> bool:
+        """Whether an id is a token of ordinary text, no added one."""
+        return index not in self._added
+
     def _read(self, index: int) -> bytes:
         if index in self._added and not BYTE_TOKEN.fullmatch(self._added[index]):
             return self._added[index].encode()
