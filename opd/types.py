@@ -147,8 +147,7 @@ class Rollout:
 
     ``token_ids`` [T] is the completion, end token included. ``logps`` [T] are the engine's own
     log-probs of it, NaN if it was read from a data set. ``version`` counts the optimizer steps behind
-    the weights that generated it. ``support_ids`` [T, K] are the engine's likeliest ids, if
-    ``Sampling.support_k`` requested them.
+    the weights. ``support_ids`` [T, K] are the engine's likeliest ids, if ``Sampling.support_k`` is set.
     """
 
     prompt: Prompt
@@ -206,10 +205,9 @@ class ScoredRollout:
     """A rollout and the teacher's scores of its T completion tokens.
 
     ``logps`` [T]: the teacher's log-probs of the sampled tokens. Of the rest, what was requested:
-    ``support``; ``full_logps`` [T, V]; or ``hidden`` [T, D], the teacher's final hidden states, from
-    which its head (``Teacher.head``) computes the full distribution on the learner's side; these are
-    float32, or bfloat16 as bits. ``outside`` [T] is the probability that the teacher gave to ids
-    beyond the student's, before it was spread over the common ones; only if the two sizes differ.
+    ``support``; ``full_logps`` [T, V]; or ``hidden`` [T, D], final hidden states, from which its head
+    computes the distribution on the learner's side; float32, or bfloat16 as bits. ``outside`` [T] is the
+    probability that the teacher gave to ids beyond the student's; only if the two sizes differ.
     ``spans``: the rows are over the teacher's own vocabulary. ``reward`` is the verifier's value of the
     completion; ``advantage`` is the reward relative to the other completions of the same prompt.
     """

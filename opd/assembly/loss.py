@@ -8,9 +8,9 @@ from opd.config.loss import (
     LossConfig,
     NllLossConfig,
     PolicyGradientLossConfig,
-    UldLossConfig,
 )
 from opd.config.schema import Config
+from opd.config.uld import UldLossConfig
 from opd.interfaces import Loss
 from opd.losses.divergence import Divergence
 from opd.losses.nll import NegativeLogLikelihood

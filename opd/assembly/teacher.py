@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from opd.assembly.tokenizers import tokenizer_pair
 from opd.checkpoint.tensors import torch_dtype
 from opd.config.adapter import LoraConfig
 from opd.config.reward import GroupRewardConfig
@@ -23,7 +24,7 @@ from opd.config.teacher import (
     TeacherTokenizer,
     has_teacher,
 )
-from opd.data.tokenizer import StudentTokenizer, adds_first_space, read_tokenizer
+from opd.data.tokenizer import StudentTokenizer
 from opd.evaluate.reward import reward_function
 from opd.interfaces import Progress, Teacher
 from opd.spans import CommonVocabulary
@@ -40,7 +41,7 @@ from opd.teacher.connect import (
 from opd.teacher.local import LocalTeacher
 from opd.teacher.model_info import max_positions, read_info, read_spec
 from opd.teacher.no_teacher import NoTeacher
-from opd.teacher.own_tokenizer import Ends, OwnTokenizerTeacher, TokenizerPair
+from opd.teacher.own_tokenizer import OwnTokenizerTeacher
 from opd.teacher.pool import BalancedTeacher, RoutedTeacher
 from opd.teacher.rewarded import RewardedTeacher
 from opd.teacher.self_teacher import ModuleBackend
@@ -131,32 +132,16 @@ def _with_own_tokenizer(
 ) -> Teachers:
     """Clients that score the teacher's own tokens, as teachers of the student's."""
     request = config.loss.request(config.rollout.temperature)
-    assert config.teacher.model is not None, "a rule requires teacher.model with tokenizer=own"
-    own = read_tokenizer(config.teacher.model, setting="teacher.model")
-    pair = TokenizerPair(
-        student.tokenizer,
-        own.tokenizer,
-        student_ends=_ends(student),
-        teacher_ends=_ends(own),
-        first_space=adds_first_space(own.tokenizer),
-    )
+    pair, teacher_rows = tokenizer_pair(config, student)
     scoring = OwnTokenizerTeacher(training, pair, full=request.full)
-    if not request.sampled:
-        return Teachers(
-            training=_with_reward(config, _no_teacher(student), student),
-            sampled=OwnTokenizerTeacher(sampled, pair, full=False),
-            heads=TeacherHeads(whole, 1, world.device),
-        )
     return Teachers(
-        training=_with_reward(config, scoring, student),
+        training=_with_reward(
+            config, scoring if request.sampled else _no_teacher(student), student
+        ),
         sampled=OwnTokenizerTeacher(sampled, pair, full=False),
         heads=TeacherHeads(whole, 1, world.device),
-        common=pair.common(student.vocab_size, own.vocab_size) if request.full else None,
+        common=pair.common(student.vocab_size, teacher_rows) if request.full else None,
     )
-
-
-def _ends(tokenizer: StudentTokenizer) -> Ends:
-    return Ends(stop_ids=tokenizer.stop_ids, text=tokenizer.end_id, turn=tokenizer.turn_end_id)
 
 
 def _no_teacher(tokenizer: StudentTokenizer) -> NoTeacher:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from opd.config.fields import bounded
-from opd.config.teacher import TeacherTokenizer, has_teacher
 from opd.types import (
     Correction,
     DivergenceKind,
@@ -113,34 +112,6 @@ class DivergenceLossConfig(DistanceLossConfig):
         return self.k if self.support in STUDENT_SUPPORTS else 0
 
 
-class Unmatched(StrEnum):
-    """What becomes of tokens that only one of two vocabularies has.
-
-    sorted: both sides' are sorted by probability and subtracted (ULD, and GOLD's hybrid). prefix: each counts
-    to the longest common token that its text begins with, others to a tail bucket.
-    """
-
-    sorted = "sorted"
-    prefix = "prefix"
-
-
-@dataclass(kw_only=True, slots=True)
-class UldLossConfig(DistanceLossConfig):
-    """A distance between distributions over two vocabularies, for teacher.tokenizer=own."""
-
-    kind: DivergenceKind = DivergenceKind.jsd
-    """Which divergence compares texts that are tokens of both sides."""
-    unmatched: Unmatched = Unmatched.sorted
-    """Tokens that one side alone has: sorted by probability (ULD, GOLD), or counted to common prefixes."""
-    matched_weight: float = bounded(1.0, least=0)
-    """Weight of the divergence over texts that both sides have."""
-    unmatched_weight: float = bounded(1.0, least=0)
-    """unmatched=sorted: weight of the difference of the sorted probabilities."""
-
-    def request(self, temperature: float = 1.0) -> ScoreRequest:
-        return ScoreRequest(full=True, temperature=temperature)
-
-
 @dataclass(kw_only=True, slots=True)
 class PolicyGradientLossConfig(LossConfig):
     """A policy gradient on sampled tokens: the teacher's log-prob as a reward, a verifier's, or both."""
@@ -205,7 +176,6 @@ CHOICES: dict[str, Any] = {
     "topk_reverse_kl": DivergenceLossConfig(
         kind=DivergenceKind.reverse_kl, support=Support.teacher_top_k
     ),
-    "uld": UldLossConfig,
     "policy_gradient": PolicyGradientLossConfig,
     "grpo": PolicyGradientLossConfig(teacher_weight=0.0, reward_weight=1.0),
     "nll": NllLossConfig,
@@ -283,36 +253,7 @@ def advantages_need_a_reward(config: "Config") -> str | None:
     return None
 
 
-def a_loss_fits_the_tokenizers(config: "Config") -> str | None:
-    """A teacher with its own tokenizer has no distribution over the student's ids."""
-    is_uld = isinstance(config.loss, UldLossConfig)
-    if config.teacher.tokenizer == TeacherTokenizer.shared:
-        return (
-            "loss=uld compares distributions over two vocabularies: set teacher.tokenizer=own, or use "
-            "loss=reverse_kl or another divergence"
-            if is_uld
-            else None
-        )
-    request = config.loss.request()
-    if (
-        has_teacher(config)
-        and not is_uld
-        and (request.full or request.top_k or config.loss.engine_support_k())
-    ):
-        return (
-            "teacher.tokenizer=own and a loss over the student's ids, which mean other tokens to the "
-            "teacher: use loss=policy_gradient (sampled tokens) or loss=uld (distributions)"
-        )
-    if is_uld and config.loss.weighting == Weighting.teacher_entropy:
-        return (
-            "loss.weighting=teacher_entropy cannot be used with loss=uld, whose teacher has a distribution "
-            "at the last token of a span only: use loss.weighting=uniform, student_entropy or gap"
-        )
-    return None
-
-
 RULES = (
-    a_loss_fits_the_tokenizers,
     off_policy_completions_can_be_learned_from,
     a_weighting_has_its_inputs,
     the_engine_is_corrected_for_once,

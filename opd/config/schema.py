@@ -17,6 +17,7 @@ from opd.config import (
     rollout,
     teacher,
     tracking,
+    uld,
 )
 from opd.config.adapter import AdapterConfig
 from opd.config.data import DataConfig
@@ -73,7 +74,7 @@ class Config:
 GROUPS: dict[str, dict[str, Any]] = {
     "teacher": teacher.CHOICES,
     "rollout": rollout.CHOICES,
-    "loss": loss.CHOICES,
+    "loss": {**loss.CHOICES, **uld.CHOICES},
     "reward": reward.CHOICES,
     "optim": optim.CHOICES,
     "adapter": adapter.CHOICES,
@@ -86,6 +87,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 RULES = (
     *adapter.RULES,
     *loss.RULES,
+    *uld.RULES,
     *eval.RULES,
     *rollout.RULES,
     *teacher.RULES,

@@ -71,7 +71,10 @@ def read_prompt_sets(
     return PromptSets(
         train=train,
         eval=held_out,
-        divergence=divergence[: config.eval.kl_prompts],
+        # two vocabularies have no divergence over one
+        divergence=[]
+        if config.teacher.tokenizer == TeacherTokenizer.own
+        else divergence[: config.eval.kl_prompts],
         max_length=min(context, longest + max(train_tokens, eval_tokens)),
         teacher_max_length=max(
             _longest_for_teacher(prompts) + train_tokens,

@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 
 from opd.batch import Batch, LossOutput
 from opd.config.fields import require_bounds
-from opd.config.loss import UldLossConfig, Unmatched
+from opd.config.uld import UldLossConfig, Unmatched
 from opd.losses.closed_form import with_gradients
 from opd.losses.divergence import excess_mass, value_and_slope
 from opd.losses.support import MAX_LOG_RATIO

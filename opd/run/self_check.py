@@ -13,7 +13,6 @@ from opd.assembly.rollout import in_process
 from opd.assembly.training import Training, build_training
 from opd.checkpoint.tensors import open_checkpoint
 from opd.config.launch import LaunchEngine
-from opd.config.loss import UldLossConfig
 from opd.config.mask import MaskConfig
 from opd.config.record import RecordConfig
 from opd.config.rollout import training_sampling
@@ -27,6 +26,7 @@ from opd.config.teacher import (
     TeacherConfig,
 )
 from opd.config.tracking import TrackingConfig
+from opd.config.uld import UldLossConfig
 from opd.head import head_logps
 from opd.spans import CommonVocabulary
 from opd.teacher.alignment import Span

@@ -46,9 +46,8 @@ def chunked_loss(
     at the same temperature. Student and teacher are distributions over the first
     ``spec.vocab_size`` ids; ValueError when the teacher has fewer. Where the batch has spans, the teacher's
     are over its own vocabulary, and chunks hold whole spans. The metrics are the loss's own,
-    ``student/entropy``, the mass outside the common ids (``student/outside_mass``,
-    ``teacher/outside_mass``) and those of ``mismatch_metrics``. N = 0 gives total 0, still connected to
-    both tensors.
+    ``student/entropy``, the mass outside the common ids (``student/outside_mass``, ``teacher/outside_mass``)
+    and those of ``mismatch_metrics``. N = 0 gives total 0, still connected to both tensors.
     """
     needs_hidden = torch.is_grad_enabled() and hidden_ND.requires_grad
     needs_weight = torch.is_grad_enabled() and weight_VD.requires_grad

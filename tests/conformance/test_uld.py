@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import kl_div, pad
 
 from opd.batch import Batch
-from opd.config.loss import UldLossConfig, Unmatched
+from opd.config.uld import UldLossConfig, Unmatched
 from opd.head import HeadSpec
 from opd.losses.uld import UniversalLogitDistillation, sorted_distance
 from opd.spans import CommonVocabulary

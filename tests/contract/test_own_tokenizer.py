@@ -16,7 +16,7 @@ from transformers import (
 
 from opd.assembly.loss import build_loss
 from opd.batch import collate
-from opd.config.loss import PolicyGradientLossConfig, UldLossConfig, Unmatched
+from opd.config.loss import PolicyGradientLossConfig
 from opd.config.student import DType
 from opd.config.teacher import (
     LocalTeacherConfig,
@@ -24,6 +24,7 @@ from opd.config.teacher import (
     TeacherBackend,
     TeacherServerConfig,
 )
+from opd.config.uld import UldLossConfig, Unmatched
 from opd.head import HeadSpec
 from opd.interfaces import Teacher
 from opd.run.teacher_servers import running_teacher

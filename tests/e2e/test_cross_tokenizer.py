@@ -9,8 +9,8 @@ import pytest
 from tests.support.command import opd
 
 LIGHT = [
-    "rollout=transformers", "eval.teacher_accuracy=false", "train.steps=12", "optim.min_lr_ratio=1",
-    "eval.every=12",
+    "rollout=transformers", "eval.teacher_accuracy=false", "train.steps=10", "optim.min_lr_ratio=1",
+    "eval.every=10", "data.eval_limit=64",
 ]  # fmt: skip
 TEACHER_ACCURACY = 0.99
 
