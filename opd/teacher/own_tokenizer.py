@@ -86,6 +86,8 @@ class TokenizerPair:
             pieces[0], joined = pieces[0][1:], raw
         if joined == raw:
             return ids, list(np.cumsum([len(piece) for piece in pieces]).tolist())
+        if not offsets:  # a tokenizer without offsets: all tokens are one span
+            return ids, [*[None] * (len(ids) - 1), len(raw)] if ids else []
         return ids, _offset_ends(text, offsets)
 
     def common(self, student_rows: int, teacher_rows: int) -> CommonVocabulary:
@@ -168,8 +170,6 @@ def _offset_ends(text: str, offsets: Sequence[tuple[int, int]]) -> list[int | No
     Characters that no token has, such as the spaces that a WordPiece tokenizer drops, belong to the
     token behind them, and at the end to the last token.
     """
-    if not offsets:
-        return []
     sizes = np.cumsum([0, *(len(char.encode()) for char in text)])
     starts = np.array([start for start, _ in offsets])
     ends = np.maximum.accumulate([end for _, end in offsets])
@@ -210,6 +210,7 @@ class OwnTokenizerTeacher:
 
     def _aligned(self, rollout: Rollout) -> tuple[Rollout, list[Span]]:
         """The rollout as the teacher reads it, and the spans that it scores."""
+        assert rollout.prompt.teacher_ids is not None, "prompts are read in the teacher's tokens too"
         ids, spans = self._pair.align(rollout)
         room = self.info().max_length - len(rollout.teacher_prompt)
         spans = [
