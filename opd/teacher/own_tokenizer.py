@@ -171,8 +171,10 @@ def _offset_ends(text: str, offsets: Sequence[tuple[int, int]]) -> list[int | No
     token behind them, and at the end to the last token.
     """
     sizes = np.cumsum([0, *(len(char.encode()) for char in text)])
-    starts = np.array([start for start, _ in offsets])
     ends = np.maximum.accumulate([end for _, end in offsets])
+    # a token of no text, for which tokenizers write (0, 0), stands where the one in front of it ends
+    fronts = [0, *ends[:-1]]
+    starts = np.array([a if a < b else at for (a, b), at in zip(offsets, fronts, strict=True)])
     ends[-1] = len(text)
     later = np.minimum.accumulate(starts[::-1])[::-1]
     divides = np.append(ends[:-1] <= later[1:], True)
@@ -210,7 +212,9 @@ class OwnTokenizerTeacher:
 
     def _aligned(self, rollout: Rollout) -> tuple[Rollout, list[Span]]:
         """The rollout as the teacher reads it, and the spans that it scores."""
-        assert rollout.prompt.teacher_ids is not None, "prompts are read in the teacher's tokens too"
+        assert rollout.prompt.teacher_ids is not None, (
+            "prompts are read in the teacher's tokens too"
+        )
         ids, spans = self._pair.align(rollout)
         room = self.info().max_length - len(rollout.teacher_prompt)
         spans = [
