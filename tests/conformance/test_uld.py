@@ -300,7 +300,8 @@ def test_probabilities_of_a_longer_span_multiply() -> None:
         span_single_N=torch.from_numpy(rows.single),
     )
     student = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]).log()
-    out = UniversalLogitDistillation(CommonVocabulary.identical(3))(student, batch)
+    config = UldLossConfig(kind=DivergenceKind.reverse_kl)
+    out = UniversalLogitDistillation(CommonVocabulary.identical(3), config)(student, batch)
     q, p = 0.5 * torch.tensor([0.1, 0.8, 0.1]), 0.6 * torch.tensor([0.2, 0.5, 0.3])
     matched = q[1] * (q[1] / p[1]).log() - q[1] + p[1]
     unmatched = (0.18 - q[0]).abs() + (0.12 - q[2]).abs()

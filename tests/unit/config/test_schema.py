@@ -19,7 +19,6 @@ from opd.config.schema import FORMER_NAMES, GROUPS
 from opd.run.recipe_errors import known_keys
 
 ON_PURPOSE = {
-    "loss.kind": {"DistanceLossConfig": "reverse_kl", "UldLossConfig": "jsd"},
     "optim.lr": {"OptimConfig": 1e-6, "SGDConfig": 1e-2},
     "rollout.dtype": {"RolloutConfig": "auto", "RolloutServerConfig": "bfloat16"},
     "rollout.gpu_memory_utilization": {"VllmEngineConfig": 0.35, "RolloutServerConfig": 0.8},
