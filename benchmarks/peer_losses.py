@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import peer_cases
+import peer_cases_gold
 import peer_cases_trl
 import torch
 from peer_case import MISSING, Case, Loss, Tensor, data
@@ -74,7 +75,8 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Every case of every library that can be imported."""
     for seed, spread in itertools.product(SEEDS, SPREADS):
         tokens = data(seed, dtype, spread=spread)
-        for cases in (*peer_cases_trl.CASES, *peer_cases.CASES):
+        gold = (peer_cases_gold.trl_gold_cases,)
+        for cases in (*peer_cases_trl.CASES, *gold, *peer_cases.CASES):
             yield from cases(tokens)
     for seed in SEEDS:
         rewards = torch.rand(4, generator=torch.Generator().manual_seed(seed)).to(dtype)

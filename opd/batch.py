@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from opd.spans import SpanRows
 from opd.types import FloatArray, IntArray, Reduction, ScoredRollout
 
 
@@ -55,7 +56,9 @@ class Batch:
     Unused entries of a support have id -1 and log-prob -inf.
 
     ``weight_N`` multiplies each token's loss, None is 1. ``sequence_N`` is the row of a token's
-    completion, ``advantage_N`` that completion's advantage, from a reward. ``engine_logp_N`` is NaN
+    completion, ``advantage_N`` that completion's advantage, from a reward. The fields ``span_`` are those of
+    ``SpanRows``, numbered over the batch; with them the teacher's rows are over its own vocabulary, and
+    ``rows`` must not divide a span. ``engine_logp_N`` is NaN
     where no engine wrote the token; ``engine_ids_NK`` are the engine's likeliest ids, where they were
     requested. ``sequence_gap_N`` is the sum, and ``sequence_mean_gap_N`` the mean, over a completion's
     kept tokens of learner less engine log-prob; the student fills both for losses that need them. One
@@ -78,6 +81,10 @@ class Batch:
     teacher_logp_NV: torch.Tensor | None = None
     teacher_hidden_ND: torch.Tensor | None = None
     teacher_outside_N: torch.Tensor | None = None
+    span_N: torch.Tensor | None = None
+    span_target_N: torch.Tensor | None = None
+    span_logp_N: torch.Tensor | None = None
+    span_single_N: torch.Tensor | None = None
     future_N: torch.Tensor | None = None
     advantage_N: torch.Tensor | None = None
     sequence_gap_N: torch.Tensor | None = None
@@ -147,6 +154,7 @@ def collate(
         )
 
     supports = [s.support for s in scored]
+    spans = [s.spans for s in scored]
     return Batch(
         input_ids_BT=torch.from_numpy(ids_BT),
         attention_mask_BT=torch.from_numpy(mask_BT),
@@ -166,6 +174,10 @@ def collate(
         teacher_logp_NV=joined([s.full_logps for s in scored]),
         teacher_hidden_ND=_from_bits(joined([s.hidden for s in scored])),
         teacher_outside_N=joined([s.outside for s in scored]),
+        span_N=_span_numbers(spans, keeps),
+        span_target_N=joined([None if s is None else _as_int64(s.targets) for s in spans]),
+        span_logp_N=joined([None if s is None else s.logps for s in spans]),
+        span_single_N=joined([None if s is None else s.single for s in spans]),
         future_N=joined([_future(s, discount) for s in scored]) if discount else None,
         advantage_N=joined([_advantages(s) for s in scored]),
     )
@@ -216,6 +228,17 @@ def micro_batches(scored: Sequence[ScoredRollout], *, tokens: int) -> list[list[
             groups[-1].append(item)
             room -= width
     return groups
+
+
+def _span_numbers(spans: Sequence[SpanRows | None], keeps: Sequence[int]) -> torch.Tensor | None:
+    """The span of each kept token, [N], with numbers that occur in one completion only; -1 is none."""
+    parts: list[np.ndarray | None] = []
+    first = 0
+    for rows, keep in zip(spans, keeps, strict=True):
+        ids = None if rows is None else rows.kept_ids(keep).astype(np.int64)
+        parts.append(None if ids is None else np.where(ids < 0, -1, ids + first))
+        first += keep
+    return _joined_if_all(parts)
 
 
 def _from_bits(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from opd.spans import SpanRows
+
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BFloat16Bits = npt.NDArray[np.uint16]
@@ -145,8 +147,7 @@ class Rollout:
 
     ``token_ids`` [T] is the completion, end token included. ``logps`` [T] are the engine's own
     log-probs of it, NaN if it was read from a data set. ``version`` counts the optimizer steps behind
-    the weights that generated it. ``support_ids`` [T, K] are the engine's likeliest ids, if
-    ``Sampling.support_k`` requested them.
+    the weights. ``support_ids`` [T, K] are the engine's likeliest ids, if ``Sampling.support_k`` is set.
     """
 
     prompt: Prompt
@@ -186,8 +187,8 @@ class Rollout:
 class SupportLogps:
     """A truncated distribution: ``ids`` [T, K] int32, ``logps`` [T, K], ``tail_logp`` [T].
 
-    Unused entries of a ragged support have id -1 and log-prob -inf. ``tail_logp`` is
-    log(1 - sum of the support's probability), -inf when the support is the whole vocabulary.
+    Unused entries of a ragged support have id -1 and log-prob -inf. ``tail_logp`` is log(1 - sum of
+    the support's probability), -inf when the support is the whole vocabulary.
     """
 
     ids: IntArray
@@ -204,12 +205,11 @@ class ScoredRollout:
     """A rollout and the teacher's scores of its T completion tokens.
 
     ``logps`` [T]: the teacher's log-probs of the sampled tokens. Of the rest, what was requested:
-    ``support``; ``full_logps`` [T, V]; or ``hidden`` [T, D], the teacher's final hidden states, from
-    which its head (``Teacher.head``) computes the full distribution on the learner's side; these are
-    float32, or bfloat16 as bits. ``outside`` [T] is the probability that the teacher gave to ids
-    beyond the student's, before it was spread over the common ones; only if the two sizes differ.
-    ``reward`` is the verifier's value of the whole completion; ``advantage`` is the reward relative
-    to the other completions of the same prompt.
+    ``support``; ``full_logps`` [T, V]; or ``hidden`` [T, D], final hidden states, from which its head
+    computes the distribution on the learner's side; float32, or bfloat16 as bits. ``outside`` [T] is the
+    probability that the teacher gave to ids beyond the student's; only if the two sizes differ.
+    ``spans``: the rows are over the teacher's own vocabulary. ``reward`` is the verifier's value of the
+    completion; ``advantage`` is the reward relative to the other completions of the same prompt.
     """
 
     rollout: Rollout
@@ -218,6 +218,7 @@ class ScoredRollout:
     full_logps: FloatArray | None = None
     hidden: FloatArray | BFloat16Bits | None = None
     outside: FloatArray | None = None
+    spans: SpanRows | None = None
     reward: float | None = None
     advantage: float | None = None
 
@@ -252,8 +253,7 @@ class ScoreRequest:
 class TeacherInfo:
     """A teacher's description of itself: enough to refuse it before any work is done.
 
-    ``dtype`` is the number format it computes in. ``linear_head``: its logits are hidden states times
-    a matrix.
+    ``dtype`` is the number format it computes in. ``linear_head``: logits are hidden states times a matrix.
     ``added_tokens`` (token -> id) end its vocabulary, ``base_fingerprint`` covers the ids before them.
     """
 

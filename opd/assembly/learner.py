@@ -9,7 +9,7 @@ from opd.config.launch import LaunchEngine, run_deepspeed
 from opd.config.optim import AdamWConfig, clipped_warmup
 from opd.config.record import WeightRecordConfig
 from opd.config.schema import Config
-from opd.config.teacher import PoolTeacherConfig
+from opd.config.teacher import PoolTeacherConfig, TeacherTokenizer
 from opd.config.train import MaskScores
 from opd.data.tokenizer import StudentTokenizer
 from opd.interfaces import Progress
@@ -61,7 +61,7 @@ def build_learner(
     return StudentLearner(
         engine,
         model,
-        build_loss(config.loss),
+        build_loss(config.loss, teachers.common),
         config.train,
         parameter_mask=parameter_mask,
         learning_rate=LearningRate(
@@ -82,11 +82,13 @@ def _student(
 ) -> Student:
     clients = (teachers.training, teachers.whole)
     vocab_sizes = [teacher.info().vocab_size for teacher in clients if teacher is not None]
+    if config.teacher.tokenizer == TeacherTokenizer.own:
+        vocab_sizes = []
     return Student(
         model,
         spec=head_spec(
             causal_lm(model).config,
-            min(tokenizer.vocab_size, *vocab_sizes),
+            min([tokenizer.vocab_size, *vocab_sizes]),
             trust_remote_code=config.student.trust_remote_code,
         ),
         temperature=config.rollout.temperature,

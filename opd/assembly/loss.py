@@ -10,15 +10,21 @@ from opd.config.loss import (
     PolicyGradientLossConfig,
 )
 from opd.config.schema import Config
+from opd.config.uld import UldLossConfig
 from opd.interfaces import Loss
 from opd.losses.divergence import Divergence
 from opd.losses.nll import NegativeLogLikelihood
 from opd.losses.policy_gradient import PolicyGradient
+from opd.losses.uld import UniversalLogitDistillation
 from opd.losses.with_reward import WithReward, reward_policy
+from opd.spans import CommonVocabulary
 
 
-def build_loss(config: LossConfig) -> Loss:
-    """The function that the learner minimises: the loss, plus the reward's part if it has a weight."""
+def build_loss(config: LossConfig, common: CommonVocabulary | None = None) -> Loss:
+    """The function that the learner minimises: the loss, plus the reward's part if it has a weight.
+
+    ``common``: the tokens that a teacher with its own tokenizer shares with the student.
+    """
     match config:
         case PolicyGradientLossConfig():
             return PolicyGradient(config)
@@ -26,6 +32,9 @@ def build_loss(config: LossConfig) -> Loss:
             loss: Loss = Divergence(config)
         case NllLossConfig():
             loss = NegativeLogLikelihood(config)
+        case UldLossConfig():
+            assert common is not None, "loss=uld has a teacher with its own tokenizer"
+            loss = UniversalLogitDistillation(common, config)
         case FunctionLossConfig(path=path):
             loss = load_function("loss.path", path)(config)
         case _:

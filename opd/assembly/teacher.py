@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from opd.assembly.tokenizers import tokenizer_pair
 from opd.checkpoint.tensors import torch_dtype
 from opd.config.adapter import LoraConfig
 from opd.config.reward import GroupRewardConfig
@@ -20,19 +21,28 @@ from opd.config.teacher import (
     SelfTeacherConfig,
     ServerTeacherConfig,
     TeacherConfig,
+    TeacherTokenizer,
     has_teacher,
 )
 from opd.data.tokenizer import StudentTokenizer
 from opd.evaluate.reward import reward_function
 from opd.interfaces import Progress, Teacher
+from opd.spans import CommonVocabulary
 from opd.sync.ema import EMAWeights
 from opd.teacher.backend import Backend
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.checked import CheckedTeacher
-from opd.teacher.connect import TEACHER_URL, TEACHER_URLS, member_urls, server_client
+from opd.teacher.connect import (
+    TEACHER_URL,
+    TEACHER_URLS,
+    member_urls,
+    scored_vocabulary,
+    server_client,
+)
 from opd.teacher.local import LocalTeacher
 from opd.teacher.model_info import max_positions, read_info, read_spec
 from opd.teacher.no_teacher import NoTeacher
+from opd.teacher.own_tokenizer import OwnTokenizerTeacher
 from opd.teacher.pool import BalancedTeacher, RoutedTeacher
 from opd.teacher.rewarded import RewardedTeacher
 from opd.teacher.self_teacher import ModuleBackend
@@ -49,7 +59,8 @@ class Teachers:
 
     ``training`` scores what the loss needs, with rewards; ``whole`` the full distribution and
     ``sampled`` the sampled tokens, both None without a teacher. ``heads`` turn its hidden states into
-    logits. ``average`` is the moving average of the student, where that is the teacher.
+    logits. ``average`` is the moving average of the student, where that is the teacher. A teacher with its
+    own tokenizer has no ``whole`` distribution over the student's ids; ``common`` are the tokens of both.
     """
 
     training: Teacher
@@ -57,6 +68,7 @@ class Teachers:
     whole: Teacher | None = None
     sampled: Teacher | None = None
     average: EMAWeights | None = None
+    common: CommonVocabulary | None = None
 
 
 def no_teachers(tokenizer: StudentTokenizer, world: World) -> Teachers:
@@ -95,8 +107,11 @@ def build_teachers(
         # float32: nothing is sent
         teachers = _local_clients(backend, limit, DType.float32, requests, student, progress)
     else:
-        teachers = build_clients(config.teacher, student, requests, world, progress)
+        scored = scored_vocabulary(config.teacher, student)
+        teachers = build_clients(config.teacher, scored, requests, world, progress)
     training, whole, sampled = map(CheckedTeacher, teachers)
+    if config.teacher.tokenizer == TeacherTokenizer.own:
+        return _with_own_tokenizer(config, training, whole, sampled, tokenizer, world)
     members = config.teacher.members if isinstance(config.teacher, PoolTeacherConfig) else ()
     heads = TeacherHeads(whole, max(1, len(members)), world.device)
     return Teachers(
@@ -105,6 +120,28 @@ def build_teachers(
         sampled=sampled,
         heads=heads,
         average=_average(config.teacher, copy, heads),
+    )
+
+
+def _with_own_tokenizer(
+    config: Config,
+    training: Teacher,
+    whole: Teacher,
+    sampled: Teacher,
+    student: StudentTokenizer,
+    world: World,
+) -> Teachers:
+    """Clients that score the teacher's own tokens, as teachers of the student's."""
+    request = config.loss.request(config.rollout.temperature)
+    pair, teacher_rows = tokenizer_pair(config, student)
+    scoring = OwnTokenizerTeacher(training, pair, full=request.full)
+    return Teachers(
+        training=_with_reward(
+            config, scoring if request.sampled else _no_teacher(student), student
+        ),
+        sampled=OwnTokenizerTeacher(sampled, pair, full=False),
+        heads=TeacherHeads(whole, 1, world.device),
+        common=pair.common(student.vocab_size, teacher_rows) if request.full else None,
     )
 
 

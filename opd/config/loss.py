@@ -76,19 +76,25 @@ class LossConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class DivergenceLossConfig(LossConfig):
-    """GKD style: a divergence between the two distributions at every token."""
+class DistanceLossConfig(LossConfig):
+    """What losses made of a divergence have in common."""
 
     kind: DivergenceKind = DivergenceKind.reverse_kl
     """Which divergence."""
-    support: Support = Support.full
-    """The whole vocabulary, or k ids (the teacher's, the student's, of either, of both) and a tail bucket."""
-    k: int = bounded(32, least=1)
-    """Size of a truncated support."""
     beta: float = bounded(0.5, least=0, most=1)
     """Weight of the teacher in the mixture of jsd; 0 is forward and 1 is reverse KL."""
     skew: float = bounded(0.1, least=0, below=1)
     """Share of the first distribution mixed into the second one by the skewed divergences."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DivergenceLossConfig(DistanceLossConfig):
+    """GKD style: a divergence between the two distributions at every token."""
+
+    support: Support = Support.full
+    """The whole vocabulary, or k ids (the teacher's, the student's, of either, of both) and a tail bucket."""
+    k: int = bounded(32, least=1)
+    """Size of a truncated support."""
     token_clip: float | None = bounded(None, above=0)
     """Clamp each token's divergence at this many nats; a clamped one has no gradient."""
 

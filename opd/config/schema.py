@@ -18,6 +18,7 @@ from opd.config import (
     run,
     teacher,
     tracking,
+    uld,
 )
 from opd.config.adapter import AdapterConfig
 from opd.config.data import DataConfig
@@ -74,7 +75,7 @@ class Config:
 GROUPS: dict[str, dict[str, Any]] = {
     "teacher": teacher.CHOICES,
     "rollout": rollout.CHOICES,
-    "loss": loss.CHOICES,
+    "loss": {**loss.CHOICES, **uld.CHOICES},
     "reward": reward.CHOICES,
     "optim": optim.CHOICES,
     "adapter": adapter.CHOICES,
@@ -88,6 +89,7 @@ RULES = (
     *run.RULES,
     *adapter.RULES,
     *loss.RULES,
+    *uld.RULES,
     *eval.RULES,
     *rollout.RULES,
     *teacher.RULES,

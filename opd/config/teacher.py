@@ -23,6 +23,17 @@ class TeacherBackend(StrEnum):
     torch = "torch"
 
 
+class TeacherTokenizer(StrEnum):
+    """Whose tokens the teacher scores.
+
+    shared: the student's, which must be its own too. own: those that its own tokenizer makes of the text;
+    spans of the same text are aligned.
+    """
+
+    shared = "shared"
+    own = "own"
+
+
 @dataclass(kw_only=True)  # no slots: it is mixed into others
 class TeacherModelConfig:
     """How a teacher's weights are loaded and run, wherever it runs."""
@@ -65,6 +76,8 @@ class TeacherConfig(TeacherModelConfig):
 
     model: str | None = None
     """Folder or hub id of the teacher."""
+    tokenizer: TeacherTokenizer = TeacherTokenizer.shared
+    """shared: teacher and student need one vocabulary; own: the teacher reads the text in its own tokens."""
     hidden_dtype: DType = DType.auto
     """Format in which hidden states are sent; auto is exact: bfloat16 if the teacher computes in it."""
 
@@ -221,4 +234,33 @@ def adapters_switched_off_are_whole(config: "Config") -> str | None:
     return None
 
 
-RULES = (a_teacher_is_named, an_average_is_float32, adapters_switched_off_are_whole)
+def an_own_tokenizer_is_known(config: "Config") -> str | None:
+    """A teacher with a tokenizer of its own is one model, whose files are here."""
+    if config.teacher.tokenizer == TeacherTokenizer.shared or not has_teacher(config):
+        return None
+    match config.teacher:
+        case PoolTeacherConfig() | SelfTeacherConfig():
+            kind = "pool" if isinstance(config.teacher, PoolTeacherConfig) else "self"
+            return (
+                f"teacher.tokenizer=own is for teacher=server and teacher=local, found teacher={kind}: use "
+                "one of them, or leave teacher.tokenizer out"
+            )
+        case ServerTeacherConfig(url=str(url), model=None):
+            return (
+                f"teacher.tokenizer=own and teacher.url={url} need teacher.model too, the folder or hub id "
+                "from which the teacher's tokenizer is read here"
+            )
+    if config.data.teacher_chat_template is not None:
+        return (
+            f"data.teacher_chat_template={config.data.teacher_chat_template} cannot be used with "
+            "teacher.tokenizer=own, which uses the teacher's own chat template: leave it out"
+        )
+    return None
+
+
+RULES = (
+    a_teacher_is_named,
+    an_average_is_float32,
+    adapters_switched_off_are_whole,
+    an_own_tokenizer_is_known,
+)

@@ -10,9 +10,10 @@ from opd.config.data import DataConfig
 from opd.config.reward import GraderRewardConfig
 from opd.config.rollout import VllmEngineConfig
 from opd.config.schema import Config
+from opd.config.teacher import TeacherTokenizer
 from opd.data.completions import Completions
 from opd.data.prompts import RequiredAnswers, load_prompts
-from opd.data.tokenizer import StudentTokenizer
+from opd.data.tokenizer import StudentTokenizer, read_tokenizer
 from opd.types import Prompt
 
 EVALUATION_ANSWERS = RequiredAnswers(
@@ -50,7 +51,7 @@ def read_prompt_sets(
         context = min(context, config.rollout.max_model_len)
     train_tokens = config.rollout.max_tokens
     eval_tokens = config.eval.max_tokens or train_tokens
-    reader = _SetReader(student=student, teacher_tokenizer=_teacher_tokenizer(data, student))
+    reader = _SetReader(student=student, teacher_tokenizer=_teacher_tokenizer(config, student))
     train = reader.read(
         data.train,
         data,
@@ -70,7 +71,10 @@ def read_prompt_sets(
     return PromptSets(
         train=train,
         eval=held_out,
-        divergence=divergence[: config.eval.kl_prompts],
+        # two vocabularies have no divergence over one
+        divergence=[]
+        if config.teacher.tokenizer == TeacherTokenizer.own
+        else divergence[: config.eval.kl_prompts],
         max_length=min(context, longest + max(train_tokens, eval_tokens)),
         teacher_max_length=max(
             _longest_for_teacher(prompts) + train_tokens,
@@ -130,8 +134,14 @@ def _completions(config: Config, student: StudentTokenizer) -> Completions | Non
     )
 
 
-def _teacher_tokenizer(data: DataConfig, student: StudentTokenizer) -> Any:
-    """The tokenizer of data.teacher_chat_template; ValueError if its vocabulary is not the student's."""
+def _teacher_tokenizer(config: Config, student: StudentTokenizer) -> Any:
+    """The teacher's own, or that of data.teacher_chat_template, which must have the student's vocabulary.
+
+    None where the teacher's prompts are the student's in template and tokens.
+    """
+    data = config.data
+    if config.teacher.tokenizer == TeacherTokenizer.own and config.teacher.model is not None:
+        return read_tokenizer(config.teacher.model, setting="teacher.model").tokenizer
     if data.teacher_chat_template is None:
         return None
     try:

@@ -81,8 +81,10 @@ def read_student_tokenizer(student: StudentConfig) -> StudentTokenizer:
     return read_tokenizer(student.model, trust_remote_code=student.trust_remote_code)
 
 
-def read_tokenizer(model: str, *, trust_remote_code: bool = False) -> StudentTokenizer:
-    """Read tokenizer and configs of a model folder or hub id.
+def read_tokenizer(
+    model: str, *, trust_remote_code: bool = False, setting: str = "student.model"
+) -> StudentTokenizer:
+    """Read tokenizer and configs of a model folder or hub id, which ``setting`` names.
 
     Raises ValueError when there is no such model, or no end token.
     """
@@ -92,7 +94,7 @@ def read_tokenizer(model: str, *, trust_remote_code: bool = False) -> StudentTok
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"student.model={model} cannot be read as a model folder or hub id ({first})"
+            f"{setting}={model} cannot be read as a model folder or hub id ({first})"
         ) from None
     try:
         ends = GenerationConfig.from_pretrained(model).eos_token_id
@@ -101,7 +103,7 @@ def read_tokenizer(model: str, *, trust_remote_code: bool = False) -> StudentTok
     listed = ends if isinstance(ends, list) else [ends]
     stop_ids = sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
     if not stop_ids:
-        raise ValueError(f"student.model={model} has no end token: set eos_token in its tokenizer")
+        raise ValueError(f"{setting}={model} has no end token: set eos_token in its tokenizer")
     try:
         turn_end = end_of_turn(tokenizer, stop_ids)
     except ValueError:  # a template that renders no answer: a check says so where it is used

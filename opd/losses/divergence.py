@@ -76,10 +76,10 @@ class Divergence:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Each token's divergence [N], its slope [N, V], and the sums of both tails' probability."""
         if batch.teacher_logp_NV is not None:
-            return *self._value_and_slope(student_logp_NV, batch.teacher_logp_NV), {}
+            return *self._divergence(student_logp_NV, batch.teacher_logp_NV), {}
         ids_NK, teacher_NJ = teacher_buckets(batch, student_logp_NV.shape[-1])
         student_NJ = student_buckets(student_logp_NV, ids_NK)
-        value_N, slope_NJ = self._value_and_slope(student_NJ, teacher_NJ)
+        value_N, slope_NJ = self._divergence(student_NJ, teacher_NJ)
         slope_NV = spread(slope_NJ, student_NJ[:, -1:], student_logp_NV, ids_NK)
         tails = {
             "loss/teacher_tail": teacher_NJ[:, -1].exp().sum(),
@@ -87,28 +87,53 @@ class Divergence:
         }
         return value_N, slope_NV, tails
 
-    def _value_and_slope(self, s: torch.Tensor, t: torch.Tensor) -> Pair:
-        """Sums [N] over the columns, and their derivative by ``s``; s, t are log q, log p."""
+    def _divergence(self, s: torch.Tensor, t: torch.Tensor) -> Pair:
         config = self.config
-        match config.kind:
-            case DivergenceKind.forward_kl:
-                return _forward_kl(s, t)
-            case DivergenceKind.reverse_kl:
-                return _reverse_kl(s, t)
-            case DivergenceKind.jsd if config.beta == 0.0:
-                return _forward_kl(s, t)
-            case DivergenceKind.jsd if config.beta == 1.0:
-                return _reverse_kl(s, t)
-            case DivergenceKind.jsd:
-                return _jsd(s, t, config.beta)
-            case DivergenceKind.skew_kl if config.skew == 0.0:
-                return _forward_kl(s, t)
-            case DivergenceKind.skew_kl:
-                return _skew_kl(s, t, config.skew)
-            case DivergenceKind.skew_reverse_kl if config.skew == 0.0:
-                return _reverse_kl(s, t)
-            case DivergenceKind.skew_reverse_kl:
-                return _skew_reverse_kl(s, t, config.skew)
+        return value_and_slope(config.kind, s, t, beta=config.beta, skew=config.skew)
+
+
+def value_and_slope(
+    kind: DivergenceKind, s: torch.Tensor, t: torch.Tensor, *, beta: float, skew: float
+) -> Pair:
+    """Sums [N] over the columns, and their derivative by ``s``; s, t are log q, log p."""
+    match kind:
+        case DivergenceKind.forward_kl:
+            return _forward_kl(s, t)
+        case DivergenceKind.reverse_kl:
+            return _reverse_kl(s, t)
+        case DivergenceKind.jsd if beta == 0.0:
+            return _forward_kl(s, t)
+        case DivergenceKind.jsd if beta == 1.0:
+            return _reverse_kl(s, t)
+        case DivergenceKind.jsd:
+            return _jsd(s, t, beta)
+        case DivergenceKind.skew_kl if skew == 0.0:
+            return _forward_kl(s, t)
+        case DivergenceKind.skew_kl:
+            return _skew_kl(s, t, skew)
+        case DivergenceKind.skew_reverse_kl if skew == 0.0:
+            return _reverse_kl(s, t)
+        case DivergenceKind.skew_reverse_kl:
+            return _skew_reverse_kl(s, t, skew)
+
+
+def excess_mass(kind: DivergenceKind, *, beta: float, skew: float) -> float:
+    """c of c (sum q - sum p): what makes each divergence one of measures that need not sum to one.
+
+    With it the value is never negative, 0 only where p = q, and its derivative is the slope of
+    ``value_and_slope``.
+    """
+    match kind:
+        case DivergenceKind.forward_kl:
+            return 1.0
+        case DivergenceKind.reverse_kl:
+            return -1.0
+        case DivergenceKind.jsd:
+            return {0.0: 1.0, 1.0: -1.0}.get(beta, 0.0)
+        case DivergenceKind.skew_kl:
+            return 1.0 - skew
+        case DivergenceKind.skew_reverse_kl:
+            return skew - 1.0
 
 
 def _log_ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from opd.config.reward import FunctionRewardConfig
 from opd.config.schema import Config
-from opd.config.teacher import PoolTeacherConfig
+from opd.config.teacher import PoolTeacherConfig, TeacherTokenizer
 from opd.data.chat import end_of_turn
 from opd.data.prompt_sets import PromptSets
 from opd.data.template import takes_prompt
@@ -45,6 +45,8 @@ def findings(config: Config, student: StudentTokenizer, prompts: PromptSets) -> 
         *_remarks(prompts),
     ]
     for name, tokenizer in _teacher_tokenizers(config):
+        if config.teacher.tokenizer == TeacherTokenizer.own:
+            continue  # its own ends and its own template are what it gets
         found += _teacher_end_tokens(name, tokenizer, student)
         found += _templates(config, name, tokenizer, student, prompts)
     return found

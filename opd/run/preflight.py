@@ -36,7 +36,7 @@ from opd.run.model_check import check_student_model
 from opd.run.place import place
 from opd.run.placement import Placement
 from opd.run.recipe import Recipe
-from opd.teacher.connect import describe_transport, teacher_infos
+from opd.teacher.connect import describe_transport, scored_vocabulary, teacher_infos
 from opd.teacher.vocabulary import read_vocabulary
 from opd.types import Prompt
 
@@ -194,7 +194,9 @@ def _require_launch_file(config: Config) -> None:
 
 def _check_teacher(config: Config, tokenizer: StudentTokenizer, prompts: PromptSets) -> str:
     """How the teacher's responses are sent; ValueError when a teacher does not fit student or prompts."""
-    student = read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
+    student = scored_vocabulary(
+        config.teacher, read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
+    )
     if isinstance(config.teacher, PoolTeacherConfig):
         every_prompt = [*prompts.train, *prompts.eval, *prompts.divergence]
         _require_members(config.teacher, every_prompt)

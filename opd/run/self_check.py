@@ -26,10 +26,14 @@ from opd.config.teacher import (
     TeacherConfig,
 )
 from opd.config.tracking import TrackingConfig
+from opd.config.uld import UldLossConfig
 from opd.head import head_logps
+from opd.spans import CommonVocabulary
+from opd.teacher.alignment import Span
 from opd.teacher.backend import Backend
 from opd.teacher.local import LocalTeacher
 from opd.teacher.model_info import max_positions, read_info, read_spec
+from opd.teacher.own_tokenizer import span_rows
 from opd.teacher.self_teacher import ModuleBackend
 from opd.teacher.vocabulary import read_vocabulary
 from opd.tracking.console import SilentProgress
@@ -72,7 +76,9 @@ def compare_alone(config: Config) -> list[str] | None:
     """
     teacher: TeacherConfig = config.teacher
     if isinstance(teacher, ServerTeacherConfig) and teacher.url is None:
-        teacher = LocalTeacherConfig(model=teacher.model, dtype=teacher.dtype)
+        teacher = LocalTeacherConfig(
+            model=teacher.model, dtype=teacher.dtype, tokenizer=teacher.tokenizer
+        )
     models = [config.student.model, *([teacher.model] if teacher.model else [])]
     if isinstance(teacher, PoolTeacherConfig) or any(map(_is_large, models)):
         return None
@@ -120,7 +126,10 @@ def self_loss(config: Config, training: Training) -> float:
     )
     rollout = _rollout(prompts.train[0], training_sampling(config).support_k)
     scored = [_with_full_logps(each, backend, request) for each in teacher.score([rollout])]
-    loss = build_loss(replace(config.loss, reward_weight=0.0))
+    if isinstance(config.loss, UldLossConfig):
+        scored = [_aligned_with_itself(each) for each in scored]
+    itself = CommonVocabulary.identical(tokenizer.vocab_size)
+    loss = build_loss(replace(config.loss, reward_weight=0.0), itself)
     loss_value = abs(learner.measure(scored, loss)["loss/total"])
     bound = DEFAULT_MAX_GAP[config.train.precision]
     if not loss_value <= bound:
@@ -141,6 +150,13 @@ def _with_full_logps(
     hidden_ND = torch.from_numpy(scored.hidden).to(backend.head_VD.device)
     logp_NV = head_logps(hidden_ND, backend.head_VD, backend.spec, request.temperature)
     return replace(scored, hidden=None, full_logps=logp_NV.cpu().numpy())
+
+
+def _aligned_with_itself(scored: ScoredRollout) -> ScoredRollout:
+    """Every token is a span of its own."""
+    spans = [Span(t, t + 1, t, t + 1) for t in range(len(scored.rollout.token_ids))]
+    assert scored.logps is not None, "a teacher returns the log-probs of the tokens"
+    return replace(scored, spans=span_rows(spans, scored.rollout.token_ids, scored.logps))
 
 
 def _rollout(prompt: Prompt, support_k: int) -> Rollout:

@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from transformers import AutoConfig, AutoTokenizer
+
 from opd.checkpoint.tensors import torch_dtype
 from opd.config.student import DType
 from opd.config.teacher import (
@@ -11,12 +13,18 @@ from opd.config.teacher import (
     ServedTeacherConfig,
     ServerTeacherConfig,
     TeacherConfig,
+    TeacherTokenizer,
 )
 from opd.interfaces import Progress
 from opd.teacher.client import ServerTeacher
 from opd.teacher.model_info import max_positions, read_info, require_divisible_heads
 from opd.teacher.transport import describe_costs
-from opd.teacher.vocabulary import Vocabulary, common_vocab_size, require_fit
+from opd.teacher.vocabulary import (
+    Vocabulary,
+    common_vocab_size,
+    read_vocabulary,
+    require_fit,
+)
 from opd.teacher.wire import TOKEN_VARIABLE
 from opd.types import ScoreRequest, TeacherInfo
 
@@ -62,6 +70,22 @@ def server_client(
         student=student,
         token=os.environ.get(TOKEN_VARIABLE),
         progress=progress,
+    )
+
+
+def scored_vocabulary(config: TeacherConfig, student: Vocabulary) -> Vocabulary:
+    """The vocabulary whose ids the teacher gets: the student's, or with tokenizer=own its own."""
+    if config.tokenizer == TeacherTokenizer.shared:
+        return student
+    assert config.model is not None, "a rule requires teacher.model with tokenizer=own"
+    vocabulary = read_vocabulary(
+        AutoTokenizer.from_pretrained(config.model),
+        AutoConfig.from_pretrained(config.model).get_text_config().vocab_size,
+    )
+    return replace(
+        vocabulary,
+        owner=f"teacher.model={config.model}",
+        remedy="name the model that the server has with teacher.model",
     )
 
 

@@ -14,6 +14,7 @@ class Vocabulary:
 
     ``fingerprint`` and ``tokenizer_size`` describe its tokenizer; ``matrix_size`` counts the rows
     of its embedding, padding included. ``base_fingerprint`` and ``added_tokens`` as ``TeacherInfo``.
+    ``owner`` and ``remedy`` are words for messages.
     """
 
     fingerprint: str
@@ -21,6 +22,11 @@ class Vocabulary:
     matrix_size: int
     base_fingerprint: str = ""
     added_tokens: dict[str, int] = field(default_factory=dict)
+    owner: str = "the student"
+    remedy: str = (
+        "choose a teacher with the student's tokenizer, or set teacher.tokenizer=own, with which the "
+        "teacher reads the text in its own tokens"
+    )
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -71,9 +77,9 @@ def fits(info: TeacherInfo, student: Vocabulary) -> str | None:
         if not based:
             return (
                 f"teacher {info.model} has another tokenizer ({info.tokenizer_size} tokens, "
-                f"fingerprint {info.tokenizer_fingerprint[:12]}) than the student "
+                f"fingerprint {info.tokenizer_fingerprint[:12]}) than {student.owner} "
                 f"({student.tokenizer_size} tokens, fingerprint {student.fingerprint[:12]}), so the "
-                "same id means another token; choose a teacher with the student's tokenizer"
+                f"same id means another token; {student.remedy}"
             )
         if clash is not None:
             return (

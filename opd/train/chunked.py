@@ -44,10 +44,10 @@ def chunked_loss(
 
     ``batch.teacher_hidden_ND`` becomes the chunk's ``teacher_logp_NV`` through ``teacher_head_VD``,
     at the same temperature. Student and teacher are distributions over the first
-    ``spec.vocab_size`` ids; ValueError when the teacher has fewer. The metrics are the loss's own,
-    ``student/entropy``, the mass outside the common ids (``student/outside_mass``,
-    ``teacher/outside_mass``) and those of ``mismatch_metrics``. N = 0 gives total 0, still connected to
-    both tensors.
+    ``spec.vocab_size`` ids; ValueError when the teacher has fewer. Where the batch has spans, the teacher's
+    are over its own vocabulary, and chunks hold whole spans. The metrics are the loss's own,
+    ``student/entropy``, the mass outside the common ids (``student/outside_mass``, ``teacher/outside_mass``)
+    and those of ``mismatch_metrics``. N = 0 gives total 0, still connected to both tensors.
     """
     needs_hidden = torch.is_grad_enabled() and hidden_ND.requires_grad
     needs_weight = torch.is_grad_enabled() and weight_VD.requires_grad
@@ -59,7 +59,7 @@ def chunked_loss(
     grad_hidden = torch.zeros_like(hidden_ND, dtype=torch.float32) if needs_hidden else None
     grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
-        for rows in _chunk_slices(hidden_ND.shape[0], spec, chunk):
+        for rows in _whole_spans(hidden_ND.shape[0], chunk or chunk_rows(spec.vocab_size), batch):
             part = _with_teacher(
                 batch.rows(rows.start, rows.stop), spec, temperature, teacher_head_VD, teacher_spec
             )
@@ -108,6 +108,18 @@ def _chunk_slices(tokens: int, spec: HeadSpec, chunk: int | None) -> Iterator[sl
         yield slice(start, min(start + step, tokens))
 
 
+def _whole_spans(tokens: int, step: int, batch: Batch) -> Iterator[slice]:
+    """Slices of ``step`` rows, longer where one would divide a span of the batch."""
+    span = [] if batch.span_N is None else batch.span_N.tolist()
+    start = 0
+    while start < max(tokens, 1):
+        stop = min(start + step, tokens)
+        while span and 0 < stop < tokens and span[stop] == span[stop - 1] >= 0:
+            stop += 1
+        yield slice(start, stop)
+        start = max(stop, start + 1)
+
+
 def _at_target(logp_CV: torch.Tensor, target_C: torch.Tensor) -> torch.Tensor:
     """Log-probs [C] of the targets."""
     return logp_CV.gather(-1, target_C[:, None]).squeeze(-1)
@@ -123,10 +135,12 @@ def _with_teacher(
     """The chunk with the teacher's distribution, if there is one, over the student's ids."""
     if chunk.teacher_hidden_ND is not None:
         assert teacher_head_VD is not None, "the teacher's hidden states need the teacher's head"
-        _check_teacher_ids(teacher_head_VD.shape[0], spec)
         common = replace(teacher_spec or spec, vocab_size=spec.vocab_size)
+        if chunk.span_N is not None:
+            common = replace(common, vocab_size=teacher_head_VD.shape[0])
+        _check_teacher_ids(teacher_head_VD.shape[0], common)
         logp_CV = head_logps(chunk.teacher_hidden_ND, teacher_head_VD, common, temperature)
-    elif chunk.teacher_logp_NV is not None:
+    elif chunk.teacher_logp_NV is not None and chunk.span_N is None:
         _check_teacher_ids(chunk.teacher_logp_NV.shape[1], spec)
         logp_CV = chunk.teacher_logp_NV[:, : spec.vocab_size].float()
     else:

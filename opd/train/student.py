@@ -81,6 +81,16 @@ class Student(nn.Module):
     def _loss(
         self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, batch: Batch, loss: Loss
     ) -> LossOutput:
+        # the matrix is already scaled, and teachers with capped logits send log-probs instead
+        teacher_head_VD = (
+            None if batch.teacher_hidden_ND is None else self._teacher_head(batch.teacher)
+        )
+        chunk = self.chunk
+        if batch.span_N is not None:  # the teacher's own vocabulary may be the larger one
+            logp_NV = batch.teacher_logp_NV
+            width = 0 if teacher_head_VD is None else teacher_head_VD.shape[0]
+            width = width if logp_NV is None else logp_NV.shape[1]
+            chunk = min(chunk, chunk_rows(max(width, 1), self.chunk_bytes))
         return chunked_loss(
             hidden_ND,
             weight_VD,
@@ -88,12 +98,9 @@ class Student(nn.Module):
             loss,
             self.spec,
             temperature=self.temperature,
-            teacher_head_VD=None
-            if batch.teacher_hidden_ND is None
-            else self._teacher_head(batch.teacher),
-            # the matrix is already scaled, and teachers with capped logits send log-probs instead
+            teacher_head_VD=teacher_head_VD,
             teacher_spec=HeadSpec(vocab_size=self.spec.vocab_size),
-            chunk=self.chunk,
+            chunk=chunk,
         )
 
 

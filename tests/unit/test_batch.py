@@ -96,6 +96,10 @@ def test_absent_teacher_fields_stay_absent() -> None:
         "teacher_logp_NV",
         "teacher_hidden_ND",
         "teacher_outside_N",
+        "span_N",
+        "span_target_N",
+        "span_logp_N",
+        "span_single_N",
         "future_N",
     }
     moved = batch.to(torch.device("meta"))

@@ -55,6 +55,18 @@ def test_the_same_words_under_other_ids_do_not_fit() -> None:
         require_fit(info, student)
 
 
+def test_a_server_with_another_tokenizer_than_the_named_model_is_refused_by_that_name() -> None:
+    info = _info(_tokenizer(["a", "b", "c"]), rows=3)
+    named = replace(
+        read_vocabulary(_tokenizer(["a", "c", "b"]), matrix_size=3),
+        owner="teacher.model=m",
+        remedy="name the model that the server has",
+    )
+    assert fits(info, replace(named, fingerprint=info.tokenizer_fingerprint)) is None
+    with pytest.raises(ValueError, match=r"than teacher\.model=m .*; name the model"):
+        require_fit(info, named)
+
+
 def test_a_head_smaller_than_the_tokenizer_does_not_fit() -> None:
     tokenizer = _tokenizer(["a", "b", "c"])
     reason = fits(_info(tokenizer, rows=2), read_vocabulary(tokenizer, 3))
