@@ -176,7 +176,12 @@ def _build_loop(
     check = parts.sync_check
     return Loop(
         prompts=ShuffledPrompts(
-            prompts.train, config.train.prompts_per_step, config.seed, world.rank, world.size
+            prompts.train,
+            config.train.prompts_per_step,
+            config.seed,
+            world.rank,
+            world.size,
+            prompts.groups,
         ),
         engine=build_writer(config, engine),
         teacher=teachers.training,

@@ -15,6 +15,7 @@ from opd.config import (
     record,
     reward,
     rollout,
+    sources,
     teacher,
     tracking,
 )
@@ -84,6 +85,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 """Group choices: ``loss=jsd`` on the command line picks ``GROUPS["loss"]["jsd"]``."""
 
 RULES = (
+    *sources.RULES,
     *adapter.RULES,
     *loss.RULES,
     *eval.RULES,

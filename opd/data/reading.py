@@ -69,12 +69,9 @@ class PromptReader:
     replaces_system: bool = False
     keeps_turns: bool = False
     """Messages stay messages where the template does not take the prompt: it fills their last turn."""
-    max_prompt_tokens: int | None
 
     @classmethod
-    def from_config(
-        cls, data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int | None
-    ) -> "PromptReader":
+    def from_config(cls, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> "PromptReader":
         """A reader of the student's prompts; ValueError for chat options that are not the user's."""
         if ours := sorted(_OUR_OPTIONS & set(data.chat_options)):
             raise ValueError(
@@ -88,7 +85,6 @@ class PromptReader:
             chat=data.chat,
             chat_options=dict(data.chat_options),
             system=data.system,
-            max_prompt_tokens=max_prompt_tokens,
         )
 
     def for_teacher(
@@ -105,7 +101,6 @@ class PromptReader:
             replaces_system=bool(data.teacher_system),
             keeps_turns=self.template is None or self.template.takes_prompt,
             tokenizer=tokenizer or self.tokenizer,
-            max_prompt_tokens=None,
         )
 
     def read(self, place: str, row: Mapping[str, Any]) -> RenderedPrompt:
@@ -128,11 +123,6 @@ class PromptReader:
         token_ids: IntArray = np.asarray(ids, dtype=np.int32)
         if len(token_ids) == 0:
             raise ValueError(f"{place}: the prompt {text[:60]!r} tokenises to nothing; remove it")
-        if self.max_prompt_tokens is not None and len(token_ids) > self.max_prompt_tokens:
-            raise ValueError(
-                f"{place}: found a prompt of {len(token_ids)} tokens; allowed: "
-                f"{self.max_prompt_tokens}; shorten or remove it, or raise the limit"
-            )
         return RenderedPrompt(
             text=text,
             token_ids=token_ids,

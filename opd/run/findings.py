@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ def findings(config: Config, student: StudentTokenizer, prompts: PromptSets) -> 
     Raises ValueError for what cannot work: image tokens, special tokens outside the embedding.
     """
     found = [
+        *prompts.notes,
         *_end_tokens(student, prompts),
         *_special_tokens(student),
         *_prompts(student, prompts),
@@ -156,7 +158,8 @@ def _prompts(student: StudentTokenizer, prompts: PromptSets) -> Iterator[str]:
     inspected = prompts.train[:INSPECTED]
     vocabulary = student.tokenizer.get_vocab()
     images = [vocabulary[word] for word in IMAGE_TOKENS if word in vocabulary]
-    for prompt in (*prompts.train, *prompts.eval, *prompts.divergence) if images else ():
+    every_prompt = chain(prompts.train, prompts.eval, prompts.divergence)
+    for prompt in every_prompt if images else ():
         if np.isin(prompt.token_ids, images).any():
             raise ValueError(
                 f"prompt {prompt.uid} has an image token, and images are not supported: remove such prompts"

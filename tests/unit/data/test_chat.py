@@ -17,7 +17,7 @@ TOOL = {"role": "tool", "content": "4"}
 
 
 def load(source, tokenizer, **settings):
-    return load_prompts(source, tokenizer, DataConfig(**settings))
+    return load_prompts(source, tokenizer, DataConfig(**settings)).prompts
 
 
 @pytest.mark.parametrize(
