@@ -106,7 +106,7 @@ def build_training(
     """
     world = join_world()
     console, progress = build_console(world, terminal)
-    tokenizer = read_student_tokenizer(config.student)
+    tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     prompts = read_prompt_sets(config, tokenizer)
     checkpoint = newest_checkpoint(folder, processes=world.size)
     resumed = None if checkpoint is None else checkpoint[1]

@@ -51,15 +51,21 @@ class DataConfig:
     teacher_system: str | None = None
     """System message that only the teacher sees, when the chat template is used."""
     teacher_chat_template: str | None = None
-    """Folder or hub id whose chat template renders the teacher's prompts; by default the student's."""
+    """The same as data.chat_template for the teacher's prompts; by default the student's template."""
+    teacher_chat_options: dict[str, Any] | None = None
+    """Options of the chat template for the teacher's prompts; by default data.chat_options."""
     answer_regex: str | None = None
     """Regular expression whose first group is the answer, for example '#### (.*)' on GSM8K."""
     template: str | None = None
     """Text around a string prompt, or around the last user's turn of messages, with {prompt} in it."""
     chat: bool = False
     """Put string prompts into the tokenizer's chat template as the user's turn."""
+    chat_template: str | None = None
+    """A .jinja file, or a folder or hub id, whose chat template is used; by default the student's own."""
     chat_options: dict[str, Any] = field(default_factory=dict)
     """Options of the chat template, for example {enable_thinking: false} with Qwen3."""
+    tools_field: str = "tools"
+    """Column with the tools of a row for the chat template: a list of JSON schemas, or it as text."""
     system: str | None = None
     """System message, when the chat template is used."""
     max_prompt_tokens: int | None = bounded(None, least=1)

@@ -12,7 +12,14 @@ from opd.config.data import DataConfig
 if TYPE_CHECKING:
     from opd.config.schema import Config
 
-_OF_ALL_SOURCES = {"train", "eval", "streaming", "filter_overlong_prompts"}
+_OF_ALL_SOURCES = {
+    "train",
+    "eval",
+    "streaming",
+    "filter_overlong_prompts",
+    "chat_template",
+    "teacher_chat_template",
+}
 """Settings of data that an entry of a list cannot have, besides those of evaluation."""
 
 

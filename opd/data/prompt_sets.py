@@ -1,15 +1,16 @@
 """The tokenised prompts of a run: for training, for evaluation, and for the divergence to the teacher."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-from transformers import AutoTokenizer
 
 from opd.config.data import DataConfig
 from opd.config.reward import GraderRewardConfig
 from opd.config.rollout import VllmEngineConfig
 from opd.config.schema import Config
+from opd.data.chat_template import read_chat_template, read_template_tokenizer
 from opd.data.completions import Completions
 from opd.data.prompts import LoadedPrompts, RequiredAnswers, load_prompts
 from opd.data.stream import PromptGroup
@@ -138,20 +139,18 @@ def _completions(config: Config, student: StudentTokenizer) -> Completions | Non
 
 
 def _teacher_tokenizer(data: DataConfig, student: StudentTokenizer) -> Any:
-    """The tokenizer of data.teacher_chat_template; ValueError if its vocabulary is not the student's."""
-    if data.teacher_chat_template is None:
+    """The tokenizer with data.teacher_chat_template; ValueError if its vocabulary is not the student's."""
+    setting, name = "data.teacher_chat_template", data.teacher_chat_template
+    if name is None:
         return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(data.teacher_chat_template)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"data.teacher_chat_template={data.teacher_chat_template} cannot be read as a model "
-            f"folder or hub id ({first})"
-        ) from None
+    if Path(name).is_file() or Path(name).suffix == ".jinja":
+        tokenizer = copy.copy(student.tokenizer)
+        tokenizer.chat_template = read_chat_template(setting, name)
+        return tokenizer
+    tokenizer = read_template_tokenizer(setting, name)
     if tokenizer.get_vocab() != student.tokenizer.get_vocab():
         raise ValueError(
-            f"data.teacher_chat_template={data.teacher_chat_template} has another vocabulary than "
-            "the student: name a model with the student's tokenizer"
+            f"{setting}={name} has another vocabulary than the student: name a model with the student's "
+            "tokenizer, or a .jinja file"
         )
     return tokenizer

@@ -75,7 +75,7 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     unseen = hub_names(config)
     if unseen and config.dry_run and not hub_answers():
         return Preflight(start=start, unseen=tuple(unseen))
-    tokenizer = read_student_tokenizer(config.student)
+    tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     prompts = read_prompt_sets(config, tokenizer)
     ShuffledPrompts(
         prompts.train, config.train.prompts_per_step, config.seed, groups=prompts.groups
