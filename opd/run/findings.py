@@ -10,8 +10,10 @@ from transformers import AutoTokenizer
 
 from opd.config.reward import FunctionRewardConfig
 from opd.config.schema import Config
+from opd.config.sources import data_sources
 from opd.config.teacher import PoolTeacherConfig
 from opd.data.chat import end_of_turn
+from opd.data.idle_options import idle_options
 from opd.data.prompt_sets import PromptSets
 from opd.data.template import takes_prompt
 from opd.data.tokenizer import StudentTokenizer
@@ -43,6 +45,7 @@ def findings(config: Config, student: StudentTokenizer, prompts: PromptSets) -> 
         *_special_tokens(student),
         *_prompts(student, prompts),
         *_messages(config, prompts),
+        *_chat_settings(config, student, prompts),
         *_answers(config, prompts),
         *_remarks(prompts),
     ]
@@ -103,6 +106,26 @@ def _messages(config: Config, prompts: PromptSets) -> Iterator[str]:
         yield (
             f"{lists} of the {len(prompts.train)} prompts of data.train are lists of messages: "
             f"{' and '.join(given)} their last user's turn"
+        )
+
+
+def _chat_settings(config: Config, student: StudentTokenizer, prompts: PromptSets) -> Iterator[str]:
+    """Settings of the chat template that change no prompt."""
+    data = config.data
+    if not (data.chat_options or data.chat_template):
+        return
+    if not any(prompt.is_chat for prompt in prompts.train):
+        given = "data.chat_template" if data.chat_template else "data.chat_options"
+        yield (
+            f"{given} has no effect: no training prompt uses the chat template; set data.chat=true, or give "
+            "lists of messages"
+        )
+        return
+    sources = data_sources("data.train", data.train, data)
+    for option in idle_options(sources, student.tokenizer):
+        yield (
+            f"data.chat_options.{option}={data.chat_options.get(option)} changes none of the first prompts: "
+            "it is what the chat template does without it, or it concerns turns that they do not have"
         )
 
 

@@ -10,12 +10,14 @@ import yaml
 from rich.console import Console
 
 from opd.config.mask import StudyMaskConfig
+from opd.config.teacher import has_teacher
+from opd.data.preview import preview
 from opd.run.evaluate_apart import teacher_accuracy
 from opd.run.folder import DRY_RUN, describe, description
 from opd.run.launch import run_processes
 from opd.run.mask import prepare_mask
 from opd.run.plan_table import plan_table
-from opd.run.preflight import check
+from opd.run.preflight import Preflight, check
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder, sweep
 from opd.run.results import Run
 from opd.run.study import run_study
@@ -71,6 +73,7 @@ def run_one(recipe: Recipe, folder: Path) -> None:
     checked = check(recipe, folder)
     console.print(plan_table(recipe, checked, folder))
     if recipe.config.dry_run:
+        _print_first_prompt(console, recipe, checked)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DRY_RUN).write_text(description(recipe))
         console.print("dry run: everything that can be checked before training is in order")
@@ -91,6 +94,16 @@ def run_one(recipe: Recipe, folder: Path) -> None:
         )
     console.print(summary_table(folder))
     console.print(f"report: {folder / 'report.html'}")
+
+
+def _print_first_prompt(console: Console, recipe: Recipe, checked: Preflight) -> None:
+    if checked.prompts is None or checked.tokenizer is None:
+        return
+    lines = preview(
+        checked.prompts, checked.tokenizer.tokenizer, teacher=has_teacher(recipe.config)
+    )
+    for line in lines:  # a prompt may hold what Rich takes for its own markup
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def join(recipe: Recipe) -> NoReturn:
