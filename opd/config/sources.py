@@ -1,7 +1,7 @@
 """The data sets that data.train and data.eval name: one path, or a list of paths and of mappings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -78,7 +78,8 @@ def _source(setting: str, entry: Any, data: DataConfig) -> DataSource:
             f"{', '.join(sorted(allowed))}"
         )
     try:
-        read = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(data), own))
+        typed = OmegaConf.structured(replace(data, train=path, eval=None))
+        read = OmegaConf.to_object(OmegaConf.merge(typed, own))
     except OmegaConfBaseException as error:
         raise ValueError(f"{setting}: {path}: {str(error).splitlines()[0]}; correct it") from None
     assert isinstance(read, DataConfig)

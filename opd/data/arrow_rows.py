@@ -45,7 +45,7 @@ def read_saved(source: str, path: Path, split: str) -> Iterator[Row]:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # of many classes, all for the user to act on
         raise ValueError(
-            f"{source}: cannot be read as a folder of save_to_disk ({type(error).__name__}: {error}); "
+            f"{source}: cannot be read as a folder of save_to_disk ({_words(error)}); "
             "write it again, or give a file"
         ) from error
     if isinstance(found, datasets.DatasetDict):
@@ -74,11 +74,17 @@ def read_hub(
             f"{f' of subset {subset!r}' if subset else ''}{f' at {revision!r}' if revision else ''}"
         )
         raise ValueError(
-            f"{source}: cannot load split {split!r}{parts} ({type(error).__name__}: {error}); give a hub "
+            f"{source}: cannot load split {split!r}{parts} ({_words(error)}); give a hub "
             "id with its subset, split and revision, or a file"
         ) from error
     assert isinstance(found, datasets.Dataset | datasets.IterableDataset)
     yield from _rows(f"{source}[{split}]", found)
+
+
+def _words(error: Exception) -> str:
+    """The error's own words on one line, the first of them where there are many."""
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return words if len(words) <= 300 else f"{words[:300]} ..."
 
 
 def _rows(place: str, found: "datasets.Dataset | datasets.IterableDataset") -> Iterator[Row]:

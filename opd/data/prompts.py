@@ -161,6 +161,6 @@ def _require_short(setting: str, loading: _Loading, *, filtered: bool) -> tuple[
             "data.filter_overlong_prompts=true"
         )
     return (
-        f"{overlong.count} of the {loading.rows} prompts of {setting} are too long and are dropped; the first "
-        f"at {overlong.first}",
+        f"{overlong.count} of the {loading.rows} prompts of {setting} are too long and are dropped; "
+        f"the first at {overlong.first}",
     )
