@@ -14,6 +14,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from opd.data.preview import preview
 from opd.data.prompt_sets import read_prompt_sets
 from opd.data.stream import ShuffledPrompts
 from opd.data.tokenizer import read_student_tokenizer
@@ -100,14 +101,6 @@ def overrides(settings: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in shlex.split(settings))
 
 
-def quoted(settings: str) -> list[str]:
-    """The settings as arguments; a value with braces or spaces in quotes, as Hydra wants it."""
-    return [
-        f"{key}={value}" if re.fullmatch(r"[\w./*-]+", value) else f"{key}={json.dumps(value)}"
-        for key, value in overrides(settings).items()
-    ]
-
-
 def recipe(*given: str) -> Recipe:
     return composed(find_recipe("quickstart"), [*ALONE, *given])
 
@@ -129,7 +122,7 @@ def test_the_page_has_an_example_of_each_format() -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_example_row_is_read_with_the_settings_beside_it(name: str) -> None:
     found = FORMATS[name]
-    sets = read(*quoted(found["settings"]))
+    sets = read(*shlex.split(found["settings"]))
     assert len(sets.train) == COPIES
     for i, prompt in enumerate(sets.train):
         assert prompt.text.endswith(f"12+{7 + i}=")
@@ -145,6 +138,14 @@ def test_an_example_row_is_read_with_the_settings_beside_it(name: str) -> None:
             assert prompt.text.startswith("1*")
         if "domain" in found["row"]:
             assert prompt.teacher == "math"
+
+
+def test_the_first_prompt_of_the_page_is_what_the_doctor_shows() -> None:
+    (words, shown) = re.findall(r"```\n\$ opd doctor quickstart ([^\n]*)\n(.*?)```", PAGE, re.DOTALL)[0]
+    config = composed(find_recipe("quickstart"), [*shlex.split(words), "data.eval=null"]).config
+    student = read_student_tokenizer(config.student)
+    lines = preview(read_prompt_sets(config, student), student.tokenizer, teacher=True)
+    assert "\n".join(lines) + "\n" == shown
 
 
 @pytest.mark.usefixtures("_at_home")
@@ -183,12 +184,8 @@ def mixture(formats: list[str]) -> str:
         settings.pop("method", None)
         own = {key.removeprefix("data."): value for key, value in settings.items()}
         fields = {"path": path, "weight": "1", **own}
-        entries.append("{" + ",".join(f"{k}: {_plain(v)}" for k, v in fields.items()) + "}")
+        entries.append("{" + ",".join(f"{k}: {v}" for k, v in fields.items()) + "}")
     return f"data.train=[{','.join(entries)}]"
-
-
-def _plain(value: str) -> str:
-    return value if re.fullmatch(r"[\w./-]+", value) else json.dumps(value)
 
 
 @pytest.mark.parametrize("method", ["opd", "offline"])
