@@ -141,7 +141,9 @@ def test_an_example_row_is_read_with_the_settings_beside_it(name: str) -> None:
 
 
 def test_the_first_prompt_of_the_page_is_what_the_doctor_shows() -> None:
-    (words, shown) = re.findall(r"```\n\$ opd doctor quickstart ([^\n]*)\n(.*?)```", PAGE, re.DOTALL)[0]
+    (words, shown) = re.findall(
+        r"```\n\$ opd doctor quickstart ([^\n]*)\n(.*?)```", PAGE, re.DOTALL
+    )[0]
     config = composed(find_recipe("quickstart"), [*shlex.split(words), "data.eval=null"]).config
     student = read_student_tokenizer(config.student)
     lines = preview(read_prompt_sets(config, student), student.tokenizer, teacher=True)
