@@ -18,7 +18,7 @@ from opd.config.eval import EvalConfig
 from opd.config.functions import load_function
 from opd.config.loss import DivergenceLossConfig, FunctionLossConfig, TeacherInput
 from opd.config.reward import FunctionRewardConfig
-from opd.data.prompts import source_rows
+from opd.data.source_rows import source_rows
 from opd.evaluate.reward import reward_function
 from opd.head import HeadSpec
 from opd.losses.divergence import Divergence

@@ -108,7 +108,7 @@ def build_training(
     """
     world = join_world()
     console, progress = build_console(world, terminal)
-    tokenizer = read_student_tokenizer(config.student)
+    tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     prompts = read_prompt_sets(config, tokenizer)
     checkpoint = _find_checkpoint(folder, world)
     resumed = None if checkpoint is None else checkpoint[1]
@@ -189,7 +189,12 @@ def _build_loop(
     check = parts.sync_check
     return Loop(
         prompts=ShuffledPrompts(
-            prompts.train, config.train.prompts_per_step, config.seed, world.rank, world.size
+            prompts.train,
+            config.train.prompts_per_step,
+            config.seed,
+            world.rank,
+            world.size,
+            prompts.groups,
         ),
         engine=build_writer(config, engine),
         teacher=teachers.training,

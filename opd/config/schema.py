@@ -16,6 +16,7 @@ from opd.config import (
     reward,
     rollout,
     run,
+    sources,
     teacher,
     tracking,
     uld,
@@ -87,6 +88,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 
 RULES = (
     *run.RULES,
+    *sources.RULES,
     *adapter.RULES,
     *loss.RULES,
     *uld.RULES,

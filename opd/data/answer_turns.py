@@ -34,7 +34,7 @@ def answer_text(
     whole = render_chat(
         reader.tokenizer,
         [*prompt.turns, answer],
-        reader.chat_options,
+        prompt.options,
         place=place,
         add_generation_prompt=False,
     )

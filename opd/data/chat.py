@@ -1,5 +1,6 @@
 """Conversations: lists of messages, the chat template, and the end that it writes behind an answer."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -65,6 +66,21 @@ def _part(found: str, part: Any) -> str:
             "media are not supported"
         )
     return part["text"]
+
+
+def read_tools(place: str, field: str, value: Any) -> list[dict[str, Any]]:
+    """The tools of a row, a list of JSON schemas or that list as JSON text; ValueError otherwise."""
+    try:
+        items = sequence(json.loads(value) if isinstance(value, str) else value)
+    except json.JSONDecodeError:
+        items = None
+    tools = [_without_nulls(item) for item in items or [] if isinstance(item, Mapping)]
+    if items is None or len(tools) != len(items):
+        raise ValueError(
+            f"{place}: found tools {str(value)[:60]!r} in field {field!r}; expected a list of JSON schemas, "
+            '[{"type": "function", "function": {"name": ...}}], or that list as JSON text'
+        )
+    return tools
 
 
 def split_answer(place: str, messages: list[Message]) -> tuple[list[Message], Message | None]:

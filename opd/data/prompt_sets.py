@@ -1,18 +1,20 @@
 """The tokenised prompts of a run: for training, for evaluation, and for the divergence to the teacher."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-from transformers import AutoTokenizer
 
 from opd.config.data import DataConfig
 from opd.config.reward import GraderRewardConfig
 from opd.config.rollout import VllmEngineConfig
 from opd.config.schema import Config
 from opd.config.teacher import TeacherTokenizer
+from opd.data.chat_template import read_chat_template, read_template_tokenizer
 from opd.data.completions import Completions
-from opd.data.prompts import RequiredAnswers, load_prompts
+from opd.data.prompts import LoadedPrompts, RequiredAnswers, load_prompts
+from opd.data.stream import PromptGroup
 from opd.data.tokenizer import StudentTokenizer, read_tokenizer
 from opd.types import Prompt
 
@@ -25,13 +27,17 @@ EVALUATION_ANSWERS = RequiredAnswers(
 class PromptSets:
     """Prompts for training, for evaluation and for the divergence; all fit the model's context."""
 
-    train: list[Prompt]
-    eval: list[Prompt]
-    divergence: list[Prompt]
+    train: Sequence[Prompt]
+    eval: Sequence[Prompt]
+    divergence: Sequence[Prompt]
     max_length: int
     """Longest prompt plus completion that can occur, in tokens."""
     teacher_max_length: int
     """The same for prompts as the teacher sees them."""
+    groups: tuple[PromptGroup, ...] = ()
+    """The data sets of the training prompts, with their shares of a step."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the data sets, one sentence each."""
 
     @property
     def probe(self) -> list[int]:
@@ -53,33 +59,38 @@ def read_prompt_sets(
     eval_tokens = config.eval.max_tokens or train_tokens
     reader = _SetReader(student=student, teacher_tokenizer=_teacher_tokenizer(config, student))
     train = reader.read(
+        "data.train",
         data.train,
         data,
         context - train_tokens,
         completions=_completions(config, student),
         answers=_training_answers(config, grades_training),
     )
-    held_out: list[Prompt] = []
+    held_out: LoadedPrompts | None = None
     if data.eval is not None:
         room = context - max(eval_tokens, train_tokens)
-        held_out = reader.read(data.eval, data.for_eval(), room, answers=EVALUATION_ANSWERS)
+        held_out = reader.read(
+            "data.eval", data.eval, data.for_eval(), room, answers=EVALUATION_ANSWERS
+        )
     divergence = held_out
     if config.eval.kl_data is not None:
-        divergence = reader.read(config.eval.kl_data, data.for_eval(), context - train_tokens)
-    prompts = [*train, *held_out, *divergence]
-    longest = max(len(p.token_ids) for p in prompts)
+        room = context - train_tokens
+        divergence = reader.read("eval.kl_data", config.eval.kl_data, data.for_eval(), room)
+    loaded = [each for each in (train, held_out, divergence) if each is not None]
+    longest = max(each.longest for each in loaded)
+    seen_longest = max(each.teacher_longest for each in loaded)
+    held_out_longest = 0 if held_out is None else held_out.teacher_longest
     return PromptSets(
-        train=train,
-        eval=held_out,
+        train=train.prompts,
+        eval=[] if held_out is None else held_out.prompts,
         # two vocabularies have no divergence over one
         divergence=[]
-        if config.teacher.tokenizer == TeacherTokenizer.own
-        else divergence[: config.eval.kl_prompts],
+        if divergence is None or config.teacher.tokenizer == TeacherTokenizer.own
+        else divergence.prompts[: config.eval.kl_prompts],
         max_length=min(context, longest + max(train_tokens, eval_tokens)),
-        teacher_max_length=max(
-            _longest_for_teacher(prompts) + train_tokens,
-            _longest_for_teacher(held_out) + eval_tokens,
-        ),
+        teacher_max_length=max(seen_longest + train_tokens, held_out_longest + eval_tokens),
+        groups=train.groups,
+        notes=tuple(dict.fromkeys(note for each in loaded for note in each.notes)),
     )
 
 
@@ -90,13 +101,14 @@ class _SetReader:
 
     def read(
         self,
-        source: str,
+        setting: str,
+        source: Any,
         data: DataConfig,
         room: int,
         completions: Completions | None = None,
         answers: RequiredAnswers | None = None,
-    ) -> list[Prompt]:
-        """The prompts of a source; each has at most ``room`` tokens."""
+    ) -> LoadedPrompts:
+        """The prompts of what ``setting`` names; each has at most ``room`` tokens."""
         if room < 1:
             raise ValueError(
                 f"rollout.max_tokens or eval.max_tokens leaves no room for a prompt in the model's context "
@@ -106,16 +118,12 @@ class _SetReader:
             source,
             self.student.tokenizer,
             data,
+            setting=setting,
             max_prompt_tokens=room,
             completions=completions,
             teacher_tokenizer=self.teacher_tokenizer,
             answers=answers,
         )
-
-
-def _longest_for_teacher(prompts: Sequence[Prompt]) -> int:
-    token_ids = (p.token_ids if p.teacher_ids is None else p.teacher_ids for p in prompts)
-    return max(map(len, token_ids), default=0)
 
 
 def _training_answers(config: Config, grades_training: bool) -> RequiredAnswers | None:
@@ -139,22 +147,19 @@ def _teacher_tokenizer(config: Config, student: StudentTokenizer) -> Any:
 
     None where the teacher's prompts are the student's in template and tokens.
     """
-    data = config.data
     if config.teacher.tokenizer == TeacherTokenizer.own and config.teacher.model is not None:
         return read_tokenizer(config.teacher.model, setting="teacher.model").tokenizer
-    if data.teacher_chat_template is None:
+    setting, name = "data.teacher_chat_template", config.data.teacher_chat_template
+    if name is None:
         return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(data.teacher_chat_template)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"data.teacher_chat_template={data.teacher_chat_template} cannot be read as a model "
-            f"folder or hub id ({first})"
-        ) from None
+    if Path(name).is_file() or Path(name).suffix == ".jinja":
+        tokenizer = copy.copy(student.tokenizer)
+        tokenizer.chat_template = read_chat_template(setting, name)
+        return tokenizer
+    tokenizer = read_template_tokenizer(setting, name)
     if tokenizer.get_vocab() != student.tokenizer.get_vocab():
         raise ValueError(
-            f"data.teacher_chat_template={data.teacher_chat_template} has another vocabulary than "
-            "the student: name a model with the student's tokenizer"
+            f"{setting}={name} has another vocabulary than the student: name a model with the student's "
+            "tokenizer, or a .jinja file"
         )
     return tokenizer

@@ -1,32 +1,20 @@
-"""Rows become tokenised prompts; every row is checked, and an error names the file and line."""
+"""The rows of data sets become tokenised prompts; every row is checked, and an error names its place."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.data import DataConfig
-from opd.config.functions import load_function
-from opd.data.answer_turns import answer_text, thinking_fits
-from opd.data.columns import column_names, compile_regex, read_answer, read_teacher, read_uid
+from opd.config.sources import data_sources
+from opd.data.columns import column_names
 from opd.data.completions import Completions
-from opd.data.reading import PromptReader, RenderedPrompt
-from opd.data.rows import Row, read_rows
+from opd.data.prompt_rows import RowReader
+from opd.data.source_rows import NumberedRow, UniqueUids, numbered_rows
+from opd.data.spool import SpooledPrompts
+from opd.data.stream import PromptGroup
 from opd.types import Prompt
-
-OTHER_CONTINUATION = (
-    "the chat template does not write the assistant's turn behind the prompt as it is (it leaves out "
-    "reasoning or a tool call, or begins an answer otherwise than the prompt ends), and the turn's content "
-    "is learned behind the prompt; see that a <think> block is opened and closed once, for example with "
-    "data.chat_options"
-)
-THINKING = (
-    "the completion does not fit the tags that the prompt ends with: it begins with them again, never "
-    "closes the <think> that they open, or opens one behind </think>; correct the completions, or set "
-    "data.chat_options"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,145 +25,142 @@ class RequiredAnswers:
     setting: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedPrompts:
+    """Prompts in the order of their sources.
+
+    ``groups``: the prompts of each source and its share of a step; one group where no source has a
+    weight. ``longest`` and ``teacher_longest``: the most tokens of a prompt, as the student and as the
+    teacher sees it. ``notes``: what was left out, one sentence each.
+    """
+
+    prompts: Sequence[Prompt]
+    groups: tuple[PromptGroup, ...]
+    longest: int
+    teacher_longest: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """Rows of one kind: how many there are, and what the first one is."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, what: str) -> None:
+        self.first = self.first or what
+        self.count += 1
+
+
+@dataclass(slots=True, kw_only=True)
+class _Loading:
+    """What is known of the rows that were read so far; ``kept`` counts the prompts of each source."""
+
+    prompts: "list[Prompt] | SpooledPrompts"
+    kept: list[int]
+    rows: int = 0
+    longest: int = 0
+    teacher_longest: int = 0
+    overlong: _Found = field(default_factory=_Found)
+    unanswered: _Found = field(default_factory=_Found)
+
+    def add(self, row: NumberedRow, prompt: Prompt, most: int | None, answer_field: str) -> None:
+        """Keep a prompt, unless it has more than ``most`` tokens."""
+        self.rows += 1
+        length = len(prompt.token_ids)
+        if most is not None and length > most:
+            self.overlong.add(f"{row.place}: found a prompt of {length} tokens; allowed: {most}")
+            return
+        if prompt.answer is None:
+            self.unanswered.add(
+                f"{row.place}: found no answer in field {answer_field!r} (the fields are "
+                f"{column_names(row.row)})"
+            )
+        seen = prompt.token_ids if prompt.teacher_ids is None else prompt.teacher_ids
+        self.longest = max(self.longest, length)
+        self.teacher_longest = max(self.teacher_longest, len(seen))
+        self.kept[row.source] += 1
+        self.prompts.append(prompt)
+
+
 def load_prompts(
-    source: str,
+    source: Any,
     tokenizer: PreTrainedTokenizerBase,
     data: DataConfig,
     *,
+    setting: str = "data.train",
     max_prompt_tokens: int | None = None,
     completions: Completions | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     answers: RequiredAnswers | None = None,
-) -> list[Prompt]:
-    """The prompts of ``source`` in file order, at most the first ``data.limit``.
+) -> LoadedPrompts:
+    """The prompts of ``source`` in the order of its rows; of each data set at most the first ``limit``.
 
-    source: a .jsonl, .jsonl.gz, .json, .csv or .parquet path, or a hub id.
+    source: what ``setting`` holds: a path, a glob, a hub id, or a list of these.
+    max_prompt_tokens: the most that the model takes; ``data.max_prompt_tokens`` may be less.
     completions: reads the completions of the data set into ``Prompt.completion_ids``.
     teacher_tokenizer: its chat template renders the teacher's prompts; by default the student's.
-    uid: the row's ``uid`` when it has one, else its number in the source.
 
-    Raises ``ValueError`` naming file, line, what was found and what is allowed: for unreadable
-    rows, missing or empty prompts, wrong types, duplicate uids, prompts of more than
-    ``max_prompt_tokens`` tokens, and prompts without one of the ``answers`` that are required.
-    Prompts are never truncated or dropped silently.
+    Raises ``ValueError`` naming file, line, what was found and what is allowed: for unreadable rows,
+    missing or empty prompts, wrong types, duplicate uids, prompts that are too long (unless
+    ``data.filter_overlong_prompts`` drops them), and prompts without one of the ``answers`` that are
+    required. Prompts are never truncated.
     """
-    reader = PromptReader.from_config(data, tokenizer, max_prompt_tokens)
-    teacher_reader = reader.for_teacher(data, teacher_tokenizer)
-    answer_regex = compile_regex(data.answer_regex)
-    prompts: list[Prompt] = []
-    first_seen: dict[str, str] = {}
-    unanswered: list[tuple[str, str]] = []
-    for index, (place, row) in enumerate(source_rows(source, data)):
-        rendered = reader.read(place, row)
-        uid = read_uid(place, row, index)
-        if uid in first_seen:
-            raise ValueError(
-                f"{place}: found uid {uid!r} again, first at {first_seen[uid]}; "
-                "make each uid unique, or leave uid out"
-            )
-        first_seen[uid] = place
-        prompt = Prompt(
-            uid=uid,
-            token_ids=rendered.token_ids,
-            answer=read_answer(place, row, data.answer_field, answer_regex),
-            text=rendered.text,
-            is_chat=rendered.turns is not None,
-            has_answer_turn=rendered.answer is not None,
-            remarks=_lost_turns(rendered, "student"),
-        )
-        if prompt.answer is None:
-            unanswered.append((place, column_names(row)))
-        if data.teacher_field is not None:
-            prompt = replace(prompt, teacher=read_teacher(place, row, data.teacher_field))
-        if completions is not None:
-            prompt = _with_completion(prompt, completions, reader, rendered, place, row)
-        if teacher_reader is not None:
-            prompt = _with_teacher(prompt, teacher_reader.read(place, row))
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"{source}: found no rows; expected at least one prompt")
-    if answers is not None and unanswered:
-        raise ValueError(_without_answers(unanswered, len(prompts), data.answer_field, answers))
-    return prompts
-
-
-def _without_answers(
-    rows: Sequence[tuple[str, str]], total: int, field: str, answers: RequiredAnswers
-) -> str:
-    """The message for ``rows``, (place, columns) of those that have no answer."""
-    place, names = rows[0]
-    return (
-        f"{place}: found no answer in field {field!r} (the fields are {names}), the first of {len(rows)} "
-        f"of {total} rows without one, and {answers.who} compares completions with it: name the right "
-        f"field with {answers.setting}, or remove those rows"
-    )
-
-
-def _lost_turns(rendered: RenderedPrompt, reader: str) -> tuple[str, ...]:
-    return tuple(
-        f"the chat template leaves out the text of a {role} turn, or a part of it, so that the {reader} "
-        "does not see it; put it into the user's turn, or use another chat template"
-        for role in sorted(rendered.lost_roles)
-    )
-
-
-def _with_teacher(prompt: Prompt, seen: RenderedPrompt) -> Prompt:
-    remarks = (*prompt.remarks, *_lost_turns(seen, "teacher"))
-    return replace(prompt, teacher_ids=seen.token_ids, remarks=remarks)
-
-
-def _with_completion(
-    prompt: Prompt,
-    completions: Completions,
-    reader: PromptReader,
-    rendered: RenderedPrompt,
-    place: str,
-    row: Mapping[str, Any],
-) -> Prompt:
-    found = rendered.answer if completions.field is None else completions.read_column(place, row)
-    if found is None:
+    sources = data_sources(setting, source, data)
+    loading = _Loading(prompts=SpooledPrompts() if data.streaming else [], kept=[0] * len(sources))
+    readers = [
+        RowReader.of_source(each.data, tokenizer, teacher_tokenizer, completions)
+        for each in sources
+    ]
+    limits = [_least(max_prompt_tokens, each.data.max_prompt_tokens) for each in sources]
+    uids = UniqueUids()
+    for row in numbered_rows(sources):
+        uids.add(row.uid)
+        reader = readers[row.source]
+        loading.add(row, reader.read(row), limits[row.source], reader.data.answer_field)
+    uids.require(lambda: numbered_rows(sources))
+    notes = _require_short(setting, loading, filtered=data.filter_overlong_prompts)
+    for each, kept in zip(sources, loading.kept, strict=True):
+        if not kept:
+            dropped = f" ({notes[0]})" if notes else ""
+            raise ValueError(f"{each.path}: found no rows{dropped}; expected at least one prompt")
+    if answers is not None and loading.unanswered.count:
         raise ValueError(
-            f"{place}: found no completion: data.completion_field is not set, and the prompt is not a "
-            "list of messages that ends with the assistant's turn; name the column of completions "
-            "with data.completion_field (`opd generate` makes such a file)"
+            f"{loading.unanswered.first}, the first of {loading.unanswered.count} of {loading.rows} rows "
+            f"without one, and {answers.who} compares completions with it: name the right field with "
+            f"{answers.setting}, or remove those rows"
         )
-    if isinstance(found, str):
-        text = found
-        remark = None if rendered.turns is None or thinking_fits(rendered.text, text) else THINKING
-    else:
-        text, fits = answer_text(place, reader, rendered, found)
-        remark = None if fits else OTHER_CONTINUATION
-    end_id = completions.end_id if rendered.turns is None else completions.turn_end_id
-    return replace(
-        prompt,
-        completion_ids=completions.encode(place, text, end_id, rendered),
-        remarks=prompt.remarks if remark is None else (*prompt.remarks, remark),
+    return LoadedPrompts(
+        prompts=loading.prompts,
+        groups=tuple(
+            PromptGroup(name=each.path, size=kept, weight=each.weight)
+            for each, kept in zip(sources, loading.kept, strict=True)
+        ),
+        longest=loading.longest,
+        teacher_longest=loading.teacher_longest,
+        notes=notes,
     )
 
 
-def source_rows(source: str, data: DataConfig) -> Iterator[Row]:
-    """(place, row) of the rows that ``data`` selects, each converted by ``data.function`` if it is set."""
-    rows = read_rows(source, split=data.split, subset=data.subset)
-    if data.function is not None:
-        rows = _converted(rows, data.function)
-    return islice(rows, data.limit)
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _converted(rows: Iterator[Row], name: str) -> Iterator[Row]:
-    convert = load_function("data.function", name)
-    for place, row in rows:
-        try:
-            converted: Any = convert(dict(row))
-        except Exception as error:  # the user's code may raise anything
-            raise ValueError(
-                f"{place}: data.function={name} failed ({type(error).__name__}: {error}); correct the "
-                "function or the row"
-            ) from error
-        if converted is None:
-            continue
-        if not isinstance(converted, Mapping):
-            raise ValueError(
-                f"{place}: data.function={name} returned a {type(converted).__name__}; expected a dict "
-                "(the row to use) or None (drop it)"
-            )
-        yield place, converted
+def _require_short(setting: str, loading: _Loading, *, filtered: bool) -> tuple[str, ...]:
+    """What is said of the overlong prompts that were dropped; ValueError where they are refused."""
+    overlong = loading.overlong
+    if not overlong.count:
+        return ()
+    which = (
+        f"{overlong.first}, the first of {overlong.count} of {loading.rows} rows that are longer"
+    )
+    if not filtered:
+        raise ValueError(
+            f"{which}; shorten or remove them, raise the limit, or drop them with "
+            "data.filter_overlong_prompts=true"
+        )
+    return (
+        f"{overlong.count} of the {loading.rows} prompts of {setting} are too long and are dropped; "
+        f"the first at {overlong.first}",
+    )

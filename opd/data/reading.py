@@ -15,9 +15,11 @@ from opd.data.chat import (
     Message,
     lost_roles,
     read_messages,
+    read_tools,
     render_chat,
     split_answer,
 )
+from opd.data.chat_template import require_used, template_variables
 from opd.data.columns import column, column_names, find_column, require_unicode, sequence
 from opd.data.template import RowTemplate
 from opd.types import IntArray
@@ -44,15 +46,16 @@ _OUR_OPTIONS = {
 class RenderedPrompt:
     """A prompt as text and tokens.
 
-    ``turns``: what the chat template rendered; None for plain text. ``answer``: the assistant's turn
-    that the row has behind the prompt; it is no part of the prompt. ``lost_roles``: whose turns the
-    chat template does not render whole.
+    ``turns``: what the chat template rendered; None for plain text. ``options``: those that it was
+    given. ``answer``: the assistant's turn that the row has behind the prompt; it is no part of the
+    prompt. ``lost_roles``: whose turns the chat template does not render whole.
     """
 
     text: str
     token_ids: IntArray
     turns: list[Message] | None
     answer: Message | None
+    options: Mapping[str, Any] = field(default_factory=dict)
     lost_roles: frozenset[str] = frozenset()
 
 
@@ -65,47 +68,46 @@ class PromptReader:
     template: RowTemplate | None
     chat: bool
     chat_options: dict[str, Any] = field(default_factory=dict)
+    options_setting: str | None = "data.chat_options"
+    """Where the options were given for this reader; None: for another one, whose template they fit."""
+    tools_field: str = "tools"
     system: str | None
     replaces_system: bool = False
     keeps_turns: bool = False
     """Messages stay messages where the template does not take the prompt: it fills their last turn."""
-    max_prompt_tokens: int | None
 
     @classmethod
-    def from_config(
-        cls, data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int | None
-    ) -> "PromptReader":
+    def from_config(cls, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> "PromptReader":
         """A reader of the student's prompts; ValueError for chat options that are not the user's."""
-        if ours := sorted(_OUR_OPTIONS & set(data.chat_options)):
-            raise ValueError(
-                f"found {', '.join(ours)} in data.chat_options, which opd sets itself: a prompt ends where "
-                "the answer begins; leave it out, and give variables of the chat template alone"
-            )
+        _refuse_our_options("data.chat_options", data.chat_options)
         return cls(
             tokenizer=tokenizer,
             prompt_field=data.prompt_field,
             template=_template("data.template", data.template, data),
             chat=data.chat,
             chat_options=dict(data.chat_options),
+            tools_field=data.tools_field,
             system=data.system,
-            max_prompt_tokens=max_prompt_tokens,
         )
 
     def for_teacher(
         self, data: DataConfig, tokenizer: PreTrainedTokenizerBase | None
     ) -> "PromptReader | None":
         """A reader of the teacher's prompts; None where teacher and student see the same prompt."""
-        if not (data.teacher_template or data.teacher_system or tokenizer):
+        options = data.teacher_chat_options
+        if not (data.teacher_template or data.teacher_system or tokenizer) and options is None:
             return None
+        _refuse_our_options("data.teacher_chat_options", options or {})
         return replace(
             self,
+            chat_options=self.chat_options if options is None else dict(options),
+            options_setting=None if options is None else "data.teacher_chat_options",
             template=_template("data.teacher_template", data.teacher_template, data)
             or self.template,
             system=data.teacher_system or self.system,
             replaces_system=bool(data.teacher_system),
             keeps_turns=self.template is None or self.template.takes_prompt,
             tokenizer=tokenizer or self.tokenizer,
-            max_prompt_tokens=None,
         )
 
     def read(self, place: str, row: Mapping[str, Any]) -> RenderedPrompt:
@@ -113,14 +115,17 @@ class PromptReader:
         _refuse_media(place, row)
         text, turns, answer = self._content(place, row)
         lost: set[str] = set()
+        options: dict[str, Any] = {}
         if turns is None:
             if self.system:
                 name = "data.teacher_system" if self.replaces_system else "data.system"
                 warnings.warn(f"{name} has no effect without data.chat=true", stacklevel=2)
         else:
-            self._refuse_tools(place, row)
+            if self.options_setting is not None:
+                require_used(self.options_setting, self.chat_options, self.tokenizer)
+            options = self.chat_options | self._tools(place, row)
             turns = self._with_system(turns)
-            text = render_chat(self.tokenizer, turns, self.chat_options, place=place)
+            text = render_chat(self.tokenizer, turns, options, place=place)
             lost = lost_roles(text, turns)
         require_unicode(place, "prompt", text)
         # The chat template writes the special tokens itself; the tokenizer must not add them again.
@@ -128,16 +133,12 @@ class PromptReader:
         token_ids: IntArray = np.asarray(ids, dtype=np.int32)
         if len(token_ids) == 0:
             raise ValueError(f"{place}: the prompt {text[:60]!r} tokenises to nothing; remove it")
-        if self.max_prompt_tokens is not None and len(token_ids) > self.max_prompt_tokens:
-            raise ValueError(
-                f"{place}: found a prompt of {len(token_ids)} tokens; allowed: "
-                f"{self.max_prompt_tokens}; shorten or remove it, or raise the limit"
-            )
         return RenderedPrompt(
             text=text,
             token_ids=token_ids,
             turns=turns,
             answer=answer,
+            options=options,
             lost_roles=frozenset(lost),
         )
 
@@ -194,20 +195,34 @@ class PromptReader:
                 "one with data.prompt_field, or use data.template"
             ) from None
 
-    def _refuse_tools(self, place: str, row: Mapping[str, Any]) -> None:
+    def _tools(self, place: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The tools of the row as an option of the chat template; none where the recipe gives them."""
+        value = column(row, self.tools_field)
         used = "tools" in self.chat_options or (self.template and "{tools" in self.template.text)
-        if not used and _filled(row.get("tools")):
+        if used or not _filled(value):
+            return {}
+        known = template_variables(self.tokenizer.chat_template)
+        if known is not None and "tools" not in known:
             raise ValueError(
-                f"{place}: found tools in field 'tools', which no chat template is given row by row; write "
-                "them into the system message, give those of all rows with data.chat_options.tools, or "
+                f"{place}: found tools in field {self.tools_field!r}, which the chat template does not use; "
+                "write them into the system message, give another template with data.chat_template, or "
                 "drop the field with data.function"
             )
+        return {"tools": read_tools(place, self.tools_field, value)}
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
         has_own = turns[0]["role"] in SYSTEM_ROLES
         if not self.system or (has_own and not self.replaces_system):
             return turns
         return [{"role": "system", "content": self.system}, *turns[has_own:]]
+
+
+def _refuse_our_options(setting: str, options: Mapping[str, Any]) -> None:
+    if ours := sorted(_OUR_OPTIONS & set(options)):
+        raise ValueError(
+            f"found {', '.join(ours)} in {setting}, which opd sets itself: a prompt ends where the answer "
+            "begins; leave it out, and give variables of the chat template alone"
+        )
 
 
 def _refuse_media(place: str, row: Mapping[str, Any]) -> None:

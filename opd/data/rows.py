@@ -1,48 +1,88 @@
 """Rows of a file or of a Hugging Face data set, each with its place for error messages."""
 
+import codecs
 import csv
+import glob
 import gzip
-import io
 import json
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opd.data.narrow_floats import narrow_columns, with_short_floats
+from opd.data.arrow_rows import Row, is_saved, read_hub, read_parquet, read_saved
 
-Row = tuple[str, Mapping[str, Any]]
 FILE_KINDS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 MOST_CELL_CHARACTERS = 2**31 - 1
 
 
-def read_rows(source: str, *, split: str = "train", subset: str | None = None) -> Iterator[Row]:
+def read_rows(
+    source: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+) -> Iterator[Row]:
     """Yield (place, row) in the order of the source; a place looks like ``train.jsonl:12``.
 
-    ``source`` is a path whose name ends in one of ``FILE_KINDS``, a folder, or a hub id; ``split``
-    and ``subset`` pick a part of a hub data set. A line number counts from 1; a row of a parquet
-    file, a JSON list or the hub counts from 1 too. Raises ``ValueError`` for what cannot be read.
+    ``source`` is a path whose name ends in one of ``FILE_KINDS``, a glob of such paths (in sorted
+    order), a folder, or a hub id. ``split`` picks a part of a hub data set or of a folder;
+    ``subset`` and ``revision`` are those of a hub data set, and ``streaming`` reads its rows without a
+    copy of the whole on disk. A line number counts from 1; a row of a parquet file, a JSON list or
+    the hub counts from 1 too. Raises ``ValueError`` for what cannot be read.
     """
     path = Path(source)
-    kind = next((kind for kind in FILE_KINDS if path.name.endswith(kind)), None)
-    if kind is None:
+    if glob.has_magic(source) and not path.exists():
+        yield from _read_glob(source)
+    elif _kind(path) is None:
         if path.is_file():
             raise ValueError(
                 f"{source}: found a file of an unknown kind; allowed: {', '.join(FILE_KINDS)}; "
                 "convert it, or rename it if it is one of these"
             )
-        yield from _read_hub(source, split, subset)
-        return
+        if path.is_dir() and is_saved(path):
+            _warn_of_no_effect(source, subset, revision)
+            yield from read_saved(source, path, split)
+        else:
+            yield from read_hub(source, split, subset, revision, streaming)
+    else:
+        _warn_of_no_effect(source, subset, revision)
+        yield from _read_file(source)
+
+
+def _kind(path: Path) -> str | None:
+    return next((kind for kind in FILE_KINDS if path.name.endswith(kind)), None)
+
+
+def _warn_of_no_effect(source: str, subset: str | None, revision: str | None) -> None:
+    for name, value in (("subset", subset), ("revision", revision)):
+        if value is not None:
+            warnings.warn(f"{name}={value} has no effect on {source}", stacklevel=3)
+
+
+def _read_glob(pattern: str) -> Iterator[Row]:
+    files = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+    if not files:
+        raise ValueError(
+            f"{pattern}: no file matches (looked in {Path.cwd()}); give a pattern relative to where the "
+            "command is run"
+        )
+    for file in files:
+        yield from _read_file(file)
+
+
+def _read_file(source: str) -> Iterator[Row]:
+    """The rows of one file, by the end of its name."""
+    path = Path(source)
     if not path.is_file():
         raise ValueError(
             f"{source}: no such file (looked in {Path.cwd()}); give a path relative to where the "
             "command is run, or a hub id"
         )
-    if subset is not None:
-        warnings.warn(f"subset={subset} has no effect on the file {source}", stacklevel=2)
-    match kind:
+    match _kind(path):
         case ".jsonl" | ".jsonl.gz":
             yield from _read_jsonl(source, path)
         case ".json":
@@ -50,21 +90,27 @@ def read_rows(source: str, *, split: str = "train", subset: str | None = None) -
         case ".csv":
             yield from _read_csv(source, path)
         case ".parquet":
-            yield from _read_parquet(source, path)
+            yield from read_parquet(source, path)
+        case _:
+            raise ValueError(
+                f"{source}: found a file of an unknown kind; allowed: {', '.join(FILE_KINDS)}; "
+                "make the pattern narrower, or convert it"
+            )
 
 
 def _text(source: str, path: Path) -> str:
     """The file's text; a byte order mark is not part of it."""
     try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{source}:{line}: found bytes that are not UTF-8; save the file as UTF-8"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(_not_utf8(source, line)) from error
+    except OSError as error:
         raise ValueError(f"{source}: cannot be read ({error}); check the file") from error
+
+
+def _not_utf8(source: str, line: int) -> str:
+    return f"{source}:{line}: found bytes that are not UTF-8; save the file as UTF-8"
 
 
 def _object(place: str, value: Any) -> Row:
@@ -91,9 +137,25 @@ def _unreadable(place: str, error: RecursionError | ValueError) -> str:
     )
 
 
+def _lines(source: str, path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of a text file, one line in memory at a time; a byte order mark is left out.
+
+    Lines end at a line feed alone: U+2028, at which ``splitlines`` splits, may stand in a JSON string.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                body = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+                try:
+                    yield number, body.decode()
+                except UnicodeDecodeError as error:
+                    raise ValueError(_not_utf8(source, number)) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{source}: cannot be read ({error}); check the file") from error
+
+
 def _read_jsonl(source: str, path: Path) -> Iterator[Row]:
-    # Not splitlines(): it also splits at U+2028, which JSON allows inside a string.
-    for number, line in enumerate(_text(source, path).split("\n"), start=1):
+    for number, line in _lines(source, path):
         if not line.strip():
             continue
         try:
@@ -129,7 +191,17 @@ def _read_json(source: str, path: Path) -> Iterator[Row]:
 
 def _read_csv(source: str, path: Path) -> Iterator[Row]:
     csv.field_size_limit(MOST_CELL_CHARACTERS)  # Python's own limit is 131,072
-    reader = csv.DictReader(io.StringIO(_text(source, path), newline=""), strict=True)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _read_csv_rows(source, csv.DictReader(file, strict=True))
+    except UnicodeDecodeError:
+        _text(source, path)  # raises with the line
+        raise
+    except OSError as error:
+        raise ValueError(f"{source}: cannot be read ({error}); check the file") from error
+
+
+def _read_csv_rows(source: str, reader: "csv.DictReader[str]") -> Iterator[Row]:
     try:
         header = list(reader.fieldnames or ())
         twice = sorted({name for name in header if header.count(name) > 1})
@@ -149,37 +221,3 @@ def _read_csv(source: str, path: Path) -> Iterator[Row]:
             yield place, row
     except csv.Error as error:
         raise ValueError(f"{source}:{reader.line_num}: malformed CSV ({error})") from error
-
-
-def _read_parquet(source: str, path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        numbered = enumerate(
-            (row for batch in table.iter_batches() for row in batch.to_pylist()), start=1
-        )
-        narrow = narrow_columns(table.schema_arrow)
-        for number, row in numbered:
-            yield f"{source}: row {number}", with_short_floats(row, narrow)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{source}: not a readable parquet file ({error})") from error
-
-
-def _read_hub(source: str, split: str, subset: str | None) -> Iterator[Row]:
-    import datasets
-
-    # load_dataset raises many classes of errors, and all of them are for the user to act on.
-    try:
-        dataset = datasets.load_dataset(source, subset, split=split)
-    except Exception as error:
-        raise ValueError(
-            f"{source}: cannot load split {split!r}{f' of subset {subset!r}' if subset else ''} "
-            f"({type(error).__name__}: {error}); give a hub id with its subset and split, or a "
-            f"file ({', '.join(FILE_KINDS)})"
-        ) from error
-    narrow = narrow_columns(dataset.features.arrow_schema)
-    for number, row in enumerate(dataset, start=1):
-        assert isinstance(row, dict)
-        yield f"{source}[{split}]: row {number}", with_short_floats(row, narrow)

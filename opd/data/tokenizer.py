@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from opd.config.student import StudentConfig
 from opd.data.chat import end_of_turn
+from opd.data.chat_template import read_chat_template
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,20 +74,27 @@ def plain_end(tokenizer: Any, stop_ids: Sequence[int]) -> int:
     return stop_ids[0] if end is None else end
 
 
-def read_student_tokenizer(student: StudentConfig) -> StudentTokenizer:
-    """Read tokenizer and configs of ``student.model``.
-
-    Raises ValueError when there is no such model, or no end token.
-    """
-    return read_tokenizer(student.model, trust_remote_code=student.trust_remote_code)
+def read_student_tokenizer(
+    student: StudentConfig, chat_template: str | None = None
+) -> StudentTokenizer:
+    """Read tokenizer and configs of ``student.model``; see ``read_tokenizer``."""
+    return read_tokenizer(
+        student.model, trust_remote_code=student.trust_remote_code, chat_template=chat_template
+    )
 
 
 def read_tokenizer(
-    model: str, *, trust_remote_code: bool = False, setting: str = "student.model"
+    model: str,
+    *,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    setting: str = "student.model",
 ) -> StudentTokenizer:
     """Read tokenizer and configs of a model folder or hub id, which ``setting`` names.
 
-    Raises ValueError when there is no such model, or no end token.
+    chat_template: what data.chat_template names; it takes the place of the tokenizer's own.
+
+    Raises ValueError when there is no such model or template, or no end token.
     """
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -96,6 +104,8 @@ def read_tokenizer(
         raise ValueError(
             f"{setting}={model} cannot be read as a model folder or hub id ({first})"
         ) from None
+    if chat_template is not None:
+        tokenizer.chat_template = read_chat_template("data.chat_template", chat_template)
     try:
         ends = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:

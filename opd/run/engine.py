@@ -34,7 +34,11 @@ def load_engine(config: Config, model: str, *, grades_training: bool = False) ->
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     world = join_world()
     _, progress = build_console(world, sys.stdout)
-    tokenizer = read_tokenizer(model, trust_remote_code=config.student.trust_remote_code)
+    tokenizer = read_tokenizer(
+        model,
+        trust_remote_code=config.student.trust_remote_code,
+        chat_template=config.data.chat_template,
+    )
     prompts = read_prompt_sets(config, tokenizer, grades_training=grades_training)
     require_gradable(config, prompts, grades_training=grades_training)
     rollout = config.rollout

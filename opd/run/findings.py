@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ from transformers import AutoTokenizer
 
 from opd.config.reward import FunctionRewardConfig
 from opd.config.schema import Config
+from opd.config.sources import data_sources
 from opd.config.teacher import PoolTeacherConfig, TeacherTokenizer
 from opd.data.chat import end_of_turn
+from opd.data.idle_options import idle_options
 from opd.data.prompt_sets import PromptSets
 from opd.data.template import takes_prompt
 from opd.data.tokenizer import StudentTokenizer
@@ -37,10 +40,12 @@ def findings(config: Config, student: StudentTokenizer, prompts: PromptSets) -> 
     Raises ValueError for what cannot work: image tokens, special tokens outside the embedding.
     """
     found = [
+        *prompts.notes,
         *_end_tokens(student, prompts),
         *_special_tokens(student),
         *_prompts(student, prompts),
         *_messages(config, prompts),
+        *_chat_settings(config, student, prompts),
         *_answers(config, prompts),
         *_remarks(prompts),
     ]
@@ -106,6 +111,26 @@ def _messages(config: Config, prompts: PromptSets) -> Iterator[str]:
         )
 
 
+def _chat_settings(config: Config, student: StudentTokenizer, prompts: PromptSets) -> Iterator[str]:
+    """Settings of the chat template that change no prompt."""
+    data = config.data
+    if not (data.chat_options or data.chat_template):
+        return
+    if not any(prompt.is_chat for prompt in prompts.train):
+        given = "data.chat_template" if data.chat_template else "data.chat_options"
+        yield (
+            f"{given} has no effect: no training prompt uses the chat template; set data.chat=true, or give "
+            "lists of messages"
+        )
+        return
+    sources = data_sources("data.train", data.train, data)
+    for option in idle_options(sources, student.tokenizer):
+        yield (
+            f"data.chat_options.{option}={data.chat_options.get(option)} changes none of the first prompts: "
+            "it is what the chat template does without it, or it concerns turns that they do not have"
+        )
+
+
 def _answers(config: Config, prompts: PromptSets) -> Iterator[str]:
     """What happens to answers that stand behind the prompts, and to those that nobody has."""
     use = (
@@ -158,7 +183,8 @@ def _prompts(student: StudentTokenizer, prompts: PromptSets) -> Iterator[str]:
     inspected = prompts.train[:INSPECTED]
     vocabulary = student.tokenizer.get_vocab()
     images = [vocabulary[word] for word in IMAGE_TOKENS if word in vocabulary]
-    for prompt in (*prompts.train, *prompts.eval, *prompts.divergence) if images else ():
+    every_prompt = chain(prompts.train, prompts.eval, prompts.divergence)
+    for prompt in every_prompt if images else ():
         if np.isin(prompt.token_ids, images).any():
             raise ValueError(
                 f"prompt {prompt.uid} has an image token, and images are not supported: remove such prompts"

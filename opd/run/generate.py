@@ -9,8 +9,8 @@ from typing import Any
 from opd.assembly.rollout import in_process
 from opd.config.rollout import training_sampling
 from opd.config.schema import Config, problems
-from opd.data.columns import read_uid
-from opd.data.prompts import source_rows
+from opd.config.sources import data_sources
+from opd.data.source_rows import numbered_rows
 from opd.data.tokenizer import StudentTokenizer
 from opd.evaluate.grade import grader
 from opd.evaluate.reward import RewardFunction, grade_reward
@@ -74,14 +74,15 @@ def _reward(config: Config, only_correct: bool) -> RewardFunction:
 
 def _rows(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     """(uid, row) of the training prompts."""
-    for index, (place, row) in enumerate(source_rows(config.data.train, config.data)):
+    for numbered in numbered_rows(data_sources("data.train", config.data.train, config.data)):
+        row = dict(numbered.row)
         try:
-            json.dumps(dict(row), ensure_ascii=False).encode()
+            json.dumps(row, ensure_ascii=False).encode()
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError(
-                f"{place}: cannot be written as JSON ({error}); drop that field"
+                f"{numbered.place}: cannot be written as JSON ({error}); drop that field"
             ) from None
-        yield read_uid(place, row, index), dict(row)
+        yield numbered.uid, row
 
 
 def _line(

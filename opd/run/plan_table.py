@@ -10,6 +10,7 @@ from opd.config.launch import count_processes
 from opd.config.mask import DiscoverMaskConfig, FileMaskConfig, active_mask
 from opd.config.rollout import RolloutConfig
 from opd.config.schema import Config
+from opd.config.sources import source_paths
 from opd.config.teacher import (
     LocalTeacherConfig,
     PoolTeacherConfig,
@@ -128,5 +129,5 @@ def _writer(config: Config) -> str:
         return "the student"
     field = config.data.completion_field
     place = "the assistant's last turns" if field is None else f"column {field}"
-    column = f"{config.data.train}, {place}"
+    column = f"{', '.join(source_paths(config.data.train))}, {place}"
     return column if share == 0 else f"the student {share:.0%}, the rest from {column}"

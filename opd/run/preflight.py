@@ -2,8 +2,9 @@
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,7 @@ from opd.config.optim import clipped_warmup
 from opd.config.reward import GroupRewardConfig
 from opd.config.rollout import training_sampling
 from opd.config.schema import Config, problems
+from opd.config.sources import source_paths
 from opd.config.teacher import (
     PoolTeacherConfig,
     SelfTeacherConfig,
@@ -81,9 +83,11 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
         placement = place(config, cards, read_shape=lambda model: None)
         return Preflight(start=start, placement=placement, unseen=tuple(unseen))
     placement = place(config, cards)
-    tokenizer = read_student_tokenizer(config.student)
+    tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     prompts = read_prompt_sets(config, tokenizer)
-    ShuffledPrompts(prompts.train, config.train.prompts_per_step, config.seed)
+    ShuffledPrompts(
+        prompts.train, config.train.prompts_per_step, config.seed, groups=prompts.groups
+    )
     if prompts.divergence and len(prompts.divergence) < count_processes(config):
         raise ValueError(
             f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
@@ -139,17 +143,17 @@ def hub_names(config: Config) -> list[str]:
     """Settings that name a model or data set on a hub: owner/name, and no such local path."""
     teacher = config.teacher
     members = teacher.members if isinstance(teacher, PoolTeacherConfig) else {}
-    named = {
-        "student.model": config.student.model,
-        "teacher.model": teacher.model,
-        **{f"teacher.members.{name}": member for name, member in members.items()},
-        "data.train": config.data.train,
-        "data.eval": config.data.eval,
-        "eval.kl_data": config.eval.kl_data,
-    }
+    named = [
+        ("student.model", config.student.model),
+        ("teacher.model", teacher.model),
+        *((f"teacher.members.{name}", member) for name, member in members.items()),
+        *(("data.train", path) for path in source_paths(config.data.train)),
+        *(("data.eval", path) for path in source_paths(config.data.eval)),
+        *(("eval.kl_data", path) for path in source_paths(config.eval.kl_data)),
+    ]
     return [
         f"{setting}={name}"
-        for setting, name in named.items()
+        for setting, name in named
         if name and HUB_NAME.fullmatch(name) and not Path(name).exists()
     ]
 
@@ -198,7 +202,7 @@ def _check_teacher(config: Config, tokenizer: StudentTokenizer, prompts: PromptS
         config.teacher, read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
     )
     if isinstance(config.teacher, PoolTeacherConfig):
-        every_prompt = [*prompts.train, *prompts.eval, *prompts.divergence]
+        every_prompt = chain(prompts.train, prompts.eval, prompts.divergence)
         _require_members(config.teacher, every_prompt)
     longest = prompts.teacher_max_length
     infos = teacher_infos(config.teacher, student)
@@ -222,7 +226,7 @@ def _require_teacher_prompts_fit(prompts: PromptSets, max_length: int) -> None:
         )
 
 
-def _require_members(pool: PoolTeacherConfig, prompts: Sequence[Prompt]) -> None:
+def _require_members(pool: PoolTeacherConfig, prompts: Iterable[Prompt]) -> None:
     for prompt in prompts:
         if prompt.teacher not in pool.members:
             found = "no teacher" if prompt.teacher is None else f"teacher {prompt.teacher!r}"

@@ -125,7 +125,11 @@ def _require_valid(arguments: PruneArguments, recipe: Recipe) -> None:
 
 def _questions(recipe: Recipe) -> int:
     config = recipe.config
-    return len(read_prompt_sets(config, read_student_tokenizer(config.student)).eval)
+    return len(
+        read_prompt_sets(
+            config, read_student_tokenizer(config.student, config.data.chat_template)
+        ).eval
+    )
 
 
 def _known(file: Path, settings: Mapping[str, Any]) -> dict[tuple[str, int], float]:

@@ -12,6 +12,8 @@ from rich.console import Console
 from opd.config.launch import count_processes
 from opd.config.mask import StudyMaskConfig
 from opd.config.schema import problems
+from opd.config.teacher import has_teacher
+from opd.data.preview import preview
 from opd.run.commands import engine_settings
 from opd.run.devices import find_cards, require_devices, require_running_servers, resolved
 from opd.run.evaluate_apart import teacher_accuracy
@@ -21,7 +23,7 @@ from opd.run.lock import hold, locked
 from opd.run.mask import prepare_mask
 from opd.run.place import place
 from opd.run.plan_table import plan_table
-from opd.run.preflight import check
+from opd.run.preflight import Preflight, check
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder, sweep
 from opd.run.results import Run
 from opd.run.stop import STOP
@@ -87,7 +89,9 @@ def run_one(recipe: Recipe, folder: Path) -> None:
 
 def _dry_run(recipe: Recipe, folder: Path) -> None:
     console = Console()
-    console.print(plan_table(recipe, check(recipe, folder), folder))
+    checked = check(recipe, folder)
+    console.print(plan_table(recipe, checked, folder))
+    _print_first_prompt(console, recipe, checked)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DRY_RUN).write_text(description(recipe))
     console.print("dry run: everything that can be checked before training is in order")
@@ -119,6 +123,16 @@ def _run_locked(recipe: Recipe, folder: Path) -> None:
         )
     console.print(summary_table(folder))
     console.print(f"report: {folder / 'report.html'}")
+
+
+def _print_first_prompt(console: Console, recipe: Recipe, checked: Preflight) -> None:
+    if checked.prompts is None or checked.tokenizer is None:
+        return
+    lines = preview(
+        checked.prompts, checked.tokenizer.tokenizer, teacher=has_teacher(recipe.config)
+    )
+    for line in lines:  # a prompt may hold what Rich takes for its own markup
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def join(recipe: Recipe) -> NoReturn:

@@ -16,7 +16,7 @@ GRADED = RequiredAnswers(who="reward=grader", setting="data.answer_field")
 
 
 def answers(path, tokenizer, required=None, **settings):
-    prompts = load_prompts(path, tokenizer, DataConfig(**settings), answers=required)
+    prompts = load_prompts(path, tokenizer, DataConfig(**settings), answers=required).prompts
     return [prompt.answer for prompt in prompts]
 
 
@@ -168,7 +168,7 @@ def test_narrow_floats_are_as_short_as_they_were_written(source, kind, tokenizer
     assert answers(path, tokenizer, answer_field="list") == [("0.1",), None]
     assert answers(path, tokenizer, answer_field="in.x") == ["0.1", None]
     assert answers(path, tokenizer, answer_field="in.y") == ["z", None]
-    (prompt, _) = load_prompts(path, tokenizer, DataConfig(template="{prompt} {answer}"))
+    (prompt, _) = load_prompts(path, tokenizer, DataConfig(template="{prompt} {answer}")).prompts
     assert prompt.text == "q 0.1"
 
 

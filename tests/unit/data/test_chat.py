@@ -17,7 +17,7 @@ TOOL = {"role": "tool", "content": "4"}
 
 
 def load(source, tokenizer, **settings):
-    return load_prompts(source, tokenizer, DataConfig(**settings))
+    return load_prompts(source, tokenizer, DataConfig(**settings)).prompts
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
 
 
 @pytest.mark.parametrize("value", [[FUNCTION], json.dumps([FUNCTION]), [FUNCTION, FUNCTION]])
-def test_tools_of_a_row_are_refused_where_no_template_gets_them(
+def test_tools_of_a_row_are_refused_where_the_template_does_not_use_them(
     value, tokenizer, make_tokenizer, write
 ):
     path = write({"prompt": [USER], "tools": value})

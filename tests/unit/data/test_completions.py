@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerFast
 
 from opd.config.data import DataConfig
 from opd.data.completions import Completions
-from opd.data.prompts import OTHER_CONTINUATION, THINKING, load_prompts
+from opd.data.prompt_rows import OTHER_CONTINUATION, THINKING
+from opd.data.prompts import load_prompts
 from opd.data.tokenizer import StudentTokenizer
 
 USER = {"role": "user", "content": "q"}
@@ -31,7 +32,7 @@ def completion(path, tokenizer, *, field="completion", max_tokens=64, **settings
     """The text of the first row's completion, its end included."""
     completions = Completions.of_student(student(tokenizer), field=field, max_tokens=max_tokens)
     data = DataConfig(**settings)
-    prompt = load_prompts(path, tokenizer, data, completions=completions)[0]
+    prompt = load_prompts(path, tokenizer, data, completions=completions).prompts[0]
     return tokenizer.decode(prompt.completion_ids)
 
 
@@ -74,7 +75,7 @@ def test_white_space_without_an_end_behind_it_is_kept(tokenizer, write):
 def test_a_mixed_file_ends_each_row_by_its_own_prompt(tokenizer, write):
     path = write({"prompt": "q", "completion": "a"}, {"prompt": [USER], "completion": "b"})
     completions = Completions.of_student(student(tokenizer), field="completion", max_tokens=9)
-    prompts = load_prompts(path, tokenizer, DataConfig(), completions=completions)
+    prompts = load_prompts(path, tokenizer, DataConfig(), completions=completions).prompts
     learned = [tokenizer.decode(prompt.completion_ids) for prompt in prompts]
     assert learned == ["a<eos>", "b<|im_end|>"]
 
@@ -142,7 +143,9 @@ def sft(row, tokenizer, field=None, **settings):
     """The first row's completion as text, and whether something was remarked."""
     path = settings.pop("write")(row)
     completions = Completions.of_student(student(tokenizer), field=field, max_tokens=99)
-    (prompt,) = load_prompts(path, tokenizer, DataConfig(**settings), completions=completions)
+    (prompt,) = load_prompts(
+        path, tokenizer, DataConfig(**settings), completions=completions
+    ).prompts
     return tokenizer.decode(prompt.completion_ids), OTHER_CONTINUATION in prompt.remarks
 
 
@@ -196,7 +199,7 @@ def test_a_text_that_does_not_fit_the_prompt_s_tags_is_learned_and_remarked(
     tokenizer = make_tokenizer(template)
     completions = Completions.of_student(student(tokenizer), field="completion", max_tokens=99)
     path = write({"prompt": [USER], "completion": text}, {"prompt": "<think>", "completion": "4"})
-    chat, plain = load_prompts(path, tokenizer, DataConfig(), completions=completions)
+    chat, plain = load_prompts(path, tokenizer, DataConfig(), completions=completions).prompts
     assert tokenizer.decode(chat.completion_ids) == f"{text}<|im_end|>"
     assert (THINKING in chat.remarks) == remarked
     assert not plain.remarks
@@ -274,7 +277,7 @@ def test_generated_ids_come_back_from_their_text(pieces, prompt, scheme, write):
     writer = student(tokenizer, "</s>")
     completions = Completions.of_student(writer, field="completion", max_tokens=9)
     path = write({"prompt": prompt, "completion": writer.decode_all(ids)})
-    (prompt,) = load_prompts(path, tokenizer, DataConfig(), completions=completions)
+    (prompt,) = load_prompts(path, tokenizer, DataConfig(), completions=completions).prompts
     assert prompt.completion_ids.tolist() == [*ids, tokenizer.eos_token_id]
 
 
@@ -285,7 +288,7 @@ def test_an_answer_has_the_ids_of_the_whole_conversation(answer, scheme, write):
     turns = [USER, {"role": "assistant", "content": answer}]
     completions = Completions.of_student(student(tokenizer, "</s>"), field=None, max_tokens=9)
     path = write({"prompt": turns})
-    (prompt,) = load_prompts(path, tokenizer, DataConfig(), completions=completions)
+    (prompt,) = load_prompts(path, tokenizer, DataConfig(), completions=completions).prompts
     whole = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False))["input_ids"]
     assert [*prompt.token_ids.tolist(), *prompt.completion_ids.tolist()] == whole
 
@@ -295,7 +298,9 @@ def test_an_answer_has_the_ids_of_the_whole_conversation(answer, scheme, write):
 def test_bytes_are_the_same_wherever_they_stand(text, chat, tokenizer, write):
     completions = Completions.of_student(student(tokenizer), field="completion", max_tokens=99)
     path = write({"prompt": "q\n", "completion": text})
-    (prompt,) = load_prompts(path, tokenizer, DataConfig(chat=chat), completions=completions)
+    (prompt,) = load_prompts(
+        path, tokenizer, DataConfig(chat=chat), completions=completions
+    ).prompts
     assert prompt.completion_ids.tolist()[:-1] == tokenizer(text)["input_ids"]
     assert student(tokenizer).decode_all(prompt.completion_ids.tolist()[:-1]) == text
 

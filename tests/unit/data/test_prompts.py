@@ -14,7 +14,7 @@ from opd.data.prompts import load_prompts
 def load(source, tokenizer, max_prompt_tokens=None, **settings):
     return load_prompts(
         source, tokenizer, DataConfig(**settings), max_prompt_tokens=max_prompt_tokens
-    )
+    ).prompts
 
 
 def test_a_row_becomes_a_tokenised_prompt(tokenizer, write):

@@ -11,7 +11,7 @@ ASSISTANT = {"role": "assistant", "content": "a"}
 
 
 def load(path, tokenizer, **settings):
-    return load_prompts(path, tokenizer, DataConfig(**settings))[0]
+    return load_prompts(path, tokenizer, DataConfig(**settings)).prompts[0]
 
 
 @pytest.mark.parametrize(

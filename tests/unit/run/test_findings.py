@@ -1,6 +1,7 @@
 """What a check says of end tokens, answers and templates, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from opd.run.preflight import check
 from opd.run.recipe import composed, find_recipe
+from opd.run.train import train as train_run
 
 QUICKSTART = find_recipe("quickstart")
 ALONE = ("teacher=none", "loss=nll", "launch.processes=1", "launch.engine=torch")
@@ -261,3 +263,77 @@ def test_an_answer_that_the_grader_number_cannot_use_is_refused_by_a_check(
             check(recipe, Path("run"))
     else:
         assert check(recipe, Path("run")).prompts is not None
+
+
+THINKS = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{% if enable_thinking is defined and not enable_thinking %}##{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            ["data.chat_options.enable_thinking=true"],
+            "enable_thinking=True changes none of the first",
+        ),
+        (["data.chat_options.enable_thinking=false"], None),
+        (
+            ["data.chat_options.enable_thinking=false", "data.chat=false"],
+            "data.chat_options has no effect",
+        ),
+        (["data.chat_template=student", "data.chat=false"], "data.chat_template has no effect"),
+        (["data.chat_template=student"], None),
+    ],
+)
+def test_chat_settings_that_change_nothing_are_said(
+    settings: list[str], words: str | None, quickstart: Path
+) -> None:
+    chat = [model(quickstart, THINKS), "data.eval=null", "data.chat=true"]
+    said = found(*chat, *(s.replace("data.chat_o", "+data.chat_o") for s in settings))
+    assert words in said if words else "data.chat_" not in said
+
+
+def test_a_chat_option_that_no_template_uses_is_refused(quickstart: Path) -> None:
+    chat = [model(quickstart, THINKS), "data.eval=null", "data.chat=true"]
+    with pytest.raises(
+        ValueError, match=r"data\.chat_options\.enable_thinkng: .*did you mean enable_th"
+    ):
+        found(*chat, "+data.chat_options.enable_thinkng=false")
+
+
+def test_dropped_prompts_are_counted_in_the_plan() -> None:
+    train = rows({"prompt": "1+2=", "answer": "3"}, {"prompt": "1111+2222=", "answer": "3333"})
+    limits = ["data.eval=null", "data.max_prompt_tokens=5"]
+    assert "1 of the 2 prompts of data.train are too long and are dropped" in found(
+        train, *limits, "data.filter_overlong_prompts=true"
+    )
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: found a prompt of 10 tokens; allowed: 5"):
+        found(train, *limits)
+
+
+def test_a_dry_run_shows_the_first_prompt(
+    quickstart: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = ("teacher=local", "launch.processes=1", "launch.engine=torch", "rollout=transformers")
+    train_run("quickstart", *local, "data.teacher_template='{answer}#{prompt}'", "dry_run=true")
+    shown = capsys.readouterr().out
+    assert "prompt train-00000 as the student sees it, 6 tokens:\n41+53=\n" in shown
+    assert "its last 6 tokens: 7 '4', 4 '1', 13 '+', 8 '5', 6 '3', 14 '='" in shown
+    assert "prompt train-00000 as the teacher sees it, 9 tokens:\n94#41+53=\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.train=[]", "data.train is an empty list"),
+        ("data.train=[{path: a.jsonl, spilt: x}]", "unknown setting 'spilt'"),
+        ("data.eval=[{path: a.jsonl, weight: 1}]", "data.eval has weights"),
+    ],
+)
+def test_sources_of_another_form_are_refused_before_anything_is_read(
+    setting: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        found(setting)
