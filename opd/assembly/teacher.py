@@ -18,6 +18,7 @@ from opd.config.teacher import (
     PoolTeacherConfig,
     SelfTeacher,
     SelfTeacherConfig,
+    ServedTeacherConfig,
     ServerTeacherConfig,
     TeacherConfig,
     has_teacher,
@@ -28,7 +29,7 @@ from opd.interfaces import Progress, Teacher
 from opd.sync.ema import EMAWeights
 from opd.teacher.backend import Backend
 from opd.teacher.backend_torch import TorchBackend
-from opd.teacher.connect import TEACHER_URL, TEACHER_URLS, member_urls, server_client
+from opd.teacher.connect import TEACHER_URLS, listed_urls, member_urls, server_client
 from opd.teacher.local import LocalTeacher
 from opd.teacher.model_info import max_positions, read_info, read_spec
 from opd.teacher.no_teacher import NoTeacher
@@ -121,9 +122,8 @@ def build_clients(
     """One teacher behind as many clients as there are requests."""
     match config:
         case ServerTeacherConfig():
-            url = config.url or os.environ.get(TEACHER_URL)
-            assert url is not None, "the launcher starts a teacher where no url is given"
-            return [server_client(config, url, student, each, progress) for each in requests]
+            urls = _server_urls(config)
+            return [_balanced(config, urls, student, each, progress) for each in requests]
         case PoolTeacherConfig():
             return _pools(config, student, requests, progress)
         case LocalTeacherConfig(model=str(model)):
@@ -165,18 +165,35 @@ def _pools(
     All members score over the smallest vocabulary among them. ``ValueError`` when one does not fit, or
     when it is a model whose server has not been started.
     """
-    started = json.loads(os.environ.get(TEACHER_URLS, "{}"))
+    started = _started_servers()
     servers = {name: _servers(name, member, started) for name, member in config.members.items()}
     distinct = tuple(dict.fromkeys(servers.values()))
-    sizes = [_member(config, urls, student, ScoreRequest(), progress).info() for urls in distinct]
+    sizes = [_balanced(config, urls, student, ScoreRequest(), progress).info() for urls in distinct]
     common = min(student.matrix_size, *(info.vocab_size for info in sizes))
     student = replace(student, matrix_size=common)
     pools: list[Teacher] = []
     for request in requests:
-        teachers = {urls: _member(config, urls, student, request, progress) for urls in distinct}
+        teachers = {urls: _balanced(config, urls, student, request, progress) for urls in distinct}
         members = {name: teachers[urls] for name, urls in servers.items()}
         pools.append(RoutedTeacher(members, progress=progress))
     return pools
+
+
+def _started_servers() -> dict[str, list[str]]:
+    """The servers that the launcher started, by model."""
+    return json.loads(os.environ.get(TEACHER_URLS, "{}"))
+
+
+def _server_urls(config: ServerTeacherConfig) -> tuple[str, ...]:
+    if config.url is not None:
+        return listed_urls(config.url)
+    urls = tuple(_started_servers().get(str(config.model), ()))
+    if not urls:
+        raise ValueError(
+            f"teacher.model={config.model} has no server, and only opd train starts servers: start one "
+            "with `opd teacher` and give its address as teacher.url"
+        )
+    return urls
 
 
 def _servers(name: str, member: str, started: Mapping[str, list[str]]) -> tuple[str, ...]:
@@ -189,13 +206,14 @@ def _servers(name: str, member: str, started: Mapping[str, list[str]]) -> tuple[
     return urls
 
 
-def _member(
-    config: PoolTeacherConfig,
+def _balanced(
+    config: ServedTeacherConfig,
     urls: Sequence[str],
     student: Vocabulary,
     request: ScoreRequest,
     progress: Progress,
 ) -> Teacher:
+    """A client of the servers of one teacher."""
     if len(urls) == 1:
         return server_client(config, urls[0], student, request, progress)
     return BalancedTeacher(

@@ -75,14 +75,16 @@ class ServedTeacherConfig(TeacherEngineConfig, TeacherConfig):
     """Retries of a failed request, with exponential back-off."""
     devices: str | None = None
     """CUDA_VISIBLE_DEVICES of a server started with the run; by default the run's own."""
+    replicas: int = bounded(1, least=1)
+    """Servers started with the run for each model; if one dies, the others take over its requests."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ServerTeacherConfig(ServedTeacherConfig):
-    """A teacher behind HTTP: started with the run, or found at teacher.url."""
+    """One teacher behind HTTP: its servers are started with the run, or found at teacher.url."""
 
     url: str | None = None
-    """Address of a running `opd teacher`; without it the run starts one from teacher.model."""
+    """Addresses of running `opd teacher`s of one model, comma separated; without it the run starts them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,8 +93,6 @@ class PoolTeacherConfig(ServedTeacherConfig):
 
     members: dict[str, str] = field(default_factory=dict)
     """Name in the prompts: model folder or hub id, or addresses of running servers, comma separated."""
-    replicas: int = bounded(1, least=1)
-    """Servers started with the run for each model; if one dies, the others take over its requests."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,6 +169,8 @@ def a_teacher_is_named(config: "Config") -> str | None:
             )
         case ServerTeacherConfig(model=None, url=None):
             return "teacher=server needs teacher.model (a server is started) or teacher.url (one is used)"
+        case ServerTeacherConfig(url=str(url)) if not url.strip(" ,"):
+            return f"teacher.url={url!r} holds no address: give http://HOST:PORT, or null"
         case LocalTeacherConfig(model=None):
             return "teacher=local needs teacher.model=<folder or hub id>"
         case PoolTeacherConfig(members=members) if not members:

@@ -20,7 +20,7 @@ from opd.config.teacher import (
 )
 from opd.run.environment import child_environment
 from opd.serving.child import RunningService, running_service
-from opd.teacher.connect import TEACHER_URL, TEACHER_URLS, pool_models
+from opd.teacher.connect import TEACHER_URLS, pool_models
 from opd.teacher.wire import TOKEN_VARIABLE
 
 
@@ -73,10 +73,13 @@ def running_teacher(
 def started_teachers(config: Config, logs: Path) -> Iterator[StartedTeachers]:
     """The servers of teachers without an address, ended when the context ends."""
     match config.teacher:
-        case ServerTeacherConfig(url=None, model=str(model)):
-            with _servers(config.teacher, [(model, logs / "teacher.log")]) as (urls, token):
-                url = urls[model][0]
-                yield _started({TEACHER_URL: url}, token, [f"teacher.url={url}"])
+        case ServerTeacherConfig(url=None, model=str(model), replicas=replicas):
+            names = (
+                [f"teacher_{i}.log" for i in range(replicas)] if replicas > 1 else ["teacher.log"]
+            )
+            needed = [(model, logs / name) for name in names]
+            with _servers(config.teacher, needed) as (urls, token):
+                yield _started(urls, token, [f"teacher.url='{','.join(urls[model])}'"])
         case PoolTeacherConfig(members=members, replicas=replicas) if pool_models(members):
             models = pool_models(members)
             needed = [
@@ -90,13 +93,14 @@ def started_teachers(config: Config, logs: Path) -> Iterator[StartedTeachers]:
                     for name, model in members.items()
                     if model in urls
                 ]
-                yield _started({TEACHER_URLS: json.dumps(urls)}, token, settings)
+                yield _started(urls, token, settings)
         case _:
             yield NO_SERVERS
 
 
-def _started(environment: dict[str, str], token: str, settings: list[str]) -> StartedTeachers:
-    return StartedTeachers(environment=environment | {TOKEN_VARIABLE: token}, settings=settings)
+def _started(urls: dict[str, list[str]], token: str, settings: list[str]) -> StartedTeachers:
+    environment = {TEACHER_URLS: json.dumps(urls), TOKEN_VARIABLE: token}
+    return StartedTeachers(environment=environment, settings=settings)
 
 
 @contextmanager
@@ -105,7 +109,7 @@ def _servers(
 ) -> Iterator[tuple[dict[str, list[str]], str]]:
     """Start the servers concurrently; the addresses of each model, and the token of all.
 
-    ``needed`` has the model and the log path of each. A pool's servers divide teacher.devices among
+    ``needed`` has the model and the log path of each. Several servers divide teacher.devices among
     themselves, ``tensor_parallel_size`` to each.
     """
     token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
@@ -113,7 +117,7 @@ def _servers(
         running_teacher(
             server_config(config, model),
             log_path=log,
-            devices=_devices(config, number),
+            devices=_devices(config, number, len(needed)),
             token=token,
         )
         for number, (model, log) in enumerate(needed)
@@ -127,8 +131,10 @@ def _servers(
         yield urls, token
 
 
-def _devices(config: ServedTeacherConfig, number: int) -> str | None:
-    if config.devices is None or isinstance(config, ServerTeacherConfig):
+def _devices(config: ServedTeacherConfig, number: int, servers: int) -> str | None:
+    """The devices of server ``number``; one server alone has all of teacher.devices."""
+    alone = servers == 1 and isinstance(config, ServerTeacherConfig)
+    if config.devices is None or alone:
         return config.devices
     devices, width = config.devices.split(","), config.tensor_parallel_size
     first = number * width % len(devices)

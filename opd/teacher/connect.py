@@ -20,16 +20,19 @@ from opd.teacher.vocabulary import Vocabulary, common_vocab_size, require_fit
 from opd.teacher.wire import TOKEN_VARIABLE
 from opd.types import ScoreRequest, TeacherInfo
 
-TEACHER_URL = "OPD_TEACHER_URL"
-"""Environment variable: the address of the teacher that the launcher started."""
 TEACHER_URLS = "OPD_TEACHER_URLS"
-"""Environment variable: the servers that the launcher started for a pool, as JSON, model -> urls."""
+"""Environment variable: the servers that the launcher started, as JSON, model -> urls."""
+
+
+def listed_urls(setting: str) -> tuple[str, ...]:
+    """The addresses in a comma-separated setting, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in setting.split(",") if part.strip()))
 
 
 def member_urls(member: str) -> tuple[str, ...]:
     """The addresses that a pool member lists; none when it is a model."""
-    listed = tuple(part.strip() for part in member.split(",") if part.strip())
-    return listed if listed and all(u.startswith(("http://", "https://")) for u in listed) else ()
+    listed = listed_urls(member)
+    return listed if all(u.startswith(("http://", "https://")) for u in listed) else ()
 
 
 def pool_models(members: Mapping[str, str]) -> list[str]:
@@ -80,7 +83,7 @@ def describe_transport(
 
 
 def teacher_infos(config: TeacherConfig, student: Vocabulary) -> list[TeacherInfo]:
-    """The info of each teacher, before it is loaded, in the order of ``teacher.members``.
+    """The info of each teacher or server, before it is loaded, in the order of the setting.
 
     Raises ValueError when one cannot be reached or read, or when its vocabulary does not fit.
     """
@@ -91,8 +94,8 @@ def teacher_infos(config: TeacherConfig, student: Vocabulary) -> list[TeacherInf
                 for name, member in members.items()
                 for info in _member_infos(config, f"teacher.members.{name}", member, student)
             ]
-        case ServerTeacherConfig(url=str(url)):
-            return [_served_info(config, "teacher.url", url, student)]
+        case ServerTeacherConfig(url=str(urls)):
+            return [_served_info(config, "teacher.url", u, student) for u in listed_urls(urls)]
     assert config.model is not None
     return [_read_info(config, "teacher.model", config.model, student)]
 
