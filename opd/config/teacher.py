@@ -48,11 +48,13 @@ class TeacherEngineConfig(TeacherModelConfig):
     kv_cache_memory_bytes: int = bounded(1 << 30, least=1)
     """Size of the key-value cache on a machine without GPU."""
     max_waiting_tokens: int = bounded(65536, least=1)
-    """Tokens of waiting requests that are answered together."""
+    """Tokens of waiting requests that are answered together; more of them wait for their turn."""
     max_request_bytes: int = bounded(64 << 20, least=1)
     """Largest request body."""
     max_response_bytes: int = bounded(1 << 30, least=1)
-    """Largest response."""
+    """Largest response; nothing more is computed while so many bytes wait to be sent."""
+    sleep: bool = False
+    """Leave the GPUs while nobody scores: for a teacher on cards where the student generates or learns."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,9 +72,9 @@ class ServedTeacherConfig(TeacherEngineConfig, TeacherConfig):
     """Teachers behind HTTP."""
 
     timeout: float = bounded(300.0, above=0)
-    """Seconds before a request times out; after three time-outs in a row it is given up."""
+    """Seconds without progress before a request times out; after three time-outs in a row it is given up."""
     retries: int = bounded(4, least=0)
-    """Retries of a failed request, with exponential back-off."""
+    """Retries of a failed request, with exponential back-off; waiting for a busy server spends none."""
     devices: str | None = None
     """CUDA_VISIBLE_DEVICES of a server started with the run; by default the run's own."""
     replicas: int = bounded(1, least=1)
