@@ -1,13 +1,11 @@
 """What scores rollouts: one teacher or several, the student itself, or none; and the reward."""
 
-import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from opd.assembly.served_teacher import put_to_sleep, served_clients
 from opd.checkpoint.tensors import torch_dtype
 from opd.config.adapter import LoraConfig
 from opd.config.reward import GroupRewardConfig
@@ -19,7 +17,6 @@ from opd.config.teacher import (
     SelfTeacher,
     SelfTeacherConfig,
     ServedTeacherConfig,
-    ServerTeacherConfig,
     TeacherConfig,
     has_teacher,
 )
@@ -29,11 +26,9 @@ from opd.interfaces import Progress, Teacher
 from opd.sync.ema import EMAWeights
 from opd.teacher.backend import Backend
 from opd.teacher.backend_torch import TorchBackend
-from opd.teacher.connect import TEACHER_URLS, listed_urls, member_urls, server_client
 from opd.teacher.local import LocalTeacher
 from opd.teacher.model_info import max_positions, read_info, read_spec
 from opd.teacher.no_teacher import NoTeacher
-from opd.teacher.pool import BalancedTeacher, RoutedTeacher
 from opd.teacher.rewarded import RewardedTeacher
 from opd.teacher.self_teacher import ModuleBackend
 from opd.teacher.vocabulary import Vocabulary
@@ -96,9 +91,9 @@ def build_teachers(
         teachers = _local_clients(backend, limit, DType.float32, requests, student, progress)
     else:
         teachers = build_clients(config.teacher, student, requests, world, progress)
-    training, whole, sampled = teachers
     members = config.teacher.members if isinstance(config.teacher, PoolTeacherConfig) else ()
-    heads = TeacherHeads(whole, max(1, len(members)), world.device)
+    heads = TeacherHeads(teachers[1], max(1, len(members)), world.device)
+    training, whole, sampled = put_to_sleep(config.teacher, teachers, heads, world)
     return Teachers(
         training=_with_reward(config, training if request.sampled else none, tokenizer),
         whole=whole,
@@ -121,11 +116,8 @@ def build_clients(
 ) -> list[Teacher]:
     """One teacher behind as many clients as there are requests."""
     match config:
-        case ServerTeacherConfig():
-            urls = _server_urls(config)
-            return [_balanced(config, urls, student, each, progress) for each in requests]
-        case PoolTeacherConfig():
-            return _pools(config, student, requests, progress)
+        case ServedTeacherConfig():
+            return served_clients(config, student, requests, progress)
         case LocalTeacherConfig(model=str(model)):
             backend = TorchBackend(model, config, device=str(world.device))
             limit = config.max_num_batched_tokens
@@ -152,73 +144,6 @@ def _local_clients(
         )
         for request in requests
     ]
-
-
-def _pools(
-    config: PoolTeacherConfig,
-    student: Vocabulary,
-    requests: Sequence[ScoreRequest],
-    progress: Progress,
-) -> list[Teacher]:
-    """One pool behind as many clients as there are requests.
-
-    All members score over the smallest vocabulary among them. ``ValueError`` when one does not fit, or
-    when it is a model whose server has not been started.
-    """
-    started = _started_servers()
-    servers = {name: _servers(name, member, started) for name, member in config.members.items()}
-    distinct = tuple(dict.fromkeys(servers.values()))
-    sizes = [_balanced(config, urls, student, ScoreRequest(), progress).info() for urls in distinct]
-    common = min(student.matrix_size, *(info.vocab_size for info in sizes))
-    student = replace(student, matrix_size=common)
-    pools: list[Teacher] = []
-    for request in requests:
-        teachers = {urls: _balanced(config, urls, student, request, progress) for urls in distinct}
-        members = {name: teachers[urls] for name, urls in servers.items()}
-        pools.append(RoutedTeacher(members, progress=progress))
-    return pools
-
-
-def _started_servers() -> dict[str, list[str]]:
-    """The servers that the launcher started, by model."""
-    return json.loads(os.environ.get(TEACHER_URLS, "{}"))
-
-
-def _server_urls(config: ServerTeacherConfig) -> tuple[str, ...]:
-    if config.url is not None:
-        return listed_urls(config.url)
-    urls = tuple(_started_servers().get(str(config.model), ()))
-    if not urls:
-        raise ValueError(
-            f"teacher.model={config.model} has no server, and only opd train starts servers: start one "
-            "with `opd teacher` and give its address as teacher.url"
-        )
-    return urls
-
-
-def _servers(name: str, member: str, started: Mapping[str, list[str]]) -> tuple[str, ...]:
-    urls = member_urls(member) or tuple(started.get(member, ()))
-    if not urls:
-        raise ValueError(
-            f"teacher.members.{name}={member} is a model, and only opd train starts servers: start one "
-            "with `opd teacher` and give its address"
-        )
-    return urls
-
-
-def _balanced(
-    config: ServedTeacherConfig,
-    urls: Sequence[str],
-    student: Vocabulary,
-    request: ScoreRequest,
-    progress: Progress,
-) -> Teacher:
-    """A client of the servers of one teacher."""
-    if len(urls) == 1:
-        return server_client(config, urls[0], student, request, progress)
-    return BalancedTeacher(
-        [partial(server_client, config, url, student, request) for url in urls], progress=progress
-    )
 
 
 def _self_backend(

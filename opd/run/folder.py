@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "teacher.devices",
     "teacher.gpu_memory_utilization",
     "teacher.replicas",
+    "teacher.sleep",
     "train.stop_after",
     "rollout.urls",
     "rollout.servers",

@@ -13,8 +13,9 @@ from opd.config.teacher import (
     TeacherConfig,
 )
 from opd.interfaces import Progress
-from opd.teacher.client import ServerTeacher
+from opd.teacher.client import ServerTeacher, server_connection
 from opd.teacher.model_info import max_positions, read_info, require_divisible_heads
+from opd.teacher.sleeping import SleepSwitch
 from opd.teacher.transport import describe_costs
 from opd.teacher.vocabulary import Vocabulary, common_vocab_size, require_fit
 from opd.teacher.wire import TOKEN_VARIABLE
@@ -56,6 +57,12 @@ def server_client(
         token=os.environ.get(TOKEN_VARIABLE),
         progress=progress,
     )
+
+
+def sleep_switch(config: ServedTeacherConfig, urls: Sequence[str]) -> SleepSwitch:
+    """What puts these servers to sleep and wakes them, with the run's token."""
+    token = os.environ.get(TOKEN_VARIABLE)
+    return SleepSwitch([server_connection(config, url, token) for url in urls])
 
 
 def describe_transport(
