@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from opd.config.teacher import TeacherServerConfig
 from opd.head import HeadSpec
+from opd.serving.admission import AdmissionQueue
 from opd.serving.app import (
     MEDIA_TYPE,
     Refusal,
@@ -24,7 +25,6 @@ from opd.serving.app import (
     require_body,
     require_token,
 )
-from opd.serving.line import Line
 from opd.serving.waiting import WaitingResponse
 from opd.teacher.backend import Backend
 from opd.teacher.response import require_answerable
@@ -36,7 +36,7 @@ from opd.teacher.wire import (
     read_request,
     response_bytes,
 )
-from opd.teacher.work_queue import Job, WorkQueue
+from opd.teacher.work_queue import ScoreJob, WorkQueue
 from opd.types import TeacherInfo
 
 HELD_REQUESTS = 16
@@ -49,7 +49,7 @@ def teacher_app(work: WorkQueue, config: TeacherServerConfig, *, token: str | No
     """The application; ``token`` None admits every caller who reaches the port."""
     backend = work.backend()
     app = bare_app("opd teacher")
-    line = Line(HELD_REQUESTS * config.max_request_bytes)
+    line = AdmissionQueue(HELD_REQUESTS * config.max_request_bytes)
 
     @app.get("/info")
     async def info(request: Request) -> Response:
@@ -105,7 +105,7 @@ def teacher_app(work: WorkQueue, config: TeacherServerConfig, *, token: str | No
     return app
 
 
-async def _scored(job: Job) -> Response:
+async def _scored(job: ScoreJob) -> Response:
     try:
         scores = await asyncio.wrap_future(job.done)
     except Exception as error:
@@ -115,7 +115,7 @@ async def _scored(job: Job) -> Response:
 
 
 def _without_body(
-    line: Line, answer: Callable[[bytes, ExitStack], Awaitable[Response]]
+    line: AdmissionQueue, answer: Callable[[bytes, ExitStack], Awaitable[Response]]
 ) -> Response:
     """The response to a request that waits for its turn like all others, and has no body."""
 

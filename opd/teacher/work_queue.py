@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(eq=False, slots=True)
-class Job:
+class ScoreJob:
     """A request, the size of its response, and the response; ``held`` are bytes of it that are in memory."""
 
     request: WireRequest
@@ -55,7 +55,7 @@ class WorkQueue:
         sleeps: bool = False,
     ) -> None:
         self.sleeps = sleeps
-        self._waiting: deque[Job | _Call] = deque()
+        self._waiting: deque[ScoreJob | _Call] = deque()
         self._changed = threading.Condition()
         self._held = 0
         self._is_asleep = False
@@ -71,16 +71,16 @@ class WorkQueue:
         """Wait until the model is loaded; raises what loading raised. For its ``info`` and ``spec`` only."""
         return self._built.result()
 
-    def submit(self, request: WireRequest, size: int = 0) -> Job:
+    def submit(self, request: WireRequest, size: int = 0) -> ScoreJob:
         """A job with the future response, of ``size`` bytes; ``release`` it when the response is sent.
 
         The request must have passed ``require_answerable``.
         """
-        job = Job(request, size)
+        job = ScoreJob(request, size)
         self._put(job)
         return job
 
-    def release(self, job: Job) -> None:
+    def release(self, job: ScoreJob) -> None:
         """The response has been sent, or will not be: it is cancelled, or freed once it is computed."""
         job.done.cancel()
         job.done.add_done_callback(lambda _: self._free(job))
@@ -103,7 +103,7 @@ class WorkQueue:
             self._changed.notify()
         return item
 
-    def _free(self, job: Job) -> None:
+    def _free(self, job: ScoreJob) -> None:
         with self._changed:
             self._held -= job.held
             job.held = 0
@@ -137,7 +137,7 @@ class WorkQueue:
             backend.sleep()
             self._is_asleep = True
 
-    def _take(self) -> "_Call | list[Job]":
+    def _take(self) -> "_Call | list[ScoreJob]":
         """The next call, or the next requests that are computed together; waits for one."""
         with self._changed:
             while True:
@@ -152,9 +152,9 @@ class WorkQueue:
                 else:
                     self._changed.wait()
 
-    def _collect(self) -> list[Job]:
+    def _collect(self) -> list[ScoreJob]:
         """The first jobs that are not cancelled, as far as tokens and bytes allow."""
-        group: list[Job] = []
+        group: list[ScoreJob] = []
         room = self._max_waiting_tokens
         while self._waiting:
             job = self._waiting[0]
@@ -172,12 +172,12 @@ class WorkQueue:
                 room += len(job.request.token_ids)
         return group
 
-    def _has_room(self, job: Job) -> bool:
+    def _has_room(self, job: ScoreJob) -> bool:
         return not self._held or self._held + job.size <= self._max_held_bytes
 
 
 @torch.inference_mode()
-def _score_jobs(backend: Backend, group: Sequence[Job]) -> None:
+def _score_jobs(backend: Backend, group: Sequence[ScoreJob]) -> None:
     """Finish or fail every job; one that fails in the head does not affect the others."""
     try:
         states = compute_hidden(backend, [job.request for job in group])

@@ -12,7 +12,7 @@ BYTES_PER_TOKEN = 4
 
 
 @dataclass(eq=False, slots=True)
-class Place:
+class QueuedRequest:
     """One request's: the size of its body, its tokens, and whether its body may be read."""
 
     size: int
@@ -20,7 +20,7 @@ class Place:
     is_admitted: bool = False
 
 
-class Line:
+class AdmissionQueue:
     """The open requests of a service, first come, first served.
 
     A request takes its place before its body is read, and waits until the bodies that are held leave
@@ -32,27 +32,27 @@ class Line:
 
     def __init__(self, max_bytes: int, *, fresh_s: float = FRESH_S) -> None:
         self._max_bytes, self._fresh_s = max_bytes, fresh_s
-        self._places: dict[Place, asyncio.Event] = {}
-        self._ahead: dict[Place, int] = {}
+        self._places: dict[QueuedRequest, asyncio.Event] = {}
+        self._ahead: dict[QueuedRequest, int] = {}
         self._counted = -fresh_s
 
-    def join(self, size: int) -> Place:
+    def join(self, size: int) -> QueuedRequest:
         """A place at the end, for a request with a body of ``size`` bytes."""
-        place = Place(size, tokens=size // BYTES_PER_TOKEN)
+        place = QueuedRequest(size, tokens=size // BYTES_PER_TOKEN)
         self._places[place] = asyncio.Event()
         self._admit()
         return place
 
-    async def wait_until_admitted(self, place: Place) -> None:
+    async def wait_until_admitted(self, place: QueuedRequest) -> None:
         """Return when the body may be read."""
         await self._places[place].wait()
 
-    def leave(self, place: Place) -> None:
+    def leave(self, place: QueuedRequest) -> None:
         """Give up a place, whether the request has been answered or not."""
         if self._places.pop(place, None) is not None:
             self._admit()
 
-    def ahead(self, place: Place) -> int:
+    def ahead(self, place: QueuedRequest) -> int:
         """Tokens of the requests before ``place``; the most there can be, for bodies that are not read."""
         now = time.monotonic()
         if place not in self._ahead or now - self._counted >= self._fresh_s:
@@ -62,7 +62,7 @@ class Line:
                 tokens += other.tokens
         return self._ahead[place]
 
-    def follow(self, place: Place) -> Callable[[], int]:
+    def follow(self, place: QueuedRequest) -> Callable[[], int]:
         """``ahead`` of one place."""
         return lambda: self.ahead(place)
 

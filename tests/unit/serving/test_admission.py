@@ -2,15 +2,15 @@
 
 import asyncio
 
-from opd.serving.line import Line, Place
+from opd.serving.admission import AdmissionQueue, QueuedRequest
 
 
-def admitted(*places: Place) -> list[bool]:
+def admitted(*places: QueuedRequest) -> list[bool]:
     return [place.is_admitted for place in places]
 
 
 def test_bodies_are_read_in_order_while_there_is_room() -> None:
-    line = Line(max_bytes=100)
+    line = AdmissionQueue(max_bytes=100)
     first, second, third, fourth = (line.join(size) for size in (60, 30, 40, 5))
     assert admitted(first, second, third, fourth) == [True, True, False, False]
     line.leave(second)
@@ -20,7 +20,7 @@ def test_bodies_are_read_in_order_while_there_is_room() -> None:
 
 
 def test_one_that_is_alone_is_read_whatever_its_size() -> None:
-    line = Line(max_bytes=100)
+    line = AdmissionQueue(max_bytes=100)
     large, small = line.join(500), line.join(1)
     assert admitted(large, small) == [True, False]
     line.leave(large)
@@ -30,7 +30,7 @@ def test_one_that_is_alone_is_read_whatever_its_size() -> None:
 
 
 def test_a_large_one_is_not_passed_by_small_ones() -> None:
-    line = Line(max_bytes=100)
+    line = AdmissionQueue(max_bytes=100)
     first, large = line.join(60), line.join(90)
     small = [line.join(1) for _ in range(20)]
     assert not any(admitted(large, *small))
@@ -40,7 +40,7 @@ def test_a_large_one_is_not_passed_by_small_ones() -> None:
 
 
 def test_what_is_ahead_of_a_request_only_falls() -> None:
-    line = Line(max_bytes=1000, fresh_s=0)
+    line = AdmissionQueue(max_bytes=1000, fresh_s=0)
     places = [line.join(400) for _ in range(4)]
     ahead = [line.ahead(place) for place in places]
     assert ahead == [0, 100, 200, 300]
@@ -56,7 +56,7 @@ def test_what_is_ahead_of_a_request_only_falls() -> None:
 
 def test_a_waiting_request_is_told_when_it_is_admitted() -> None:
     async def wait() -> None:
-        line = Line(max_bytes=10)
+        line = AdmissionQueue(max_bytes=10)
         first, second = line.join(10), line.join(10)
         await line.wait_until_admitted(first)
         waiting = asyncio.create_task(line.wait_until_admitted(second))
