@@ -4,7 +4,6 @@ import asyncio
 import logging
 import resource
 import socket
-import time
 from typing import Any
 
 import uvicorn
@@ -43,7 +42,7 @@ class BoundedServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, *, max_connections: int) -> None:
         super().__init__(config)
         self._max_connections = max_connections
-        self._silent_since: dict[Any, float] = {}
+        self._silent_sweeps: dict[Any, int] = {}
         self._loops: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -64,7 +63,6 @@ class BoundedServer(uvicorn.Server):
         listener.setblocking(False)
         while True:
             while len(self.server_state.connections) >= self._max_connections:
-                self._close_silent(CROWDED_S)
                 await asyncio.sleep(SWEEP_S)
             try:
                 accepted, _ = await loop.sock_accept(listener)
@@ -86,15 +84,19 @@ class BoundedServer(uvicorn.Server):
 
     async def _sweep_for_ever(self) -> None:
         while True:
-            self._close_silent(SILENT_S)
+            is_crowded = len(self.server_state.connections) >= self._max_connections
+            self._close_silent(CROWDED_S if is_crowded else SILENT_S)
             await asyncio.sleep(SWEEP_S)
 
     def _close_silent(self, seconds: float) -> None:
-        """Close the connections on which no request has been open for so long."""
-        now = time.monotonic()
+        """Close the connections on which no request has been open for so long.
+
+        Sweeps are counted, not time: between two of them the loop reads what has arrived, however busy
+        the machine is.
+        """
         connections: set[Any] = self.server_state.connections  # uvicorn has a class for each parser
         silent = [c for c in connections if c.cycle is None or c.cycle.response_complete]
-        self._silent_since = {c: self._silent_since.get(c, now) for c in silent}
-        for connection, since in self._silent_since.items():
-            if now - since > seconds:
+        self._silent_sweeps = {c: self._silent_sweeps.get(c, 0) + 1 for c in silent}
+        for connection, sweeps in self._silent_sweeps.items():
+            if sweeps > seconds / SWEEP_S:
                 connection.transport.abort()
