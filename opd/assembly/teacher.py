@@ -1,13 +1,11 @@
 """What scores rollouts: one teacher or several, the student itself, or none; and the reward."""
 
-import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from opd.assembly.served_teacher import put_to_sleep, served_clients
 from opd.assembly.tokenizers import tokenizer_pair
 from opd.checkpoint.tensors import torch_dtype
 from opd.config.adapter import LoraConfig
@@ -19,7 +17,7 @@ from opd.config.teacher import (
     PoolTeacherConfig,
     SelfTeacher,
     SelfTeacherConfig,
-    ServerTeacherConfig,
+    ServedTeacherConfig,
     TeacherConfig,
     TeacherTokenizer,
     has_teacher,
@@ -32,18 +30,11 @@ from opd.sync.ema import EMAWeights
 from opd.teacher.backend import Backend
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.checked import CheckedTeacher
-from opd.teacher.connect import (
-    TEACHER_URL,
-    TEACHER_URLS,
-    member_urls,
-    scored_vocabulary,
-    server_client,
-)
+from opd.teacher.connect import scored_vocabulary
 from opd.teacher.local import LocalTeacher
 from opd.teacher.model_info import max_positions, read_info, read_spec
 from opd.teacher.no_teacher import NoTeacher
 from opd.teacher.own_tokenizer import OwnTokenizerTeacher
-from opd.teacher.pool import BalancedTeacher, RoutedTeacher
 from opd.teacher.rewarded import RewardedTeacher
 from opd.teacher.self_teacher import ModuleBackend
 from opd.teacher.vocabulary import Vocabulary
@@ -109,11 +100,12 @@ def build_teachers(
     else:
         scored = scored_vocabulary(config.teacher, student)
         teachers = build_clients(config.teacher, scored, requests, world, progress)
-    training, whole, sampled = map(CheckedTeacher, teachers)
-    if config.teacher.tokenizer == TeacherTokenizer.own:
-        return _with_own_tokenizer(config, training, whole, sampled, tokenizer, world)
     members = config.teacher.members if isinstance(config.teacher, PoolTeacherConfig) else ()
-    heads = TeacherHeads(whole, max(1, len(members)), world.device)
+    heads = TeacherHeads(teachers[1], max(1, len(members)), world.device)
+    checked = [CheckedTeacher(teacher) for teacher in teachers]
+    training, whole, sampled = put_to_sleep(config.teacher, checked, heads, world)
+    if config.teacher.tokenizer == TeacherTokenizer.own:
+        return _with_own_tokenizer(config, training, sampled, heads, tokenizer)
     return Teachers(
         training=_with_reward(config, training if request.sampled else none, tokenizer),
         whole=whole,
@@ -126,10 +118,9 @@ def build_teachers(
 def _with_own_tokenizer(
     config: Config,
     training: Teacher,
-    whole: Teacher,
     sampled: Teacher,
+    heads: TeacherHeads,
     student: StudentTokenizer,
-    world: World,
 ) -> Teachers:
     """Clients that score the teacher's own tokens, as teachers of the student's."""
     request = config.loss.request(config.rollout.temperature)
@@ -140,7 +131,7 @@ def _with_own_tokenizer(
             config, scoring if request.sampled else _no_teacher(student), student
         ),
         sampled=OwnTokenizerTeacher(sampled, pair, full=False),
-        heads=TeacherHeads(whole, 1, world.device),
+        heads=heads,
         common=pair.common(student.vocab_size, teacher_rows) if request.full else None,
     )
 
@@ -158,12 +149,8 @@ def build_clients(
 ) -> list[Teacher]:
     """One teacher behind as many clients as there are requests."""
     match config:
-        case ServerTeacherConfig():
-            url = config.url or os.environ.get(TEACHER_URL)
-            assert url is not None, "the launcher starts a teacher where no url is given"
-            return [server_client(config, url, student, each, progress) for each in requests]
-        case PoolTeacherConfig():
-            return _pools(config, student, requests, progress)
+        case ServedTeacherConfig():
+            return served_clients(config, student, requests, progress)
         case LocalTeacherConfig(model=str(model)):
             backend = TorchBackend(model, config, device=str(world.device))
             limit = config.max_num_batched_tokens
@@ -190,55 +177,6 @@ def _local_clients(
         )
         for request in requests
     ]
-
-
-def _pools(
-    config: PoolTeacherConfig,
-    student: Vocabulary,
-    requests: Sequence[ScoreRequest],
-    progress: Progress,
-) -> list[Teacher]:
-    """One pool behind as many clients as there are requests.
-
-    All members score over the smallest vocabulary among them. ``ValueError`` when one does not fit, or
-    when it is a model whose server has not been started.
-    """
-    started = json.loads(os.environ.get(TEACHER_URLS, "{}"))
-    servers = {name: _servers(name, member, started) for name, member in config.members.items()}
-    distinct = tuple(dict.fromkeys(servers.values()))
-    sizes = [_member(config, urls, student, ScoreRequest(), progress).info() for urls in distinct]
-    common = min(student.matrix_size, *(info.vocab_size for info in sizes))
-    student = replace(student, matrix_size=common)
-    pools: list[Teacher] = []
-    for request in requests:
-        teachers = {urls: _member(config, urls, student, request, progress) for urls in distinct}
-        members = {name: teachers[urls] for name, urls in servers.items()}
-        pools.append(RoutedTeacher(members, progress=progress))
-    return pools
-
-
-def _servers(name: str, member: str, started: Mapping[str, list[str]]) -> tuple[str, ...]:
-    urls = member_urls(member) or tuple(started.get(member, ()))
-    if not urls:
-        raise ValueError(
-            f"teacher.members.{name}={member} is a model, and only opd train starts servers: start one "
-            "with `opd teacher` and give its address"
-        )
-    return urls
-
-
-def _member(
-    config: PoolTeacherConfig,
-    urls: Sequence[str],
-    student: Vocabulary,
-    request: ScoreRequest,
-    progress: Progress,
-) -> Teacher:
-    if len(urls) == 1:
-        return server_client(config, urls[0], student, request, progress)
-    return BalancedTeacher(
-        [partial(server_client, config, url, student, request) for url in urls], progress=progress
-    )
 
 
 def _self_backend(

@@ -4,12 +4,12 @@ import torch
 from transformers import AutoConfig
 
 from opd.config.teacher import TeacherBackend, TeacherServerConfig
-from opd.teacher.backend import Backend
+from opd.teacher.backend import ServerBackend
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.backend_vllm import VllmBackend
 
 
-def build_backend(config: TeacherServerConfig) -> Backend:
+def build_backend(config: TeacherServerConfig) -> ServerBackend:
     """Load the model. ValueError when it cannot be read as a model folder or Hub id."""
     try:
         AutoConfig.from_pretrained(config.model)

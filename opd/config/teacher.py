@@ -63,11 +63,13 @@ class TeacherEngineConfig(TeacherModelConfig):
     kv_cache_memory_bytes: int = bounded(1 << 30, least=1)
     """Size of the key-value cache on a machine without GPU."""
     max_waiting_tokens: int = bounded(65536, least=1)
-    """Tokens of waiting requests that are answered together."""
+    """Tokens of waiting requests that are answered together; more of them wait for their turn."""
     max_request_bytes: int = bounded(64 << 20, least=1)
     """Largest request body."""
     max_response_bytes: int = bounded(1 << 30, least=1)
-    """Largest response."""
+    """Largest response; nothing more is computed while so many bytes wait to be sent."""
+    sleep: bool = False
+    """Leave the GPUs while nobody scores: for a teacher on cards where the student generates or learns."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,19 +89,21 @@ class ServedTeacherConfig(TeacherEngineConfig, TeacherConfig):
     """Teachers behind HTTP."""
 
     timeout: float = bounded(300.0, above=0)
-    """Seconds before a request times out; after three time-outs in a row it is given up."""
+    """Seconds without progress before a request times out; after three time-outs in a row it is given up."""
     retries: int = bounded(4, least=0)
-    """Retries of a failed request, with exponential back-off."""
+    """Retries of a failed request, with exponential back-off; waiting for a busy server spends none."""
     devices: str | None = None
     """GPUs of the servers started with the run, comma separated; by default those free of ranks."""
+    replicas: int = bounded(1, least=1)
+    """Servers started with the run for each model; if one dies, the others take over its requests."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ServerTeacherConfig(ServedTeacherConfig):
-    """A teacher behind HTTP: started with the run, or found at teacher.url."""
+    """One teacher behind HTTP: its servers are started with the run, or found at teacher.url."""
 
     url: str | None = None
-    """Address of a running `opd teacher`; without it the run starts one from teacher.model."""
+    """Addresses of running `opd teacher`s of one model, comma separated; without it the run starts them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,8 +112,6 @@ class PoolTeacherConfig(ServedTeacherConfig):
 
     members: dict[str, str] = field(default_factory=dict)
     """Name in the prompts: model folder or hub id, or addresses of running servers, comma separated."""
-    replicas: int = bounded(1, least=1)
-    """Servers started with the run for each model; if one dies, the others take over its requests."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -188,6 +190,8 @@ def a_teacher_is_named(config: "Config") -> str | None:
             )
         case ServerTeacherConfig(model=None, url=None):
             return "teacher=server needs teacher.model (a server is started) or teacher.url (one is used)"
+        case ServerTeacherConfig(url=str(url)) if not url.strip(" ,"):
+            return f"teacher.url={url!r} holds no address: give http://HOST:PORT, or null"
         case LocalTeacherConfig(model=None):
             return "teacher=local needs teacher.model=<folder or hub id>"
         case PoolTeacherConfig(members=members) if not members:

@@ -14,7 +14,7 @@ from opd.rollout.client import ROLLOUT_URLS
 from opd.run.place import choose_processes
 from opd.run.placement import Cards
 from opd.run.recipe import Recipe, composed
-from opd.teacher.connect import TEACHER_URL, TEACHER_URLS, started_models
+from opd.teacher.connect import TEACHER_URLS, started_models
 from opd.world import sees_one_gpu_per_task
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -102,7 +102,7 @@ def needs_vllm(config: Config) -> bool:
 
 def require_running_servers(config: Config, environment: Mapping[str, str] = os.environ) -> None:
     """ValueError for servers that a run would start: under another launcher they must be running."""
-    if started_models(config.teacher) and not {TEACHER_URL, TEACHER_URLS} & environment.keys():
+    if started_models(config.teacher) and TEACHER_URLS not in environment:
         where = "teacher.url=http://HOST:PORT"
         if isinstance(config.teacher, PoolTeacherConfig):
             where = "their addresses in teacher.members"

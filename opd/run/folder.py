@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "teacher.gpu_memory_utilization",
     "teacher.replicas",
     "teacher.tensor_parallel_size",
+    "teacher.sleep",
     "train.stop_after",
     "rollout.urls",
     "rollout.servers",

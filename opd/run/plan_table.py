@@ -111,9 +111,10 @@ def _trained(config: Config) -> str:
 def _teacher(config: Config) -> str:
     match config.teacher:
         case ServerTeacherConfig(url=str(url)):
-            return f"the server at {url}"
-        case ServerTeacherConfig(model=model, backend=backend):
-            return f"{model}, served by {backend}, started with the run"
+            return f"served at {url}"
+        case ServerTeacherConfig(model=model, backend=backend, replicas=replicas):
+            times = f" {replicas} times" if replicas > 1 else ""
+            return f"{model}, served by {backend}{times}, started with the run"
         case PoolTeacherConfig(members=members):
             return ", ".join(f"{name}: {member}" for name, member in members.items())
         case SelfTeacherConfig(weights=weights):

@@ -30,7 +30,10 @@ def serve_teacher(config: TeacherServerConfig) -> None:
 
     def application() -> FastAPI:
         work = WorkQueue(
-            lambda: build_backend(config), max_waiting_tokens=config.max_waiting_tokens
+            lambda: build_backend(config),
+            max_waiting_tokens=config.max_waiting_tokens,
+            max_held_bytes=config.max_response_bytes,
+            sleeps=config.sleep,
         )
         return teacher_app(work, config, token=token)
 

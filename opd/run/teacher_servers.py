@@ -15,7 +15,7 @@ from opd.run.commands import ChildCommand, teacher_command, teacher_commands
 from opd.run.environment import child_environment
 from opd.run.placement import Placement
 from opd.serving.child import RunningService, running_service
-from opd.teacher.connect import TEACHER_URL, TEACHER_URLS, pool_models
+from opd.teacher.connect import TEACHER_URLS, pool_models
 from opd.teacher.wire import TOKEN_VARIABLE
 
 
@@ -68,10 +68,13 @@ def _running(
 def started_teachers(config: Config, placement: Placement, logs: Path) -> Iterator[StartedTeachers]:
     """The servers of teachers without an address, ended when the context ends."""
     match config.teacher:
-        case ServerTeacherConfig(url=None, model=str(model)):
-            with _servers(config, placement, [logs / "teacher.log"]) as (urls, token):
-                url = urls[model][0]
-                yield _started({TEACHER_URL: url}, token, [f"teacher.url={url}"])
+        case ServerTeacherConfig(url=None, model=str(model), replicas=replicas):
+            names = (
+                [f"teacher_{i}.log" for i in range(replicas)] if replicas > 1 else ["teacher.log"]
+            )
+            log_paths = [logs / name for name in names]
+            with _servers(config, placement, log_paths) as (urls, token):
+                yield _started(urls, token, [f"teacher.url='{','.join(urls[model])}'"])
         case PoolTeacherConfig(members=members, replicas=replicas) if pool_models(members):
             needed = [
                 logs / f"teacher_{number}_{replica}.log"
@@ -84,13 +87,14 @@ def started_teachers(config: Config, placement: Placement, logs: Path) -> Iterat
                     for name, model in members.items()
                     if model in urls
                 ]
-                yield _started({TEACHER_URLS: json.dumps(urls)}, token, settings)
+                yield _started(urls, token, settings)
         case _:
             yield NO_SERVERS
 
 
-def _started(environment: dict[str, str], token: str, settings: list[str]) -> StartedTeachers:
-    return StartedTeachers(environment=environment | {TOKEN_VARIABLE: token}, settings=settings)
+def _started(urls: dict[str, list[str]], token: str, settings: list[str]) -> StartedTeachers:
+    environment = {TEACHER_URLS: json.dumps(urls), TOKEN_VARIABLE: token}
+    return StartedTeachers(environment=environment, settings=settings)
 
 
 @contextmanager

@@ -1,11 +1,15 @@
 """What the applications of all services share: refusals, bearer tokens, request bodies."""
 
+import asyncio
 import hmac
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 
 MEDIA_TYPE = "application/octet-stream"
+BODY_S = 60.0
+BODY_BYTES_PER_S = 4 << 20
+"""A body is refused that has not arrived after ``BODY_S`` and the time that it takes at this rate."""
 
 
 class Refusal(Exception):
@@ -22,13 +26,18 @@ def bare_app(title: str) -> FastAPI:
 
     @app.exception_handler(Refusal)
     async def refuse(_: Request, refusal: Refusal) -> Response:
-        return PlainTextResponse(str(refusal), status_code=refusal.status)
+        return refusal_response(refusal)
 
     @app.get("/health")
     async def health() -> Response:
         return PlainTextResponse("ok")
 
     return app
+
+
+def refusal_response(refusal: Refusal) -> Response:
+    """The refusal as plain text."""
+    return PlainTextResponse(str(refusal), status_code=refusal.status)
 
 
 def require_token(request: Request, token: str | None, variable: str) -> None:
@@ -44,18 +53,39 @@ def failure(what: str, error: Exception) -> Response:
     return PlainTextResponse(f"{what} failed: {type(error).__name__}: {words}", status_code=500)
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is too large; the content type keeps web pages from posting here."""
+def require_body(request: Request, limit: int) -> int:
+    """The size of the body that will follow, before any of it is read; ``limit`` where it is not given.
+
+    Raises Refusal for a size above ``limit``, and for another content type, which web pages cannot set.
+    """
     if request.headers.get("content-type") != MEDIA_TYPE:
         raise Refusal(415, f"the content type must be {MEDIA_TYPE}")
+    given = request.headers.get("content-length")
+    if given is None:
+        return limit
+    _require_size(int(given) if given.isdecimal() else limit + 1, limit)
+    return int(given)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, refused as soon as it is too large or too slow."""
+    seconds = BODY_S + require_body(request, limit) / BODY_BYTES_PER_S
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise Refusal(
-                413,
-                f"the request is larger than {limit} bytes: start the server with a larger "
-                "max_request_bytes",
-            )
-        parts.append(part)
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                size += len(part)
+                _require_size(size, limit)
+                parts.append(part)
+    except TimeoutError:
+        raise Refusal(408, f"the request had not arrived after {seconds:.0f} s") from None
     return b"".join(parts)
+
+
+def _require_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise Refusal(
+            413,
+            f"the request is larger than {limit} bytes: start the server with a larger "
+            "max_request_bytes",
+        )

@@ -11,13 +11,18 @@ from typing import TypeVar
 import httpx
 from safetensors import SafetensorError
 
+from opd.serving.receiving import Oversized, Stalled, receive
 from opd.serving.token import require_plain_token
 
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
 MAX_SAME_FAILURES = 3
 CONFLICT = 409
-TRANSIENT = (408, CONFLICT, 429, 502, 503, 504)
+TRANSIENT = (408, CONFLICT, 502, 504)
+BUSY = (429, 503)
+MAX_RESPONSE_BYTES = 4 << 30
+KEEP_ALIVE_S = 2.0
+"""Less than a server keeps an idle connection: one that is used again must not just be closing."""
 CHUNK_BYTES = 1 << 20
 EXCERPT_CHARACTERS = 500
 
@@ -28,20 +33,26 @@ log = logging.getLogger("opd.serving")
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """What went wrong with one attempt. ``kind``: how, if a server that works would not fail so often."""
+    """What went wrong with one attempt. ``kind``: how, if a server that works would not fail so often.
+
+    ``is_busy``: the server refused it for the time being, which spends no retry.
+    """
 
     text: str
     kind: str | None = None
+    is_busy: bool = False
 
 
 class ServiceClient:
     """Sends to one address; safe to call from several threads.
 
     ``name`` names the service in errors and ``remedy`` says what to do when it cannot be reached. A
-    request times out after ``timeout`` seconds. It is repeated up to ``retries`` times after connection
-    errors and the statuses 408, 409, 429, 502, 503 and 504. Three times in a row without a response in
-    time, or with the same other status from 500 on, are final: the fourth would be no other. Every
-    endpoint must be idempotent. ``ValueError`` for an address or a token that cannot be used.
+    request times out ``timeout`` seconds after the last progress that its server reported, or after it
+    was sent. It is repeated up to ``retries`` times after time-outs, connection errors and the statuses
+    408, 409, 502 and 504. 429 and 503 spend no retry: it is repeated until the server has been busy for
+    ``timeout`` seconds. Three times in a row without a response in time, or with the same other status
+    from 500 on, are final: the fourth would be no other. Every endpoint must be idempotent.
+    ``ValueError`` for an address or a token that cannot be used.
     """
 
     def __init__(
@@ -61,7 +72,9 @@ class ServiceClient:
         self._timeout = timeout
         self._http = httpx.Client(
             base_url=url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
+            headers={"Accept-Encoding": "identity"}
+            | ({"Authorization": f"Bearer {token}"} if token else {}),
+            limits=httpx.Limits(keepalive_expiry=KEEP_ALIVE_S),
             timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
             trust_env=False,  # a proxy named in the environment must see neither token nor tokens
         )
@@ -74,20 +87,29 @@ class ServiceClient:
         headers: Mapping[str, str] | None = None,
         *,
         retries: int | None = None,
+        tokens: int = 1,
+        max_bytes: int = MAX_RESPONSE_BYTES,
     ) -> httpx.Response:
-        """The response. ``ValueError`` when refused, ``ConnectionError`` after the last attempt."""
+        """The response, of at most ``max_bytes``; ``tokens`` is the size of the work that it needs.
+
+        ``ValueError`` when refused, ``ConnectionError`` after the last attempt.
+        """
         started, failures = time.monotonic(), list[_Failure]()
         headers = {"Content-Length": str(len(body)), **(headers or {})} if body else headers
         attempts = 1 + (self._retries if retries is None else retries)
-        while len(failures) < attempts and not _is_final(failures):
+        busy_since: float | None = None
+        while sum(not f.is_busy for f in failures) < attempts and not _is_final(failures):
             if failures:
                 time.sleep(_backoff(len(failures)))
-            outcome = self._attempt(method, path, body, headers)
+            outcome = self._attempt(method, path, body, headers, tokens, max_bytes)
             if isinstance(outcome, httpx.Response):
                 return outcome
-            if not failures and attempts > 1:
+            if not failures and (attempts > 1 or outcome.is_busy):
                 log.warning("%s at %s: %s; trying again", self._name, self.url, outcome.text)
             failures.append(outcome)
+            busy_since = (busy_since or time.monotonic()) if outcome.is_busy else None
+            if busy_since is not None and time.monotonic() - busy_since > self._timeout:
+                break
         seconds, last = time.monotonic() - started, failures[-1].text
         if _is_final(failures):
             raise ConnectionError(
@@ -100,15 +122,29 @@ class ServiceClient:
         )
 
     def _attempt(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str] | None
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str] | None,
+        tokens: int,
+        max_bytes: int,
     ) -> httpx.Response | _Failure:
         """One request. ``ValueError`` when it is refused, or when no attempt could succeed."""
         content = _chunks(body) if body else None
         try:
-            response = self._http.request(method, path, content=content, headers=headers)
-        except (httpx.ReadTimeout, httpx.WriteTimeout):
+            with self._http.stream(method, path, content=content, headers=headers) as stream:
+                response = receive(
+                    stream, timeout=self._timeout, max_bytes=max_bytes, tokens=tokens
+                )
+        except (httpx.ReadTimeout, httpx.WriteTimeout, Stalled):
             text = f"no response in {self._timeout:g} s (a longer timeout may help)"
             return _Failure(text, kind="timeout")
+        except Oversized as error:
+            raise ValueError(
+                f"the response of {self._name} at {self.url} to {method} {path} is refused: {error}; is "
+                "another service, or another version of opd, at this address?"
+            ) from error
         except httpx.RequestError as error:
             if _is_about_tls(error):
                 raise ValueError(
@@ -119,8 +155,8 @@ class ServiceClient:
         if response.is_success:
             return response
         found = f"HTTP {response.status_code}: {_excerpt(response)}"
-        if response.status_code in TRANSIENT:
-            return _Failure(found)
+        if response.status_code in (*TRANSIENT, *BUSY):
+            return _Failure(found, is_busy=response.status_code in BUSY)
         if response.status_code >= 500:
             return _Failure(found, kind=f"HTTP {response.status_code}")
         raise ValueError(f"{self._name} at {self.url} refused {method} {path}: {found}")

@@ -14,17 +14,22 @@ import uvicorn
 from fastapi import FastAPI
 
 from opd.config.serving import ServingConfig
+from opd.serving.connections import MAX_CONNECTIONS, BoundedServer, allow_connections
 from opd.serving.token import require_plain_token
 
 PARENT_POLL_S = 0.5
-MAX_CONNECTIONS = 256  # further ones get 503, and clients retry
 GRACE_S = 5  # for open responses when the process is asked to end
 
 log = logging.getLogger("opd.serving")
 
 
 def serve(
-    make_app: Callable[[], FastAPI], config: ServingConfig, *, token: str | None, variable: str
+    make_app: Callable[[], FastAPI],
+    config: ServingConfig,
+    *,
+    token: str | None,
+    variable: str,
+    max_connections: int = MAX_CONNECTIONS,
 ) -> None:
     """Bind, make the application, serve until SIGTERM or SIGINT; the port file is written once ready.
 
@@ -41,21 +46,22 @@ def serve(
             f"port_file={config.port_file}: there is no folder {Path(config.port_file).parent}; "
             "make it, or name another file"
         )
+    most = allow_connections(max_connections)
     with _bind(config.host, config.port) as listener:
         server = uvicorn.Config(
             make_app(),
             log_config=None,
             log_level="warning",
             access_log=False,
-            limit_concurrency=MAX_CONNECTIONS,
+            ws="none",
             timeout_graceful_shutdown=GRACE_S,
         )
-        listener.listen(MAX_CONNECTIONS)  # from here on a connection waits and does not fail
+        listener.listen(most)  # from here on a connection waits and does not fail
         port = listener.getsockname()[1]
         if config.port_file is not None:
             _write_atomically(Path(config.port_file), str(port))
         log.info("ready on http://%s:%d", config.host, port)
-        uvicorn.Server(server).run(sockets=[listener])
+        BoundedServer(server, max_connections=most).run(sockets=[listener])
 
 
 def _require_token_beyond_loopback(host: str, token: str | None, variable: str) -> None:

@@ -27,6 +27,7 @@ class TorchBackend:
         *,
         device: str = "cpu",
     ) -> None:
+        self._device = torch.device(device)
         who = f"teacher {model}"
         network = load_whole(model, who, dtype=config.dtype.value)
         network.to(device).eval().requires_grad_(False)
@@ -46,6 +47,20 @@ class TorchBackend:
     def hidden(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
         """See ``Backend``; the tensors lie on the model's device."""
         return hidden_states(self.network, sequences, self.max_tokens)
+
+    def sleep(self) -> None:
+        """See ``ServerBackend``; the CPU has no other place for them."""
+        self._move_to(torch.device("cpu"))
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """See ``ServerBackend``."""
+        self._move_to(self._device)
+
+    def _move_to(self, device: torch.device) -> None:
+        self.network.to(device)
+        self.head_VD = self.head_VD.to(device)
 
 
 def hidden_states(

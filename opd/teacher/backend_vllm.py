@@ -58,6 +58,7 @@ class VllmBackend:
     def __init__(self, model: str, config: TeacherEngineConfig) -> None:
         set_start_method()
         cuda = torch.cuda.is_available()
+        self._sleeps = config.sleep and cuda
         for name, value in (ENVIRONMENT if cuda else CPU_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
         # an engine core in a process of its own outlives a server that a signal ends
@@ -92,6 +93,7 @@ class VllmBackend:
                 pooler_config=PoolerConfig(task="token_embed"),
                 **arguments,
                 enforce_eager=not cuda,
+                enable_sleep_mode=self._sleeps,
                 distributed_executor_backend=None if has_workers else "uni",
                 enable_prefix_caching=False,  # a cached prefix has no hidden states to return
                 trust_remote_code=False,
@@ -120,6 +122,20 @@ class VllmBackend:
         lengths = [len(sequence) for sequence in sequences]
         assert [len(h) for h in hidden] == lengths, "the engine left out hidden states"
         return hidden
+
+    def sleep(self) -> None:
+        """See ``ServerBackend``: vLLM's level 1. On a CPU vLLM has no sleep mode, and nothing happens."""
+        if self._sleeps:
+            self.head_VD = self.head_VD.cpu()
+            self.engine.sleep(level=1)
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """See ``ServerBackend``."""
+        if self._sleeps:
+            torch.cuda.empty_cache()
+            self.engine.wake_up()
+            self.head_VD = self.head_VD.cuda()
 
 
 def compute_dtype(model: str, dtype: DType) -> str:

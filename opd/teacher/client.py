@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from safetensors.numpy import load
 
 from opd.config.teacher import ServedTeacherConfig
 from opd.interfaces import Progress
@@ -15,6 +14,7 @@ from opd.teacher.transport import bytes_per_target, transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
 from opd.teacher.wire import (
     WireRequest,
+    read_head_rows,
     read_response,
     request_bytes,
     scored_rollouts,
@@ -23,6 +23,20 @@ from opd.teacher.wire import (
 from opd.types import FloatArray, Rollout, ScoredRollout, ScoreRequest, TeacherInfo
 
 HEAD_BYTES = 64 << 20  # of one chunk of the head
+HEADER_BYTES = 1 << 16
+"""More than the header of any response."""
+
+
+def server_connection(config: ServedTeacherConfig, url: str, token: str | None) -> ServiceClient:
+    """A connection to one teacher server."""
+    return ServiceClient(
+        url,
+        name="the teacher",
+        remedy="is it running? (start one with `opd teacher model=MODEL`)",
+        token=token,
+        timeout=config.timeout,
+        retries=config.retries,
+    )
 
 
 class ServerTeacher:
@@ -30,7 +44,7 @@ class ServerTeacher:
 
     The server's ``TeacherInfo`` is read at construction. ``ValueError`` when its vocabulary does not
     fit the student's or it refuses a request; ``ConnectionError`` when the last of ``config.retries``
-    retries fails.
+    retries fails, or when the server makes no progress for ``config.timeout`` seconds.
     A request has at most ``batch_tokens`` tokens and its response at most ``response_bytes`` (a longer
     rollout is sent alone); ``connections`` requests are open at a time. For ``config.hidden_dtype``
     see ``transports``.
@@ -52,14 +66,7 @@ class ServerTeacher:
         self.url, self.request = url, request
         self.batch_tokens, self.response_bytes = batch_tokens, response_bytes
         self.connections, self.progress = connections, progress
-        self._service = ServiceClient(
-            url,
-            name="the teacher",
-            remedy="is it running? (start one with `opd teacher model=MODEL`)",
-            token=token,
-            timeout=config.timeout,
-            retries=config.retries,
-        )
+        self._service = server_connection(config, url, token)
         self._info = parsed(
             self._service.send("GET", "/info"),
             lambda response: TeacherInfo(**response.json()),
@@ -69,7 +76,6 @@ class ServerTeacher:
         self._transport, *_ = transports(
             self._info, request, vocab_size=self.vocab_size, hidden_dtype=config.hidden_dtype
         )
-        self._head: FloatArray | None = None
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """See ``Teacher``."""
@@ -86,22 +92,22 @@ class ServerTeacher:
     def head(self, name: str | None = None) -> FloatArray:
         """Rows [vocab_size, D] of the common ids, the model's logit scale included.
 
-        Fetched once, in chunks.
+        Fetched in chunks at every call, in bfloat16 where that loses nothing; ``TeacherHeads`` keeps it.
         """
-        if self._head is None:
-            rows = max(1, HEAD_BYTES // (4 * self._info.hidden_size))
-            self._head = np.concatenate(
-                [
-                    self._head_rows(start, min(start + rows, self.vocab_size))
-                    for start in range(0, self.vocab_size, rows)
-                ]
-            )
-        return self._head
+        rows, width = self.vocab_size, self._info.hidden_size
+        head_VD = np.empty((rows, width), np.float32)
+        step = max(1, HEAD_BYTES // (4 * width))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            head_VD[start:stop] = self._head_rows(start, stop)
+        return head_VD
 
     def _head_rows(self, start: int, stop: int) -> FloatArray:
+        size = 4 * (stop - start) * self._info.hidden_size
+        path = f"/head?start={start}&stop={stop}&bfloat16=true"
         return parsed(
-            self._service.send("GET", f"/head?start={start}&stop={stop}"),
-            lambda response: load(response.content)["head"],
+            self._service.send("GET", path, max_bytes=size + HEADER_BYTES),
+            lambda response: read_head_rows(response.content),
             "rows of an output head",
         )
 
@@ -120,13 +126,7 @@ class ServerTeacher:
                 f"at most {self._info.max_length}; lower rollout.max_tokens, or serve the teacher "
                 "with a larger max_model_len"
             )
-        per_target = bytes_per_target(
-            self._info,
-            want=self._transport.want,
-            hidden_dtype=self._transport.hidden_dtype,
-            support=self._request(rollouts[:1]).support_width(),
-            vocab_size=self.vocab_size,
-        )
+        per_target = self._bytes_per_target(self._request(rollouts[:1]))
         tokens = min(self.batch_tokens, math.ceil(sum(lengths) / servers))
         return group_by_tokens(rollouts, tokens, targets=self.response_bytes // per_target)
 
@@ -134,11 +134,27 @@ class ServerTeacher:
         self, rollouts: Sequence[Rollout], *, retries: int | None = None
     ) -> list[ScoredRollout]:
         """Score by one request, with ``retries`` retries (default: ``config.retries``)."""
-        body = request_bytes(self._request(rollouts))
-        headers = {"Content-Type": MEDIA_TYPE}
-        response = self._service.send("POST", "/score", body, headers, retries=retries)
+        request = self._request(rollouts)
+        response = self._service.send(
+            "POST",
+            "/score",
+            request_bytes(request),
+            {"Content-Type": MEDIA_TYPE},
+            retries=retries,
+            tokens=len(request.token_ids),
+            max_bytes=len(request.targets()) * self._bytes_per_target(request) + HEADER_BYTES,
+        )
         scores = parsed(response, lambda r: read_response(r.content), "scores of an opd teacher")
         return scored_rollouts(rollouts, scores)
+
+    def _bytes_per_target(self, request: WireRequest) -> int:
+        return bytes_per_target(
+            self._info,
+            want=request.want,
+            hidden_dtype=request.hidden_dtype,
+            support=request.support_width(),
+            vocab_size=self.vocab_size,
+        )
 
     def _request(self, rollouts: Sequence[Rollout]) -> WireRequest:
         return wire_request_from(

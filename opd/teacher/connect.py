@@ -16,8 +16,9 @@ from opd.config.teacher import (
     TeacherTokenizer,
 )
 from opd.interfaces import Progress
-from opd.teacher.client import ServerTeacher
+from opd.teacher.client import ServerTeacher, server_connection
 from opd.teacher.model_info import max_positions, read_info, require_divisible_heads
+from opd.teacher.sleeping import SleepSwitch
 from opd.teacher.transport import describe_costs
 from opd.teacher.vocabulary import (
     Vocabulary,
@@ -28,16 +29,19 @@ from opd.teacher.vocabulary import (
 from opd.teacher.wire import TOKEN_VARIABLE
 from opd.types import ScoreRequest, TeacherInfo
 
-TEACHER_URL = "OPD_TEACHER_URL"
-"""Environment variable: the address of the teacher that the launcher started."""
 TEACHER_URLS = "OPD_TEACHER_URLS"
-"""Environment variable: the servers that the launcher started for a pool, as JSON, model -> urls."""
+"""Environment variable: the servers that the launcher started, as JSON, model -> urls."""
+
+
+def listed_urls(setting: str) -> tuple[str, ...]:
+    """The addresses in a comma-separated setting, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in setting.split(",") if part.strip()))
 
 
 def member_urls(member: str) -> tuple[str, ...]:
     """The addresses that a pool member lists; none when it is a model."""
-    listed = tuple(part.strip() for part in member.split(",") if part.strip())
-    return listed if listed and all(u.startswith(("http://", "https://")) for u in listed) else ()
+    listed = listed_urls(member)
+    return listed if all(u.startswith(("http://", "https://")) for u in listed) else ()
 
 
 def pool_models(members: Mapping[str, str]) -> list[str]:
@@ -48,8 +52,8 @@ def pool_models(members: Mapping[str, str]) -> list[str]:
 def started_models(config: TeacherConfig) -> list[str]:
     """The model of each teacher server that a run starts itself, replicas of one model together."""
     match config:
-        case ServerTeacherConfig(url=None, model=str(model)):
-            return [model]
+        case ServerTeacherConfig(url=None, model=str(model), replicas=replicas):
+            return [model] * replicas
         case PoolTeacherConfig(members=members, replicas=replicas):
             return [model for model in pool_models(members) for _ in range(replicas)]
     return []
@@ -89,6 +93,12 @@ def scored_vocabulary(config: TeacherConfig, student: Vocabulary) -> Vocabulary:
     )
 
 
+def sleep_switch(config: ServedTeacherConfig, urls: Sequence[str]) -> SleepSwitch:
+    """What puts these servers to sleep and wakes them, with the run's token."""
+    token = os.environ.get(TOKEN_VARIABLE)
+    return SleepSwitch([server_connection(config, url, token) for url in urls])
+
+
 def describe_transport(
     config: TeacherConfig,
     infos: Sequence[TeacherInfo],
@@ -114,7 +124,7 @@ def describe_transport(
 
 
 def teacher_infos(config: TeacherConfig, student: Vocabulary) -> list[TeacherInfo]:
-    """The info of each teacher, before it is loaded, in the order of ``teacher.members``.
+    """The info of each teacher or server, before it is loaded, in the order of the setting.
 
     Raises ValueError when one cannot be reached or read, or when its vocabulary does not fit.
     """
@@ -125,8 +135,8 @@ def teacher_infos(config: TeacherConfig, student: Vocabulary) -> list[TeacherInf
                 for name, member in members.items()
                 for info in _member_infos(config, f"teacher.members.{name}", member, student)
             ]
-        case ServerTeacherConfig(url=str(url)):
-            return [_served_info(config, "teacher.url", url, student)]
+        case ServerTeacherConfig(url=str(urls)):
+            return [_served_info(config, "teacher.url", u, student) for u in listed_urls(urls)]
     assert config.model is not None
     return [_read_info(config, "teacher.model", config.model, student)]
 

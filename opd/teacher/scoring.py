@@ -7,7 +7,7 @@ import torch
 
 from opd.head import HeadSpec, chunk_rows, head_logps, outside_mass
 from opd.teacher.backend import Backend
-from opd.types import IntArray
+from opd.types import BFloat16Bits, FloatArray, IntArray
 
 CHUNK_BYTES = 64 << 20  # of one [C, V] block; about four live at once, beside the engine's memory
 
@@ -80,6 +80,20 @@ def score_hidden(
 def folded_head(weight_VD: torch.Tensor, spec: HeadSpec) -> torch.Tensor:
     """The head's rows [spec.vocab_size, D] in float32 with its scale multiplied in, on the CPU."""
     return weight_VD[: spec.vocab_size].float().cpu() * spec.scale
+
+
+def copy_rows(weight_VD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """A copy of rows ``start`` to ``stop`` on the CPU, which stays when the matrix moves."""
+    return weight_VD[start:stop].to("cpu", copy=True)
+
+
+def head_rows(rows_VD: torch.Tensor, *, bfloat16: bool) -> FloatArray | BFloat16Bits:
+    """Float32 rows of a head as they are sent: with ``bfloat16`` in half the bytes, if that loses nothing."""
+    if bfloat16:
+        halves_VD = rows_VD.bfloat16()
+        if torch.equal(halves_VD.float(), rows_VD):
+            return halves_VD.view(torch.uint16).numpy()
+    return rows_VD.numpy()
 
 
 def log_probs(backend: Backend, sequences: list[IntArray]) -> list[torch.Tensor]:

@@ -181,6 +181,17 @@ def read_request(body: bytes) -> WireRequest:
     return request
 
 
+def read_head_rows(body: bytes) -> FloatArray:
+    """Rows of an output head in float32, from a response that may hold them in bfloat16."""
+    rows = load(body)["head"]
+    return as_float32(rows) if rows.dtype == np.uint16 else rows
+
+
+def as_float32(bits: BFloat16Bits) -> FloatArray:
+    """bfloat16 numbers, given as their bits, in float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def response_bytes(response: WireResponse) -> bytes:
     """A response as safetensors."""
     arrays = {field.name: getattr(response, field.name) for field in fields(response)}

@@ -255,6 +255,45 @@ def test_the_teacher_sees_its_own_prompt(
         served.score([replace(plain, prompt=too_long)])
 
 
+def test_a_run_starts_replicas_of_one_teacher(
+    folders: dict[str, Path],
+    student: Vocabulary,
+    local: dict[str, LocalTeacher],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = ServerTeacherConfig(
+        model=str(folders["addition"]),
+        backend=TeacherBackend.torch,
+        dtype=DType.float32,
+        replicas=2,
+        retries=1,
+    )
+    quiet = SilentProgress()
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    rollouts = _rollouts(600, [None])
+    expected = local["addition"].score(rollouts)
+    with pytest.raises(ValueError, match=r"give its address as teacher\.url"):
+        build_clients(config, student, [REQUEST], world, quiet)
+    with started_teachers(Config(teacher=config), tmp_path) as started:
+        for name, value in started.environment.items():
+            monkeypatch.setenv(name, value)
+        assert len(list(tmp_path.glob("teacher_*.log"))) == 2
+        (teacher,) = build_clients(config, student, [REQUEST], world, quiet)
+        _require_same(teacher.score(rollouts), expected, rollouts)
+        (override,) = OverridesParser.create().parse_overrides(started.settings)
+        named = replace(config, model=None, url=str(override.value()))
+        assert [i.vocab_size for i in teacher_infos(named, student)] == [VOCAB] * 2
+        (again,) = build_clients(named, student, [REQUEST], world, quiet)
+        first, second = str(override.value()).split(",")
+        monkeypatch.delenv("OPD_TEACHER_URLS")
+        _require_same(again.score(rollouts[:50]), expected[:50], rollouts[:50])
+        with pytest.raises(ValueError, match=r"teacher\.url=http://127.0.0.1:9 cannot be reached"):
+            teacher_infos(replace(named, url=f"{first},http://127.0.0.1:9"), student)
+        with pytest.raises(ValueError, match="is no address of the teacher"):
+            teacher_infos(replace(named, url=f"{second},localhost:8000"), student)
+
+
 def test_a_run_starts_its_pool(
     folders: dict[str, Path],
     student: Vocabulary,

@@ -22,6 +22,7 @@ teacher:
     long: {QUICKSTART / "teacher"}
   backend: torch
   replicas: 2
+  sleep: true
 data:
   train: train.jsonl
   eval: train.jsonl

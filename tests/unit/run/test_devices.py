@@ -192,7 +192,7 @@ def test_another_launcher_starts_no_servers(overrides: list[str], words: str | N
     else:
         with pytest.raises(ValueError, match=words):
             require_running_servers(config, {})
-        addresses = {"OPD_TEACHER_URL": "http://h:1", "OPD_ROLLOUT_URLS": "http://h:2"}
+        addresses = {"OPD_TEACHER_URLS": '{"m": ["http://h:1"]}', "OPD_ROLLOUT_URLS": "http://h:2"}
         require_running_servers(config, addresses)
 
 

@@ -54,9 +54,9 @@ def _request(length: int) -> WireRequest:
 def test_waiting_requests_share_a_call_up_to_the_token_bound() -> None:
     backend = GatedBackend()
     work = WorkQueue(lambda: backend, max_waiting_tokens=9)
-    first = work.submit(_request(3))
+    first = work.submit(_request(3)).done
     assert backend.entered.wait(10)
-    rest = [work.submit(_request(n)) for n in (3, 4, 2, 3, 100)]
+    rest = [work.submit(_request(n)).done for n in (3, 4, 2, 3, 100)]
     backend.gate.set()
     responses = [done.result(10) for done in (first, *rest)]
     assert backend.calls == [1, 3, 1, 1]
@@ -68,8 +68,8 @@ def test_a_failing_call_fails_its_requests_and_the_next_one_works() -> None:
     backend.gate.set()
     work = WorkQueue(lambda: backend, max_waiting_tokens=9)
     with pytest.raises(RuntimeError, match="seven"):
-        work.submit(_request(8)).result(10)
-    assert len(work.submit(_request(3)).result(10).logps) == 2
+        work.submit(_request(8)).done.result(10)
+    assert len(work.submit(_request(3)).done.result(10).logps) == 2
 
 
 def test_backend_raises_what_loading_raised() -> None:
