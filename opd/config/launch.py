@@ -30,6 +30,8 @@ class LaunchConfig:
     """deepspeed, or torch: one process without DeepSpeed."""
     deepspeed: str | None = None
     """A DeepSpeed JSON file with stage, offload and bucket sizes, as in launch/deepspeed/."""
+    memory_check: bool = True
+    """Refuse a run that does not fit the GPUs by the forecast of `opd plan`."""
     threads: int | None = bounded(None, least=1)
     """CPU threads of each process; by default the cores divided evenly among the processes."""
 

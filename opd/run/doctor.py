@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from opd.run.preflight import hub_answers, hub_names
+from opd.run.hub import hub_answers
+from opd.run.preflight import hub_names
 from opd.run.recipe import load_recipe
 from opd.run.self_check import compare_alone
 from opd.run.train import train

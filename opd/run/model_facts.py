@@ -14,8 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from opd.config.adapter import ALL_LINEAR, LoraConfig
 from opd.model_head import head_spec, skeleton
+from opd.run.hub import hub_answers
 from opd.run.model_names import resolved_model
-from opd.run.preflight import hub_answers
 
 TABLE = Path(__file__).parent / "model_configs.json"
 """What the config.json of common models on the Hugging Face Hub says about sizes, by hub id. Sources: those

@@ -14,6 +14,8 @@ from opd.teacher.model_info import LayerShape, read_layer_shape
 
 ReadShape = Callable[[str], LayerShape | None]
 """The layers of a model as its config describes them; None where that is not known."""
+SCALES = (1.0, 0.8, 0.6, 0.4)
+"""Of the usual shares of memory, which are tried in this order."""
 Overflows = Callable[[Placement], list[str]]
 """A sentence for each card and phase in which a placement needs more memory than the card has."""
 
@@ -29,6 +31,7 @@ def place(
 
     Explicit settings are kept. Servers get cards that no rank uses, where there are some, and split their
     models over these; else they share cards with ranks, each on one card first and on more if need be.
+    Shares of memory that no setting gives are lowered before a model is split over more cards.
     Raises ValueError with the setting that would help where the settings contradict each other or the
     cards, and where nothing fits.
     """
@@ -42,11 +45,15 @@ def place(
         )
     overflows: list[str] = []
     for candidate in _candidates(config, cards, read_shape or read_known_shape):
-        placement = with_shares(config, candidate)
-        overflows = [] if fits is None else fits(placement)
-        if not overflows:
-            return placement
-    raise ValueError(f"{'; '.join(overflows)}: {_remedies(config)}")
+        for scale in SCALES:
+            placement = with_shares(config, candidate, scale)
+            found = [] if fits is None else fits(placement)
+            if not found:
+                return placement
+            overflows = overflows or found
+    raise ValueError(
+        f"{'; '.join(overflows)}: {_remedies(config)}; launch.memory_check=false tries it all the same"
+    )
 
 
 def choose_processes(config: Config, cards: Cards) -> int:
@@ -227,6 +234,8 @@ def _remedies(config: Config) -> str:
             remedies.append("raise teacher.tensor_parallel_size")
         if teacher.gpu_memory_utilization is not None:
             remedies.append("lower teacher.gpu_memory_utilization")
+        if not teacher.sleep:
+            remedies.append("teacher.sleep=true")
     if isinstance(config.rollout, VllmRolloutConfig) and config.rollout.gpu_memory_utilization:
         remedies.append("lower rollout.gpu_memory_utilization")
     if config.zero < 3 and processes > 1:

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from opd.config.schema import Config, problems
+from opd.run.devices import resolved
 from opd.run.forecast.cards import Forecast, forecast, overflows
 from opd.run.forecast.changes import Saving, helpful_changes
 from opd.run.forecast.engines import placed_models, scoring_model
@@ -17,9 +18,10 @@ from opd.run.forecast.rank import Device, Models, Phase
 from opd.run.forecast.seconds import Span, hidden_state_bytes, step_seconds, sync_bytes
 from opd.run.forecast.setup import mask_densities
 from opd.run.model_facts import read_facts
+from opd.run.place import place
 from opd.run.placement import Cards, Placement
 from opd.run.recipe import load_recipe
-from opd.run.simple_placement import place_simply
+from opd.teacher.model_info import LayerShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,19 +57,20 @@ def plan_recipe(
 ) -> Plan:
     """The plan of a recipe on the cards that are asked about (see ``chosen_cards``)."""
     processes = load_recipe(recipe, *overrides).config.launch.processes
-    cards = chosen_cards(gpu, gpus, nodes, processes)
+    asked = processes if isinstance(processes, int) else 1
+    cards = chosen_cards(gpu, gpus, nodes, asked)
     return make_plan(recipe, overrides, cards=cards, prompt_tokens=prompt_tokens)
 
 
 def make_plan(recipe: str, overrides: Sequence[str], *, cards: Cards, prompt_tokens: int) -> Plan:
     """The plan of a recipe on these cards. Raises ValueError with one sentence for configuration errors."""
-    loaded = load_recipe(recipe, *overrides)
+    loaded = resolved(load_recipe(recipe, *overrides), cards, {})
     config = loaded.config
     found = problems(config)
     if found:
         raise ValueError("\n".join(found))
     models = read_models(config)
-    placement = place_simply(config, cards)
+    placement = _place(config, cards, models, prompt_tokens)
     forecasts = _forecasts(config, placement, models, prompt_tokens)
     fullest = min(forecasts, key=lambda each: min(device.spare for device in each.devices))
     return Plan(
@@ -129,6 +132,26 @@ def chosen_cards(gpu: str | None, gpus: int | None, nodes: int, processes: int) 
     return Cards(count=gpus, nodes=nodes, memory_bytes=there.memory_bytes, name=there.name)
 
 
+def _place(config: Config, cards: Cards, models: Models, prompt_tokens: int) -> Placement:
+    """The first placement that fits; where none does, the first one, to show by how much."""
+
+    def shape(model: str) -> LayerShape | None:
+        facts = models.teachers.get(model)
+        if facts is None:
+            return None
+        return LayerShape(
+            heads=facts.heads,
+            key_value_heads=facts.kv_heads,
+            intermediate_size=facts.intermediate,
+        )
+
+    fits = fits_on(config, models, prompt_tokens=prompt_tokens)
+    try:
+        return place(config, cards, fits, read_shape=shape)
+    except ValueError:
+        return place(config, cards, read_shape=shape)
+
+
 def _forecasts(
     config: Config, placement: Placement, models: Models, prompt_tokens: int
 ) -> tuple[Forecast, ...]:
@@ -150,7 +173,7 @@ def _again(cards: Cards, models: Models, prompt_tokens: int) -> Callable[[Config
 
     def again(config: Config) -> Forecast | None:
         try:
-            placement = place_simply(config, cards)
+            placement = _place(config, cards, models, prompt_tokens)
         except ValueError:
             return None
         found = _forecasts(config, placement, models, prompt_tokens)

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import httpx
-from huggingface_hub import constants
-
 from opd.config.functions import load_function
 from opd.config.launch import LaunchEngine, count_processes, merged_deepspeed
 from opd.config.loss import FunctionLossConfig
@@ -33,10 +30,12 @@ from opd.run.devices import find_cards, needs_vllm, require_devices
 from opd.run.findings import findings
 from opd.run.folder import open_folder
 from opd.run.gradable import require_gradable
+from opd.run.hub import hub_answers
 from opd.run.mask import require_mask_fits
 from opd.run.model_check import check_student_model
 from opd.run.place import place
-from opd.run.placement import Placement
+from opd.run.placement import Cards, Placement
+from opd.run.plan import fits_on, read_models
 from opd.run.recipe import Recipe
 from opd.teacher.connect import describe_transport, scored_vocabulary, teacher_infos
 from opd.teacher.vocabulary import read_vocabulary
@@ -82,9 +81,9 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     if unseen and config.dry_run and not hub_answers():
         placement = place(config, cards, read_shape=lambda model: None)
         return Preflight(start=start, placement=placement, unseen=tuple(unseen))
-    placement = place(config, cards)
     tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     prompts = read_prompt_sets(config, tokenizer)
+    placement = _placed(config, cards, prompts)
     ShuffledPrompts(
         prompts.train, config.train.prompts_per_step, config.seed, groups=prompts.groups
     )
@@ -115,6 +114,21 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
         transport=transport,
         findings=tuple(found),
     )
+
+
+def _placed(config: Config, cards: Cards, prompts: PromptSets) -> Placement:
+    """Who sits where; on GPUs the first placement that fits their memory by forecast.
+
+    ValueError when none does, unless launch.memory_check=false.
+    """
+    if not (cards.count and config.launch.memory_check):
+        return place(config, cards)
+    prompt_tokens = max(1, prompts.max_length - config.rollout.max_tokens)
+    try:
+        models = read_models(config)
+    except ValueError:  # unknown sizes; what cannot be read at all is reported elsewhere
+        return place(config, cards)
+    return place(config, cards, fits_on(config, models, prompt_tokens=prompt_tokens))
 
 
 def _require_functions(config: Config) -> None:
@@ -156,17 +170,6 @@ def hub_names(config: Config) -> list[str]:
         for setting, name in named
         if name and HUB_NAME.fullmatch(name) and not Path(name).exists()
     ]
-
-
-def hub_answers() -> bool:
-    """Whether the hub answers within a few seconds."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        httpx.head(constants.ENDPOINT, timeout=5)
-    except httpx.HTTPError:
-        return False
-    return True
 
 
 def _missing_packages(config: Config) -> list[str]:

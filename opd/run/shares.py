@@ -27,8 +27,8 @@ class _Claim:
     wanted: float
 
 
-def with_shares(config: Config, placement: Placement) -> Placement:
-    """The placement with the share of every engine.
+def with_shares(config: Config, placement: Placement, scale: float = 1.0) -> Placement:
+    """The placement with the share of every engine; ``scale`` multiplies those that no setting gives.
 
     Raises ValueError where settings ask for more memory than a card has, or leave too little of it.
     """
@@ -43,7 +43,8 @@ def with_shares(config: Config, placement: Placement) -> Placement:
         if claim.given is not None:
             return claim.given
         factors = [_factor(card, claims) for card in claim.cards]
-        return math.floor(claim.wanted * min(factors, default=1.0) * DIGITS + ROUNDING) / DIGITS
+        wanted = claim.wanted * scale * min(factors, default=1.0)
+        return math.floor(wanted * DIGITS + ROUNDING) / DIGITS
 
     def shared(servers: tuple[PlacedServer, ...], claims: list[_Claim]) -> tuple[PlacedServer, ...]:
         pairs = zip(servers, claims, strict=True)

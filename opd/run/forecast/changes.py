@@ -62,6 +62,8 @@ def _candidates(config: Config) -> Iterator[tuple[str, Config]]:
     if half:
         yield _with(config, "train", "max_tokens_per_micro_batch", half)
     if isinstance(teacher, ServedTeacherConfig):
+        if not teacher.sleep:
+            yield _with(config, "teacher", "sleep", True)
         if (teacher.gpu_memory_utilization or 1) > SMALL_TEACHER:
             yield _with(config, "teacher", "gpu_memory_utilization", SMALL_TEACHER)
         for size in (2, 4, 8):

@@ -1,6 +1,6 @@
 """What the GPUs of a placement hold in each phase."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from opd.config.rollout import VllmRolloutConfig
 from opd.config.schema import Config
@@ -127,9 +127,7 @@ def _server(
 
 def teacher_sleeps(config: Config) -> bool:
     """Whether teacher servers free their memory while nothing is scored."""
-    return isinstance(config.teacher, ServedTeacherConfig) and bool(
-        asdict(config.teacher).get("sleep", False)
-    )
+    return isinstance(config.teacher, ServedTeacherConfig) and config.teacher.sleep
 
 
 def _card_names(cards: list[int]) -> str:
