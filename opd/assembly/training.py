@@ -112,7 +112,6 @@ def build_training(
     prompts = read_prompt_sets(config, tokenizer)
     checkpoint = _find_checkpoint(folder, world)
     resumed = None if checkpoint is None else checkpoint[1]
-    mask = read_run_mask(config, folder)
     inputs = EngineInputs(
         config=config,
         model=config.student.model,
@@ -121,6 +120,7 @@ def build_training(
         world=world,
         progress=progress,
     )
+    mask = read_run_mask(config, folder)
     engine, sync = build_engine(inputs, mask)
     model, parameter_mask, own = build_model(config, mask, world, prompts.probe)
     rounding = measure_rounding(config, model, prompts.probe)
@@ -140,10 +140,9 @@ def build_training(
         sync_check=build_sync_check(config, prompts, engine, learner, rounding, world),
         world=world,
     )
-    evaluator = _build_evaluator(config, parts, teacher_accuracy)
     tracker = build_trackers(config, folder, resolved, console, world, resumed)
     return Training(
-        loop=_build_loop(config, folder, parts, evaluator, tracker, stop),
+        loop=_build_loop(config, folder, parts, teacher_accuracy, tracker, stop),
         learner=learner,
         model=model,
         teachers=teachers,
@@ -181,7 +180,7 @@ def _build_loop(
     config: Config,
     folder: Path,
     parts: _Parts,
-    evaluator: Evaluator | None,
+    teacher_accuracy: float | None,
     tracker: Tracker,
     stop: Callable[[], bool],
 ) -> Loop:
@@ -200,7 +199,7 @@ def _build_loop(
         teacher=teachers.training,
         learner=parts.learner,
         sync=build_sync(config, parts.sync, teachers.average),
-        evaluator=evaluator,
+        evaluator=_build_evaluator(config, parts, teacher_accuracy),
         tracker=tracker,
         verify=dict if check is None else check.verify,
         watch=check.watch if check is not None and watches(config) else lambda metrics: None,

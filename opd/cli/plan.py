@@ -11,8 +11,8 @@ from opd.config.fields import bounded
 
 HELP = """usage: opd plan RECIPE [gpus=N] [gpu=NAME] [key=value ...] [--json]
 
-Forecast a run before anything is loaded: memory of each card in each phase, bytes, seconds of a step,
-what limits it, and what to change when it does not fit. Models are read from their configs alone.
+Forecast a run before anything is loaded: memory of each card in each phase, bytes, seconds of a
+step, what limits it, and what to change when it does not fit. Only configs of models are read.
 
   RECIPE     path of a YAML file, or a bundled recipe (opd train --help lists them)
   key=value  settings as in opd train

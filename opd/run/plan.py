@@ -15,7 +15,12 @@ from opd.run.forecast.changes import Saving, helpful_changes
 from opd.run.forecast.engines import placed_models, scoring_model
 from opd.run.forecast.gpus import cards_named, find_gpu
 from opd.run.forecast.rank import Device, Models, Phase
-from opd.run.forecast.seconds import Span, hidden_state_bytes, step_seconds, sync_bytes
+from opd.run.forecast.seconds import (
+    PhaseSeconds,
+    hidden_state_bytes,
+    step_seconds,
+    sync_bytes,
+)
 from opd.run.forecast.setup import mask_densities
 from opd.run.model_facts import read_facts
 from opd.run.place import place
@@ -34,7 +39,7 @@ class Plan:
     recipe: str
     cards: Cards
     forecasts: tuple[Forecast, ...]
-    seconds: dict[Phase, Span]
+    seconds: dict[Phase, PhaseSeconds]
     sent: dict[str, int]
     too_small: tuple[str, ...]
     changes: tuple[Saving, ...]
@@ -57,8 +62,7 @@ def plan_recipe(
 ) -> Plan:
     """The plan of a recipe on the cards that are asked about (see ``chosen_cards``)."""
     processes = load_recipe(recipe, *overrides).config.launch.processes
-    asked = processes if isinstance(processes, int) else 1
-    cards = chosen_cards(gpu, gpus, nodes, asked)
+    cards = chosen_cards(gpu, gpus, nodes, processes if isinstance(processes, int) else 1)
     return make_plan(recipe, overrides, cards=cards, prompt_tokens=prompt_tokens)
 
 

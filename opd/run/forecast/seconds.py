@@ -30,7 +30,7 @@ KEPT_BYTES = 2.6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class PhaseSeconds:
     """Seconds of a phase by what takes them."""
 
     parts: Mapping[str, float]
@@ -47,7 +47,7 @@ class Span:
 
 def step_seconds(
     config: Config, found: Forecast, placement: Placement, models: Models
-) -> dict[Phase, Span]:
+) -> dict[Phase, PhaseSeconds]:
     """A step's phases, one after another; empty without a GPU of the table."""
     if not placement.cards.count or not placement.cards.name:
         return {}
@@ -64,13 +64,13 @@ def step_seconds(
 
 def _rollout(
     config: Config, found: Forecast, placement: Placement, student: ModelFacts, gpu: Gpu
-) -> Span:
+) -> PhaseSeconds:
     """Decoding: for each token the weights and half of the caches are read, and a step's own time.
 
     Sequences that do not fit into the cache wait for the next wave.
     """
     if isinstance(config.rollout, DatasetRolloutConfig) or config.rollout.on_policy == 0:
-        return Span(parts={})
+        return PhaseSeconds(parts={})
     work = found.learner.work
     sequences = work.sequences
     if isinstance(config.rollout, ServerRolloutConfig):
@@ -84,7 +84,7 @@ def _rollout(
     read += together * work.width / 2 * cache_bytes(student, element)
     rate = gpu.hbm * GB * gpus.HBM_SHARE
     prompts = sequences * (work.width - config.rollout.max_tokens)
-    return Span(
+    return PhaseSeconds(
         parts={
             "prefill": 2 * student.linear * prompts / _matmul(gpu),
             "reading weights and cache": steps * read / rate,
@@ -93,10 +93,12 @@ def _rollout(
     )
 
 
-def _score(found: Forecast, placement: Placement, teacher: ModelFacts | None, gpu: Gpu) -> Span:
+def _score(
+    found: Forecast, placement: Placement, teacher: ModelFacts | None, gpu: Gpu
+) -> PhaseSeconds:
     """A forward pass over all tokens, the float32 head, and hidden states on their way to the ranks."""
     if found.transport is None or teacher is None:
-        return Span(parts={})
+        return PhaseSeconds(parts={})
     work, servers = found.learner.work, placement.teachers
     ranks = len(placement.ranks)
     share = ranks / len(servers) if servers else 1
@@ -110,7 +112,7 @@ def _score(found: Forecast, placement: Placement, teacher: ModelFacts | None, gp
     if servers:
         sent = hidden_state_bytes(int(tokens), teacher)
         parts["hidden states"] = sent / gpus.HIDDEN_BYTES_PER_S
-    return Span(parts=parts)
+    return PhaseSeconds(parts=parts)
 
 
 def hidden_state_bytes(tokens: int, teacher: ModelFacts) -> int:
@@ -120,7 +122,7 @@ def hidden_state_bytes(tokens: int, teacher: ModelFacts) -> int:
 
 def _learn(
     config: Config, found: Forecast, student: ModelFacts, teacher: ModelFacts | None, gpu: Gpu
-) -> Span:
+) -> PhaseSeconds:
     """6 P operations a token (4 with adapters, 2 more with checkpointing), head, loss, optimizer."""
     setup, work = found.learner, found.learner.work
     passes = (4 if isinstance(config.adapter, LoraConfig) else 6) + 2 * setup.checkpointing
@@ -141,17 +143,19 @@ def _learn(
     if setup.ranks > 1:
         sent = 4 * setup.trained * (setup.ranks - 1) / setup.ranks
         parts["gradients and weights between cards"] = sent / (gpu.link * GB * gpus.LINK_SHARE)
-    return Span(parts=parts)
+    return PhaseSeconds(parts=parts)
 
 
-def _sync(config: Config, found: Forecast, student: ModelFacts, gpu: Gpu) -> Span:
+def _sync(config: Config, found: Forecast, student: ModelFacts, gpu: Gpu) -> PhaseSeconds:
     """Into an engine of the same process: three passes over the weights. To servers: all of them by HTTP."""
     if isinstance(config.rollout, DatasetRolloutConfig):
-        return Span(parts={})
+        return PhaseSeconds(parts={})
     sent = sync_bytes(config, found, student)
     if isinstance(config.rollout, ServerRolloutConfig):
-        return Span(parts={"weights to servers": sent["a snapshot"] / gpus.PUSH_BYTES_PER_S})
-    return Span(parts={"weights": 3 * sent["weights"] / (gpu.hbm * GB * gpus.HBM_SHARE)})
+        return PhaseSeconds(
+            parts={"weights to servers": sent["a snapshot"] / gpus.PUSH_BYTES_PER_S}
+        )
+    return PhaseSeconds(parts={"weights": 3 * sent["weights"] / (gpu.hbm * GB * gpus.HBM_SHARE)})
 
 
 def sync_bytes(config: Config, found: Forecast, student: ModelFacts) -> dict[str, int]:
