@@ -22,6 +22,7 @@ from opd.train.parameter_mask import (
     RestoredTraining,
     SparseTraining,
 )
+from opd.train.routers import keep_float32_routers
 from opd.train.student import causal_lm
 from opd.train.weights import disable_dropout, load_student, with_lora
 from opd.world import World
@@ -52,6 +53,8 @@ def build_model(
             _cast_trained(model, _dtype(config))
     if not config.train.dropout:
         disable_dropout(model)
+    if config.train.precision == Precision.bf16:
+        keep_float32_routers(causal_lm(model))
     return model, _parameter_mask(config, mask, model), own
 
 

@@ -110,8 +110,7 @@ def build_training(
     console, progress = build_console(world, terminal)
     tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     prompts = read_prompt_sets(config, tokenizer)
-    checkpoint = _find_checkpoint(folder, world)
-    resumed = None if checkpoint is None else checkpoint[1]
+    checkpoint, resumed = _find_checkpoint(folder, world)
     inputs = EngineInputs(
         config=config,
         model=config.student.model,
@@ -155,10 +154,11 @@ def build_training(
     )
 
 
-def _find_checkpoint(folder: Path, world: World) -> tuple[Path, int] | None:
-    """The checkpoint to resume from, once rank 0 has set damaged ones aside; collective."""
+def _find_checkpoint(folder: Path, world: World) -> tuple[tuple[Path, int] | None, int | None]:
+    """The checkpoint to resume from and its step, once rank 0 has set damaged ones aside; collective."""
     world.barrier()
-    return newest_checkpoint(folder, processes=world.size)
+    found = newest_checkpoint(folder, processes=world.size)
+    return found, None if found is None else found[1]
 
 
 def _build_evaluator(

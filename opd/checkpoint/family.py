@@ -72,10 +72,26 @@ class Family:
 
     def is_parameter(self, name: str) -> bool:
         """Whether loading puts a stored tensor into a parameter: not for buffers and leftovers."""
+        return self.known.get(self._loaded(name), False)
+
+    def with_prefix(self, name: str) -> str:
+        """A stored tensor's name with the prefix of the base model, as transformers writes it.
+
+        Files of a model without its head (``h.0.ln_1.weight`` of GPT-2 on the Hub) leave the prefix out.
+        Names that loading changes otherwise, or does not know, are left as they are.
+        """
         prefix = self.model.base_model_prefix
+        if name in self.known or name.startswith(f"{prefix}."):
+            return name
+        prefixed, loaded = f"{prefix}.{name}", self._loaded(name)
+        is_left_out = self.renamed(name) in (name, prefixed) and loaded in self.known
+        return prefixed if is_left_out and loaded == self._loaded(prefixed) else name
+
+    def _loaded(self, name: str) -> str:
+        """The name in memory of the tensor that a stored one is loaded into, merged or not."""
         renamings, converters = list(self.renamings), list(self.converters)
-        loaded = rename_source_key(name, renamings, converters, prefix, self.known)[0]
-        return self.known.get(loaded, False)
+        prefix = self.model.base_model_prefix
+        return rename_source_key(name, renamings, converters, prefix, self.known)[0]
 
     def ties(self, names: Iterable[str]) -> dict[str, str]:
         """(tied tensor, the tensor it shares) by names in memory, under the names that are stored."""

@@ -74,13 +74,23 @@ class Checkpoint(Mapping[str, Stored]):
 def open_checkpoint(model: str) -> Checkpoint:
     """The weights of a model folder or Hub id: what transformers loads from its files.
 
-    FP8 weights are dequantised, and a head that repeats the embedding is left out. Raises ValueError
+    FP8 weights are dequantised, a head that repeats the embedding is left out, and names have the prefix
+    of the base model, which some files leave out. Raises ValueError
     when the folder holds no model, when a shard is truncated or missing, and for other quantised
     formats.
     """
     folder = model_folder(model)
     tensors = plain_tensors(read_files(weight_files(folder)), model_config(folder), model)
-    return Checkpoint(model, without_tied(tensors, folder), folder)
+    named = _with_prefix(without_tied(tensors, folder), folder)
+    return Checkpoint(model, named, folder)
+
+
+def _with_prefix(tensors: Mapping[str, Stored], folder: Path) -> dict[str, Stored]:
+    """The tensors under the names that transformers writes, with the prefix of the base model."""
+    family = read_family(folder)
+    if family is None:
+        return dict(tensors)
+    return {family.with_prefix(name): stored for name, stored in tensors.items()}
 
 
 def open_tensors(file: Path) -> Checkpoint:

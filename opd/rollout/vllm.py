@@ -13,7 +13,12 @@ from opd.interfaces import Progress, RolloutEngine
 from opd.rollout.seeds import request_seed
 from opd.rollout.sleep import EngineSleep, SleepLevel
 from opd.types import FinishReason, IntArray, Prompt, Rollout, Sampling
-from opd.vllm_start import explain_refusal, set_exact_float32, set_start_method
+from opd.vllm_start import (
+    explain_refusal,
+    restore_classes,
+    set_exact_float32,
+    set_start_method,
+)
 from opd.world import join_alone
 
 if TYPE_CHECKING:
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
 
 CPU_STEP_TOKENS = 4096
 CPU_CACHE_BYTES = 512 << 20
+PROBE_TOKENS = 8
+"""Of the prompt that a new engine on a CPU completes, before it is used."""
 
 
 def start_llm(
@@ -67,9 +74,10 @@ def start_llm(
         # a prompt prefilled in chunks rewinds its random generator, which a CPU generator cannot do
         memory["enable_chunked_prefill"] = False
         memory["max_num_batched_tokens"] = max(CPU_STEP_TOKENS, max_model_len)
+        memory |= _cpu_settings(model, trust_remote_code=trust_remote_code)
     arguments = memory | {"max_model_len": max_model_len, "dtype": dtype.value}
     with explain_refusal(model, arguments, "rollout"):
-        return LLM(
+        llm = LLM(
             model,
             tokenizer=model,
             skip_tokenizer_init=True,
@@ -83,6 +91,44 @@ def start_llm(
             logprobs_mode="processed_logprobs",
             **arguments,
         )
+    llm.collective_rpc(restore_classes)
+    if not on_gpu:
+        _require_completion(llm, model)
+    return llm
+
+
+def _require_completion(llm: "LLM", model: str) -> None:
+    """ValueError when the engine cannot complete a prompt; on a GPU its start has profiled a forward pass."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    try:
+        llm.generate([{"prompt_token_ids": [0] * PROBE_TOKENS}], params, use_tqdm=False)
+    except Exception as error:  # each kernel refuses in its own way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"vLLM starts with {model} and cannot complete a prompt ({reason}): change rollout.dtype if it "
+            "asks for another, or use rollout=transformers"
+        ) from error
+
+
+def _cpu_settings(model: str, *, trust_remote_code: bool) -> dict[str, Any]:
+    """Settings that a model's architecture needs on a CPU, by what vLLM knows of it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(
+        model, tokenizer=model, skip_tokenizer_init=True, trust_remote_code=trust_remote_code
+    )
+    with explain_refusal(model, {}, "rollout"):
+        known = arguments.create_model_config()
+    settings: dict[str, Any] = {}
+    if known.is_hybrid:
+        # the states of recurrent layers are cached at the ends of chunks only
+        settings["enable_prefix_caching"] = False
+    if known.is_deepseek_mla:
+        # the CPU kernel rotates interleaved pairs of the second and later heads wrongly
+        settings["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+    return settings
 
 
 class VllmRollouts:

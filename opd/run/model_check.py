@@ -10,7 +10,7 @@ from opd.config.adapter import ALL_LINEAR, LoraConfig
 from opd.config.schema import Config
 from opd.config.student import AUTO_ATTENTION
 from opd.model_head import decoder, head_spec, skeleton
-from opd.train.weights import NOISE
+from opd.train.weights import DROPOUT, JITTER
 
 
 def check_student_model(config: Config) -> list[str]:
@@ -90,7 +90,7 @@ def _unused_dropout(settings: Mapping[str, Any]) -> Iterator[str]:
     rates = {
         name: value
         for name, value in {**settings, **(settings.get("text_config") or {})}.items()
-        if NOISE.search(name) and isinstance(value, float) and value > 0
+        if (DROPOUT.search(name) or JITTER.search(name)) and isinstance(value, float) and value > 0
     }
     if rates:
         listed = ", ".join(f"{name}={value:g}" for name, value in sorted(rates.items()))

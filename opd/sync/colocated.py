@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opd.interfaces import Weights
+from opd.sync.reload import reload
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -24,39 +25,20 @@ class VllmWeights:
         self._llm = llm
         self._wake = wake
         self._mark = mark
+        self._observes = True
 
     def push(self, weights: Weights, version: int) -> dict[str, float]:
         self._wake()
         stream = _CountedWeights(weights)
-        self._llm.collective_rpc(_reload, kwargs={"weights": iter(stream)})
+        found = self._llm.collective_rpc(
+            reload, kwargs={"weights": iter(stream), "observe": self._observes}
+        )
+        self._observes = any(found)
         self._llm.collective_rpc(_repack_tied_head)
         assert stream.exhausted, "the engine stopped reading before the last weight"
         self._llm.reset_prefix_cache()
         self._mark(version)
         return {"sync/bytes": float(stream.bytes)}
-
-
-def _reload(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """The worker's own reload, with the experts of a mixture packed anew on a CPU.
-
-    There a kernel reads experts in a packed order. A reload packs them only where no kernel exists yet;
-    otherwise it leaves them in the order of the files, and the engine computes another model, without
-    any error. Experts that the reload has not reached keep their kernel.
-    """
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-        UnquantizedFusedMoEMethod,
-    )
-
-    kernels: dict[Any, Any] = {}
-    if worker.device.type == "cpu":
-        for module in worker.get_model().modules():
-            method = getattr(module, "quant_method", None)
-            if isinstance(method, UnquantizedFusedMoEMethod):
-                kernels[method] = method.moe_kernel
-                method.moe_kernel = None
-    worker.reload_weights(weights_iterator=weights)
-    for method, kernel in kernels.items():
-        method.moe_kernel = method.moe_kernel or kernel
 
 
 def _repack_tied_head(worker: Any) -> None:

@@ -20,8 +20,8 @@ class SyncMismatch(RunError):
 PROBE_VERSION = -1
 """The version of the changed weights that are pushed before a run starts."""
 NOISE = 0.25
-"""The share of what the changed weights move that rounding may take. GPT-OSS in vLLM, whose experts and sinks
-pushes do not reach, has 0.49 (a random model of two layers)."""
+"""The share of what the changed weights move that rounding may take. GPT-OSS, whose experts and sinks vLLM's
+own reload does not reach, has 0.49 with it (a random model of two layers)."""
 EXACT = 1e-3
 """Nats that no share of a small move is below."""
 

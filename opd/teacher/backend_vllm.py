@@ -30,7 +30,12 @@ from opd.teacher.model_info import (
 )
 from opd.teacher.scoring import log_probs
 from opd.types import IntArray, TeacherInfo
-from opd.vllm_start import explain_refusal, set_exact_float32, set_start_method
+from opd.vllm_start import (
+    explain_refusal,
+    restore_classes,
+    set_exact_float32,
+    set_start_method,
+)
 from opd.world import join_alone
 
 SOCKET_VARIABLE = "VLLM_RPC_BASE_PATH"
@@ -98,6 +103,7 @@ class VllmBackend:
                 enable_prefix_caching=False,  # a cached prefix has no hidden states to return
                 trust_remote_code=False,
             )
+            self.engine.collective_rpc(restore_classes)
         self.info: TeacherInfo = read_info(
             model,
             max_length=self.engine.model_config.max_model_len,

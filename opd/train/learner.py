@@ -27,6 +27,7 @@ from opd.train.mask_scores import scores
 from opd.train.optimizers import LearningRate
 from opd.train.parameter_mask import ParameterMask
 from opd.train.record import NoRecord, Recorder
+from opd.train.routers import RouterLoad
 from opd.train.student import causal_lm
 from opd.train.weights import flip_bit, full_weights
 from opd.types import FloatArray, Rollout, ScoredRollout, StepReport
@@ -77,6 +78,7 @@ class StudentLearner:
         self._world = world
         self._progress = progress
         self._recorder = recorder or NoRecord()
+        self._router_load = RouterLoad(causal_lm(model))
         self.version = 0
 
     def step(self, scored: Sequence[ScoredRollout]) -> StepReport:
@@ -89,7 +91,7 @@ class StudentLearner:
         totals = Totals(self._teachers)
         batches = self._batches(scored, self._reduction, discount=self._discount)
         losses: list[float] = []
-        with self._progress.track("learn", len(batches)) as advance:
+        with self._progress.track("learn", len(batches)) as advance, self._router_load.counting():
             for number, batch in enumerate(batches, start=1):
                 out = self._engine.forward(batch, self._loss)
                 total = out.total / counts["denominator"]
@@ -108,6 +110,7 @@ class StudentLearner:
         metrics = totals.per_token(self._world, **counts)
         metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": counts["tokens"]}
         metrics |= self._rewards(scored) | self._parameter_mask.metrics()
+        metrics |= self._router_load.metrics(self._world)
         metrics |= self._recorder.after_step(self.version, lr=lr, norm=norm)
         return StepReport(version=self.version, metrics=metrics)
 

@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from opd.train.compact import dense_parameters, full_shape
 from opd.train.float32 import float32_layers
 from opd.train.student import causal_lm
 
-NOISE = re.compile(r"drop(out|_prob|$)|pdrop|jitter")
-"""Attributes of modules that are rates of noise in training."""
+DROPOUT = re.compile(r"drop(out|_prob|$)|pdrop")
+"""Attributes of modules that are rates of dropout."""
+JITTER = re.compile(r"jitter")
+"""Those of routers that are random in training. PhiMoE routes by its rate in evaluation too."""
 Gathered = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[None]]
 
 
@@ -62,17 +65,25 @@ def choose_attention(student: torch.nn.Module, config: StudentConfig) -> None:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout and every noise of a router to 0, so that training mode computes the same model.
+    """Make training mode compute the model that evaluation computes: no dropout, no noise of a router.
 
     transformers keeps rates in modules (``nn.Dropout``) and in attributes (``attention_dropout``,
-    ``hidden_dropout``, ``router_jitter_noise``).
+    ``hidden_dropout``), which are set to 0. Routers with noise stay in evaluation mode instead.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and NOISE.search(name):
-                setattr(module, name, 0.0)
+        rates = {name for name, value in vars(module).items() if isinstance(value, float)}
+        for name in filter(DROPOUT.search, rates):
+            setattr(module, name, 0.0)
+        if any(map(JITTER.search, rates)):
+            module.eval()
+            module.train = partial(_stay, module)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _stay(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    """In place of a module's ``train``: its mode does not change."""
+    return module
 
 
 def with_lora(student: Any, config: LoraConfig) -> torch.nn.Module:

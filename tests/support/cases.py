@@ -3,6 +3,7 @@
 engines   zero/precision/optimizer/max_tokens               the quickstart's student, 3 steps
 masks     trains/zero/precision/optimizer/max_grad_norm/steps    a tiny model
 record    the same, with a record of its weights
+experts   as masks, a tiny mixture of experts
 losses    loss/zero/ranks/max_tokens/chunk_rows             one step of a loss of ``LOSSES``
 
 ``zero`` is 0 to 3, or torch for the engine without DeepSpeed. ``trains`` is dense, compact or restore,
@@ -47,6 +48,7 @@ from tests.support.learners import (
     Setup,
     fixed_scores,
     quickstart_student,
+    tiny_experts,
     tiny_model,
 )
 
@@ -156,6 +158,11 @@ def record_case(name: str) -> Case:
     return replace(mask_case(name), records=True)
 
 
+def experts_case(name: str) -> Case:
+    case = mask_case(name)
+    return replace(case, setup=replace(case.setup, model=tiny_experts))
+
+
 def loss_case(name: str) -> Case:
     loss, zero, _, max_tokens, chunk_rows = name.split("/")
     config = LOSSES[loss]
@@ -176,6 +183,7 @@ KINDS: dict[str, Callable[[str], Case]] = {
     "engines": engine_case,
     "masks": mask_case,
     "record": record_case,
+    "experts": experts_case,
     "losses": loss_case,
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from opd.assembly.loss import build_loss, return_discount
 from opd.batch import LossReduction
@@ -37,7 +37,7 @@ from opd.train.parameter_mask import (
 from opd.train.record import WeightRecorder, Write
 from opd.train.student import Student
 from opd.train.torch_engine import TorchEngine
-from opd.train.weights import load_student, named_weights
+from opd.train.weights import checkpoint_layout, load_student, named_weights
 from opd.types import FinishReason, Prompt, Rollout, ScoredRollout
 from opd.world import World
 
@@ -200,15 +200,40 @@ def tiny_model() -> Qwen2ForCausalLM:
     return model
 
 
+def tiny_experts() -> nn.Module:
+    """A mixture of experts, which memory holds fused and files in parts; weights on the bf16 grid."""
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=TINY_VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_experts=4,
+            num_experts_per_tok=2,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).bfloat16())
+    return model
+
+
 def tiny_mask(model: nn.Module) -> Mask:
-    """A fifth of every tensor, 1-D ones included; one tensor kept whole and one not at all."""
+    """A fifth of every tensor of the checkpoint, 1-D ones included; one kept whole and one not at all."""
     generator = torch.Generator().manual_seed(1)
     indices = {}
-    for name, weight in named_weights(model):
+    shapes = dict(checkpoint_layout(model).checkpoint_shapes)
+    for name, shape in shapes.items():
+        numel = torch.Size(shape).numel()
         share = {EMPTY: 0.0, FULL: 1.0}.get(name, DENSITY)
-        order = torch.randperm(weight.numel(), generator=generator)
-        indices[name] = order[: round(share * weight.numel())].sort().values.int()
-    shapes = {name: tuple(weight.shape) for name, weight in named_weights(model)}
+        order = torch.randperm(numel, generator=generator)
+        indices[name] = order[: round(share * numel)].sort().values.int()
     return Mask(indices=indices, shapes=shapes, origin=Origin(rule="test", base="", model="tiny"))
 
 

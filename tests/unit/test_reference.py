@@ -262,13 +262,15 @@ def test_whole_files_are_accepted_with_a_tied_head(tmp_path: Path) -> None:
     load_whole(str(tmp_path), "it", dtype=torch.float32)
 
 
-def test_a_rate_that_is_no_noise_is_noticed() -> None:
+@pytest.mark.parametrize("rates", [{"router_jitter_noise": 0.5}, {"input_jitter_noise": 0.5}])
+def test_a_router_with_noise_trains_as_it_evaluates(rates: dict[str, float]) -> None:
     """PhiMoE routes by its jitter rate in evaluation too: without it, it is another model."""
     config = CONFIG_MAPPING["phimoe"](
-        **SIZES, **LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.5
+        **SIZES, **LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, **rates
     )
     model = model_of(config)
     own = OwnForward.of(model, range(3, 20))
-    disable_dropout(model)
     with pytest.raises(ValueError, match="noise in training"):
         gap(model, head_spec(model.config), own)
+    disable_dropout(model)
+    assert gap(model.train(), head_spec(model.config), own) <= BOUND[torch.float32]

@@ -1,11 +1,19 @@
 """A refusal of vLLM is one sentence with its own words and the settings that it names."""
 
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, model_validator
+from torch import nn
 
-from opd.vllm_start import EXACT_FLOAT32, explain_refusal, set_exact_float32
+from opd.vllm_start import (
+    EXACT_FLOAT32,
+    explain_refusal,
+    restore_classes,
+    set_exact_float32,
+)
 
 GIVEN = {"max_model_len": 4096, "enable_chunked_prefill": False, "dtype": "float32"}
 
@@ -74,3 +82,68 @@ def test_float32_products_are_exact_unless_the_caller_says_otherwise(
     monkeypatch.delenv(name)
     set_exact_float32()
     assert os.environ.pop(name) == value
+
+
+class Wrapper:
+    """In place of vLLM's base class of compiled modules."""
+
+
+Wrapper.__module__ = "vllm.compilation.wrapper"
+
+
+def decorated(cls: Any) -> None:
+    """As vLLM's ``support_torch_compile`` changes a class."""
+    old_init = cls.__init__
+
+    def __init__(self: Any, *args: Any, config: object = None) -> None:
+        assert config is not None, "Current vLLM config is not set"
+        old_init(self, *args)
+
+    def __call__(self: Any, *args: Any) -> Any:
+        return ("by vLLM", self.forward(*args))
+
+    __init__.__module__ = __call__.__module__ = "vllm.compilation.decorators"
+    cls.__bases__ = (*cls.__bases__, Wrapper)
+    cls.__init__, cls.__call__ = __init__, __call__
+
+
+def test_a_class_that_vllm_has_decorated_is_as_before_and_the_engine_keeps_its_own() -> None:
+    class Parent(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.width = width
+
+    class Model(Parent):
+        def forward(self, x: int) -> int:
+            return self.width * x
+
+    bases, members = Model.__bases__, set(vars(Model))
+    decorated(Model)
+    with pytest.raises(AssertionError, match="config is not set"):
+        Model(3)
+    engine: Any = nn.ModuleDict({"model": Model(3, config=1)})  # pyright: ignore[reportCallIssue]
+    restore_classes(SimpleNamespace(get_model=lambda: engine))
+    restore_classes(SimpleNamespace(get_model=lambda: engine))
+    learner = Model(2)
+    calls: list[int] = []
+    learner.register_forward_hook(lambda module, args, out: calls.append(out))
+    assert (learner(5), calls) == (10, [10])
+    assert Model.__bases__ == bases
+    assert set(vars(Model)) - members <= {"__init__"}
+    inside = engine["model"]
+    assert inside(5) == ("by vLLM", 15)
+    assert isinstance(inside, Model)
+    assert isinstance(inside, Wrapper)
+    assert str(type(inside)) == str(Model)
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError("no group"), AttributeError("no conv_dim"), NotImplementedError("x")]
+)
+def test_what_vllm_raises_for_models_that_it_cannot_serve_is_a_sentence(error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    said = refused(fail)
+    assert f"{type(error).__name__}: {error}" in said
+    assert "rollout=transformers" in said

@@ -73,3 +73,27 @@ def test_a_config_that_is_no_known_language_model_has_no_family(
     assert read_family(tmp_path) is None
     (tmp_path / "config.json").write_text(config)
     assert read_family(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "written"),
+    [
+        ("gpt2", "h.0.ln_1.weight", "transformer.h.0.ln_1.weight"),
+        ("gpt2", "transformer.h.0.ln_1.weight", "transformer.h.0.ln_1.weight"),
+        ("gpt2", "h.0.attn.bias", "h.0.attn.bias"),
+        ("bloom", "word_embeddings.weight", "transformer.word_embeddings.weight"),
+        ("llama", "lm_head.weight", "lm_head.weight"),
+        (
+            "qwen3_moe",
+            "layers.0.mlp.experts.1.up_proj.weight",
+            "model.layers.0.mlp.experts.1.up_proj.weight",
+        ),
+        ("mixtral", *["model.layers.0.block_sparse_moe.experts.1.w2.weight"] * 2),
+        ("gpt_neox", *["embed_out.weight"] * 2),
+        ("llava", *["language_model.model.layers.0.mlp.up_proj.weight"] * 2),
+    ],
+)
+def test_files_without_the_base_prefix_have_the_names_that_transformers_writes(
+    tmp_path: Path, kind: str, stored: str, written: str
+) -> None:
+    assert family(tmp_path, kind).with_prefix(stored) == written

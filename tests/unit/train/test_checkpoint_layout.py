@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
 from opd.checkpoint.tensors import open_checkpoint
@@ -52,6 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": EXPERTS | GROUPS | DEEPSEEK | {"n_routed_experts": 4},
     "glm4_moe": EXPERTS | GROUPS | {"n_routed_experts": 4},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt2": {},
 }
 FUSED = ("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe")
 
@@ -123,6 +124,23 @@ def test_initial_weights_are_read_in_the_order_of_memory(family: str, tmp_path: 
     for name, parameter in named_weights(model):
         assert base[name].shape == tuple(parameter.shape)
         assert torch.equal(base[name].read(), parameter.detach()), name
+
+
+@pytest.mark.parametrize("training", [SparseTraining, RestoredTraining])
+def test_a_mask_of_files_without_the_prefix_of_the_base_model_fits(
+    training: Any, tmp_path: Path
+) -> None:
+    """GPT-2 on the Hub; its causal masks are stored as well."""
+    _, file = saved("gpt2", tmp_path)
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in file.items()}
+    save_file(bare | {"h.0.attn.bias": torch.ones(8, 8)}, tmp_path / "model.safetensors")
+    base = open_checkpoint(str(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    stored = {name: base[name].read() for name in base.parameters}
+    require_equal(handed_over(model), stored)
+    training(model, random_mask(model, stored))
+    layout = checkpoint_layout(model).base(base)
+    assert all(torch.equal(layout[n].read(), p.detach()) for n, p in named_weights(model))
 
 
 @pytest.mark.parametrize(
