@@ -65,17 +65,15 @@ def start_llm(
     if not launched:
         join_alone(device)
     cache_bytes = config.kv_cache_memory_bytes or (None if on_gpu else CPU_CACHE_BYTES)
-    memory: dict[str, Any] = {
-        "gpu_memory_utilization": config.gpu_memory_utilization or SHARED_ENGINE
+    arguments: dict[str, Any] = {
+        "gpu_memory_utilization": config.gpu_memory_utilization or SHARED_ENGINE,
+        "max_model_len": max_model_len,
+        "dtype": dtype.value,
     }
     if cache_bytes is not None:
-        memory["kv_cache_memory_bytes"] = cache_bytes
+        arguments["kv_cache_memory_bytes"] = cache_bytes
     if not on_gpu:
-        # a prompt prefilled in chunks rewinds its random generator, which a CPU generator cannot do
-        memory["enable_chunked_prefill"] = False
-        memory["max_num_batched_tokens"] = max(CPU_STEP_TOKENS, max_model_len)
-        memory |= _cpu_settings(model, trust_remote_code=trust_remote_code)
-    arguments = memory | {"max_model_len": max_model_len, "dtype": dtype.value}
+        arguments |= _cpu_settings(model, max_model_len, trust_remote_code=trust_remote_code)
     with explain_refusal(model, arguments, "rollout"):
         llm = LLM(
             model,
@@ -112,8 +110,8 @@ def _require_completion(llm: "LLM", model: str) -> None:
         ) from error
 
 
-def _cpu_settings(model: str, *, trust_remote_code: bool) -> dict[str, Any]:
-    """Settings that a model's architecture needs on a CPU, by what vLLM knows of it."""
+def _cpu_settings(model: str, max_model_len: int, *, trust_remote_code: bool) -> dict[str, Any]:
+    """Settings that a CPU needs, and those that it needs for a model's architecture, by what vLLM knows."""
     from vllm.engine.arg_utils import EngineArgs
 
     arguments = EngineArgs(
@@ -121,7 +119,11 @@ def _cpu_settings(model: str, *, trust_remote_code: bool) -> dict[str, Any]:
     )
     with explain_refusal(model, {}, "rollout"):
         known = arguments.create_model_config()
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {
+        # a prompt prefilled in chunks rewinds its random generator, which a CPU generator cannot do
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(CPU_STEP_TOKENS, max_model_len),
+    }
     if known.is_hybrid:
         # the states of recurrent layers are cached at the ends of chunks only
         settings["enable_prefix_caching"] = False

@@ -15,11 +15,12 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder, which is made if it is missing and removed if it stays empty.
+    """Hold the lock of a run folder. What is made of it is removed if it stays empty.
 
     The lock belongs to this process and ends with it, however it ends; the file names its owner. Raises
     ValueError when another process holds it.
     """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     file = _acquire(folder)
     try:
@@ -27,8 +28,9 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         file.close()
-        with suppress(OSError):
-            folder.rmdir()
+        with suppress(OSError):  # not empty
+            for each in made:
+                each.rmdir()
 
 
 def hold(folder: Path) -> None:

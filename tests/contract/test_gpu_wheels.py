@@ -61,6 +61,7 @@ KNOWN = (
         "train/deepspeed_engine.py", "self._engine", ("deepspeed.runtime.engine:DeepSpeedEngine",)
     ),
     Known("train/deepspeed_engine.py", "self._engine.module"),
+    Known("train/deepspeed_engine.py", "self._engine.basic_optimizer"),
     Known(
         "train/deepspeed_engine.py",
         "self._engine.optimizer",

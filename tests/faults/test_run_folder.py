@@ -199,9 +199,13 @@ def test_a_second_command_in_a_folder_is_refused_by_name_and_a_dead_owner_is_no_
 
 
 def test_a_folder_that_was_only_locked_does_not_stay(tmp_path: Path) -> None:
-    with locked(tmp_path / "run"):
+    with locked(tmp_path / "runs" / "one"):
         pass
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    with locked(tmp_path / "runs" / "one"):
+        pass
+    assert (tmp_path / "runs" / "one").exists(), "it was there before"
 
 
 def finished_run(folder: Path, *, steps: int) -> None:

@@ -69,6 +69,7 @@ CASES = {
     "quickstart_on_gpus": PlanCase(recipe="quickstart", gpus=2, gpu="L40S", prompt_tokens=10),
     "quickstart_subnetwork": PlanCase(recipe="quickstart_subnetwork", prompt_tokens=10),
     "consolidate_quickstart": PlanCase(recipe="consolidate_quickstart", prompt_tokens=10),
+    "cross_tokenizer_quickstart": PlanCase(recipe="cross_tokenizer_quickstart", prompt_tokens=10),
     "contrast_quickstart": PlanCase(recipe="contrast_quickstart", prompt_tokens=10),
     "smollm2_135m_heal": PlanCase(recipe="smollm2_135m_heal", overrides=SMOLLM2, prompt_tokens=64),
 }

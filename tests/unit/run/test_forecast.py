@@ -180,7 +180,13 @@ def test_a_layer_saves_as_many_bytes_for_its_backward_pass_as_the_formula_says(
 
 
 def test_the_two_gpu_recipe_reproduces_the_arithmetic_that_was_done_by_hand() -> None:
-    shared = plan("qwen2.5_1.5b_gsm8k", "teacher.gpu_memory_utilization=0.45", gpus=2)
+    shared = plan(
+        "qwen2.5_1.5b_gsm8k",
+        "teacher.gpu_memory_utilization=0.45",
+        "teacher.tensor_parallel_size=1",
+        "rollout.gpu_memory_utilization=0.35",
+        gpus=2,
+    )
     rank = shared.forecasts[0].devices[1].phases[Phase.score]
     held = ("weights", "fp32 masters", "optimizer states", "teacher's head (learner)")
     assert gib(shared, Phase.rollout, "teacher") == pytest.approx(35.7, rel=0.1)
@@ -263,7 +269,13 @@ def test_checkpointing_and_smaller_chunks_need_less() -> None:
 
 
 def test_a_share_that_holds_no_weights_is_refused_with_the_setting_that_helps() -> None:
-    found = plan("qwen3_1.7b_dapo_math", "teacher.model=Qwen/Qwen3-32B", gpus=8)
+    found = plan(
+        "qwen3_1.7b_dapo_math",
+        "teacher.model=Qwen/Qwen3-32B",
+        "teacher.gpu_memory_utilization=0.45",
+        "teacher.tensor_parallel_size=1",
+        gpus=8,
+    )
     assert any(
         "the teacher Qwen/Qwen3-32B gets" in each and "raise teacher.gpu_memory" in each
         for each in found.too_small

@@ -275,14 +275,28 @@ def test_a_teacher_beside_ranks_is_split_until_it_fits() -> None:
     forecast = Forecast(4)
     found = place(config(8), Cards(count=8), forecast, read_shape=lambda model: QWEN_7B)
     assert seats(found) == (tuple(range(8)), [(0, 1, 2, 3)])
-    assert forecast.shown == [1, 2, 4]
+    assert forecast.shown == [1, 1, 1, 1, 2, 2, 2, 2, 4]
+
+
+def test_shares_are_lowered_before_a_model_is_split() -> None:
+    def fits(placement: Placement) -> list[str]:
+        return [] if placement.teachers[0].gpu_memory_utilization < 0.3 else ["too full"]
+
+    found = place(config(8), Cards(count=8), fits, read_shape=lambda model: QWEN_7B)
+    assert seats(found) == (tuple(range(8)), [(0,)])
+    assert found.teachers[0].gpu_memory_utilization == pytest.approx(0.45 * 0.6, abs=1e-3)
+    assert found.engine_utilization == pytest.approx(0.35 * 0.6, abs=1e-3)
+    given = config(8, "teacher.gpu_memory_utilization=0.45")
+    with pytest.raises(ValueError, match=r"^too full: .*lower teacher\.gpu_memory_utilization"):
+        place(given, Cards(count=8), fits, read_shape=lambda model: QWEN_7B)
 
 
 def test_a_run_that_fits_nowhere_is_refused_with_card_phase_and_settings() -> None:
     with pytest.raises(
         ValueError,
         match=r"^GPU 0 needs 81.0 GiB of 79.0 while it scores: leave GPUs to the teacher "
-        r"\(launch.processes=1 or fewer\), zero=3, train.gradient_checkpointing=true, .* or adapter=lora$",
+        r"\(launch.processes=1 or fewer\), teacher.sleep=true, zero=3, .* or adapter=lora; "
+        r"launch.memory_check=false tries it all the same$",
     ):
         place(config(2), Cards(count=2), Forecast(8), read_shape=lambda model: QWEN_7B)
 

@@ -93,8 +93,8 @@ def test_a_wrong_card_costs_one_sentence(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_more_ranks_than_cards_cost_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.run(["plan", "paper_opd_k1", "gpu=H100", "gpus=2"]) == 2
-    assert "launch.processes=8 needs as many GPUs and there are 2" in capsys.readouterr().err
+    assert main.run(["plan", "paper_opd_k1", "gpu=H100", "gpus=2", "launch.processes=8"]) == 2
+    assert "launch.processes=8 needs as many GPUs and 2 can be seen" in capsys.readouterr().err
 
 
 def test_a_number_of_cards_without_a_name_needs_cards(monkeypatch: pytest.MonkeyPatch) -> None:
