@@ -37,6 +37,11 @@ RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 
 KNOWN = (
     Known("rollout/vllm.py", "self.llm.llm_engine", ("vllm.v1.engine.llm_engine:LLMEngine",)),
+    Known(
+        "rollout/vllm.py",
+        "engine.output_processor",
+        ("vllm.v1.engine.output_processor:OutputProcessor",),
+    ),
     Known("rollout/vllm.py", "output", ("vllm.outputs:RequestOutput",)),
     Known("rollout/vllm.py", "o", ("vllm.outputs:RequestOutput",)),
     Known("teacher/backend_vllm.py", "backend.engine.model_config", ("vllm.config:ModelConfig",)),
@@ -56,7 +61,7 @@ KNOWN = (
         "head.quant_method",
         ("vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod",),
     ),
-    Known("sync/colocated.py", "method", (f"{EXPERTS}:UnquantizedFusedMoEMethod",)),
+    Known("sync/reload.py", "method", (f"{EXPERTS}:UnquantizedFusedMoEMethod",)),
     Known(
         "train/deepspeed_engine.py", "self._engine", ("deepspeed.runtime.engine:DeepSpeedEngine",)
     ),
