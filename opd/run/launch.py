@@ -15,12 +15,14 @@ from opd.rollout.client import ROLLOUT_URLS
 from opd.rollout.wire import TOKEN_VARIABLE
 from opd.run.commands import ChildCommand, rank_commands, rollout_commands
 from opd.run.environment import child_environment
+from opd.run.lock import lock_descriptors
 from opd.run.placement import Placement
 from opd.run.recipe import Recipe
 from opd.run.status import DONE, FAILED, MESSAGE_MARK, USAGE_ERROR
 from opd.run.stop import STOP
 from opd.run.teacher_servers import started_teachers
 from opd.serving.child import running_service
+from opd.serving.parent import parent_variable
 
 TEACHER_ACCURACY = "OPD_TEACHER_ACCURACY"
 """Environment variable with the teacher's accuracy in the evaluation of the run."""
@@ -102,10 +104,11 @@ def _start(
     with log:
         return subprocess.Popen(
             command.words,
-            env=child_environment() | command.environment | environment,
+            env=child_environment() | command.environment | environment | parent_variable(),
             stdin=subprocess.DEVNULL,
             stdout=None if rank == 0 else log,
             stderr=log,
+            pass_fds=lock_descriptors(),
         )
 
 

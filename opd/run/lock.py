@@ -11,26 +11,34 @@ from pathlib import Path
 from typing import IO
 
 LOCK = ".lock"
+_held: set[int] = set()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder. What is made of it is removed if it stays empty.
 
-    The lock belongs to this process and ends with it, however it ends; the file names its owner. Raises
-    ValueError when another process holds it.
+    The lock belongs to this process, and to those that inherit ``lock_descriptors``, and ends with the last
+    of them, however they end; the file names its owner. Raises ValueError when another process holds it.
     """
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     file = _acquire(folder)
+    _held.add(file.fileno())
     try:
         yield
     finally:
+        _held.discard(file.fileno())
         (folder / LOCK).unlink(missing_ok=True)
         file.close()
         with suppress(OSError):  # not empty
             for each in made:
                 each.rmdir()
+
+
+def lock_descriptors() -> tuple[int, ...]:
+    """What a child inherits to hold the locks of this process as well: it may outlive it for a moment."""
+    return tuple(_held)
 
 
 def hold(folder: Path) -> None:

@@ -2,8 +2,6 @@
 
 import os
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -20,6 +18,7 @@ from opd.run.recipe import Recipe, composed, find_recipe, run_folder
 from opd.run.self_check import compare_at_start
 from opd.run.status import DONE, FAILED, MESSAGE_MARK, USAGE_ERROR
 from opd.run.stop import STOP
+from opd.serving.parent import watch_parent
 from opd.teacher.connect import describe_transport
 from opd.teacher.vocabulary import read_vocabulary
 from opd.tracking.report import write_report
@@ -130,18 +129,6 @@ def leave_after(recipe: Recipe) -> NoReturn:
     os._exit(status)
 
 
-def _end_with_parent() -> None:
-    """Exit when the launcher is gone, for whatever reason."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(FAILED)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 if __name__ == "__main__":
-    _end_with_parent()
+    watch_parent(lambda: os._exit(FAILED))
     leave_after(composed(find_recipe(sys.argv[1]), sys.argv[2:]))

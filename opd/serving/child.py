@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from opd.serving.parent import parent_variable
+
 POLL_S = 0.1
 END_S = 15.0
 TAIL_CHARACTERS = 2000
@@ -51,7 +53,10 @@ def running_service(
         port_file = Path(folder) / "port"
         process = subprocess.Popen(
             [sys.executable, *arguments, f"port_file={port_file}", "exit_with_parent=true"],
-            env=os.environ | dict(environment) | {variable: token, "TMPDIR": folder},
+            env=os.environ
+            | dict(environment)
+            | {variable: token, "TMPDIR": folder}
+            | parent_variable(),
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

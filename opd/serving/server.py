@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,9 @@ from fastapi import FastAPI
 
 from opd.config.serving import ServingConfig
 from opd.serving.connections import MAX_CONNECTIONS, BoundedServer, allow_connections
+from opd.serving.parent import watch_parent
 from opd.serving.token import require_plain_token
 
-PARENT_POLL_S = 0.5
 GRACE_S = 5  # for open responses when the process is asked to end
 
 log = logging.getLogger("opd.serving")
@@ -38,7 +37,7 @@ def serve(
     folder of the port file is missing.
     """
     if config.exit_with_parent:
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        watch_parent(_end)
     require_plain_token(token, variable)
     _require_token_beyond_loopback(config.host, token, variable)
     if config.port_file is not None and not Path(config.port_file).parent.is_dir():
@@ -99,10 +98,8 @@ def _write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _end_with_parent(parent: int) -> None:
-    """End this process once ``parent`` has ended: an orphan would keep its GPUs."""
-    while os.getppid() == parent:
-        time.sleep(PARENT_POLL_S)
+def _end() -> None:
+    """End this process: an orphan would keep its GPUs."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(2 * GRACE_S)
     os._exit(1)

@@ -14,7 +14,7 @@ import torch
 from opd.checkpoint.whole_folder import checksums, whole_folder, write_whole
 from opd.cli.main import run
 from opd.run.folder import describe, open_folder
-from opd.run.lock import LOCK, locked
+from opd.run.lock import LOCK, lock_descriptors, locked
 from opd.run.recipe import composed, find_recipe
 from opd.train.checkpoints import (
     MANIFEST,
@@ -196,6 +196,23 @@ def test_a_second_command_in_a_folder_is_refused_by_name_and_a_dead_owner_is_no_
         with pytest.raises(ValueError, match=f"process {os.getpid()} on"), locked(folder):
             pytest.fail("two owners")
     assert [p.name for p in folder.iterdir()] == ["kept"]
+
+
+def test_a_child_holds_the_lock_of_its_parent_while_it_lives(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=lock_descriptors()
+        )
+        path = tmp_path / "run" / LOCK
+        path.rename(path.with_name("kept"))
+    path.with_name("kept").rename(path)  # as a killed parent leaves it
+    with pytest.raises(ValueError, match="is in use by"), locked(tmp_path / "run"):
+        pytest.fail("two owners")
+    child.kill()
+    child.wait()
+    with locked(tmp_path / "run"):
+        assert lock_descriptors()
+    assert not lock_descriptors()
 
 
 def test_a_folder_that_was_only_locked_does_not_stay(tmp_path: Path) -> None:
