@@ -19,7 +19,7 @@ from opd.world import World
 
 def build_console(world: World, terminal: TextIO) -> tuple[Console, Progress]:
     """A rich console and its progress bars; both print nothing on ranks other than 0."""
-    console = Console(file=terminal, quiet=not world.is_main)
+    console = Console(file=terminal, quiet=not world.is_main, markup=False)
     return console, ConsoleProgress(console) if world.is_main else SilentProgress()
 
 

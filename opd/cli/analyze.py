@@ -85,7 +85,7 @@ def _print(found: "Analysis") -> None:
         if parts[0] is not None:
             cells = [format_value(value, headline.unit) for value in parts[:3]]
             table.add_row(headline.name, *cells, format_value(parts[3], "z"))
-    Console().print(table)
+    Console(markup=False).print(table)
     print("\n".join(found.sentences))
     for name, reason in found.summary["tensors"]["left_out"].items():
         print(f"opd: left out {name}: {reason}")

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 
     model = arguments.model or recipe.config.student.model
     evaluation = evaluate(recipe, model=arguments.model)
-    Console().print(_table(model, evaluation))
+    Console(markup=False).print(_table(model, evaluation))
     if arguments.out is not None:
         results = {"model": model, "metrics": evaluation.metrics, "samples": evaluation.samples}
         Path(arguments.out).write_text(json.dumps(results, indent=1, ensure_ascii=False))

@@ -121,7 +121,7 @@ def discover(argv: list[str]) -> None:
         base = open_checkpoint(arguments.base)
         like = None if rule.like is None else Mask.read(rule.like)
         summary = discover_mask(base, rule, out, like=like, command=command, progress=progress)
-    Console().print(discovery_table(summary))
+    Console(markup=False).print(discovery_table(summary))
     for warning in summary.warnings:
         print(f"opd: warning: {warning}", file=sys.stderr)
 
@@ -159,7 +159,7 @@ def show(argv: list[str]) -> None:
         print(json.dumps(description_json(mask, description), indent=1))
     else:
         for table in description_tables(mask, description):
-            Console().print(table)
+            Console(markup=False).print(table)
     if arguments.out is not None:
         figure = Path(arguments.out) / "density.png"
         heat_map(description, f"{_title(file, mask)} of {mask.origin.model}", figure)
@@ -182,7 +182,7 @@ def compare(argv: list[str]) -> None:
         print(json.dumps(comparison_json(comparison), indent=1))
     else:
         for table in comparison_tables(comparison, titles):
-            Console().print(table)
+            Console(markup=False).print(table)
     if arguments.out is not None:
         figure = Path(arguments.out) / "overlap.png"
         overlap_bars(comparison, titles, figure)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from opd.checkpoint.names import place
 from opd.mask.compare import LEVELS, MaskComparison, Overlap
@@ -109,7 +110,7 @@ def comparison_tables(comparison: MaskComparison, names: tuple[str, str]) -> Ite
     title = f"A = {names[0]}: {whole.a:,}\nB = {names[1]}: {whole.b:,}\nboth: {whole.both:,}"
     table = _table(title, "", "A covered\nby B", "B covered\nby A", "Jaccard", "lift", "z")
     table.add_row(
-        "[bold]observed[/bold]",
+        Text("observed", style="bold"),
         *(_cell(v, ".2%") for v in (whole.coverage_of_a, whole.coverage_of_b, whole.jaccard)),
         "",
         "",

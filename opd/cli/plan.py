@@ -55,4 +55,4 @@ def main(argv: list[str]) -> None:
     if "--json" in line.flags:
         print(json.dumps(plan.as_json(found), indent=2))
     else:
-        plan_page.print_plan(found, Console())
+        plan_page.print_plan(found, Console(markup=False))

@@ -11,7 +11,7 @@ from rich.progress import Progress
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
     """Yields ``advance(name of the work, share that is done)``; one bar for each name."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if not console.is_terminal:
         yield lambda _name, _share: None
         return

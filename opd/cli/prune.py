@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
 
 def print_curves(result: Mapping[str, Any]) -> None:
     """Print the accuracies as a table with a column for each order."""
-    console, orders = Console(), list(result["curves"])
+    console, orders = Console(markup=False), list(result["curves"])
     table = Table("changes reverted", *(f"{order} first" for order in orders))
     for row in zip(*result["curves"].values(), strict=True):
         cells = [f"{p['accuracy']:.3f}  ({p['low']:.3f} to {p['high']:.3f})" for p in row]

@@ -78,7 +78,7 @@ def prepare_mask(recipe: Recipe, folder: Path, run: RunJob) -> None:
 
 
 def _discover(recipe: Recipe, rule: RuleConfig, target: Path, run: RunJob) -> None:
-    console = Console()
+    console = Console(markup=False)
     if rule.rule == MaskRule.delta and rule.trained is None:
         first = target.parent / FIRST_RUN
         console.print(f"training every weight first, in {first}")
@@ -119,6 +119,8 @@ def score(recipe: Recipe, rule: MaskRule, steps: int, folder: Path, run: RunJob)
         overrides.append("mask.enabled=false")
     if rule in (MaskRule.fisher, MaskRule.first_gradient):
         overrides.append("optim.max_grad_norm=0")
-    Console().print(f"computing {rule.value} scores over {steps} steps of training, in {folder}")
+    Console(markup=False).print(
+        f"computing {rule.value} scores over {steps} steps of training, in {folder}"
+    )
     run(composed(recipe.path, overrides), folder)
     return folder / SCORES

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from opd.run.forecast.cards import Forecast
 from opd.run.forecast.gpus import GIB
@@ -52,17 +53,17 @@ def _memory(plan: Plan, found: Forecast, device: Device) -> Table:
         spare = [device.memory_bytes - device.total(phase) for phase in Phase]
         table.add_row(
             f"free of {_gib(device.memory_bytes)}",
-            *(f"[red]{_gib(s)}[/red]" if s < 0 else _gib(s) for s in spare),
+            *(Text(_gib(s), style="red" if s < 0 else "") for s in spare),
         )
     return table
 
 
-def _sentences(plan: Plan) -> Iterator[str]:
+def _sentences(plan: Plan) -> Iterator[str | Text]:
     if plan.too_small:
-        yield "[bold]does not fit[/bold]"
+        yield Text("does not fit", style="bold")
         yield from (f"- {sentence}" for sentence in plan.too_small)
     elif any(device.memory_bytes for found in plan.forecasts for device in found.devices):
-        yield f"[bold]fits[/bold]: {_room(plan)}"
+        yield Text.assemble(("fits", "bold"), f": {_room(plan)}")
     for found in plan.forecasts:
         if not plan.cards.count:
             continue

@@ -100,7 +100,7 @@ def _arm_overrides(arm: StudyArm, recipe: Recipe, seed_folder: Path) -> list[str
 
 def run_study(recipe: Recipe, placement: Placement, folder: Path, run: RunJob) -> None:
     """Run every arm for every seed, then write a table and a plot; finished runs are not run again."""
-    console = Console()
+    console = Console(markup=False)
     jobs = study_jobs(recipe, folder)
     with _shared_teacher(recipe, placement, folder / "logs") as teacher:
         for number, job in enumerate(jobs, start=1):

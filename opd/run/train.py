@@ -88,7 +88,7 @@ def run_one(recipe: Recipe, folder: Path) -> None:
 
 
 def _dry_run(recipe: Recipe, folder: Path) -> None:
-    console = Console()
+    console = Console(markup=False)
     checked = check(recipe, folder)
     console.print(plan_table(recipe, checked, folder))
     _print_first_prompt(console, recipe, checked)
@@ -99,7 +99,7 @@ def _dry_run(recipe: Recipe, folder: Path) -> None:
 
 
 def _run_locked(recipe: Recipe, folder: Path) -> None:
-    console = Console()
+    console = Console(markup=False)
     checked = check(recipe, folder)
     console.print(plan_table(recipe, checked, folder))
     describe(recipe, folder)
@@ -188,6 +188,6 @@ def print_config(recipe: str | Path, *overrides: str) -> None:
 def compare(folders: Sequence[Path], out: Path) -> None:
     """Print the runs as a table; write comparison.html and comparison.csv into ``out``."""
     page, table = compare_runs(folders, out)
-    console = Console()
+    console = Console(markup=False)
     console.print(comparison_table(folders))
     console.print(f"report: {page}\ntable:  {table}")

@@ -27,7 +27,7 @@ def summary_table(folder: str | Path) -> Table:
         summary.add_row(
             result.task,
             f"{result.before:.3f}",
-            f"[bold]{result.after:.3f}[/bold]",
+            Text(f"{result.after:.3f}", style="bold"),
             cell("teacher", result.teacher),
             cell("gap closed", result.gap_closed),
             number(kl.values[0] if kl else None),
