@@ -11,7 +11,7 @@ from opd.config.tracking import WandbConfig
 from opd.interfaces import Progress, Tracker
 from opd.tracking.console import ConsoleProgress, ConsoleTracker, SilentProgress
 from opd.tracking.fanout import Trackers
-from opd.tracking.jsonl import JsonlTracker, WeightRecord
+from opd.tracking.jsonl import METRICS, JsonlTracker, WeightRecord, read_lines
 from opd.tracking.wandb import WandbTracker
 from opd.train.record import Write
 from opd.world import World
@@ -37,9 +37,10 @@ def build_trackers(
     """
     if not world.is_main:
         return Trackers()
+    files = JsonlTracker(folder, resumed)  # it drops the rows of later steps first
     trackers: list[Tracker] = [
-        JsonlTracker(folder, resumed),
-        ConsoleTracker(console, config.train.steps),
+        files,
+        ConsoleTracker(console, config.train.steps, read_lines(folder / METRICS)),
     ]
     if isinstance(config.tracking, WandbConfig):
         trackers.append(

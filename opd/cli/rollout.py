@@ -16,4 +16,5 @@ def main(argv: list[str]) -> None:
     line = parse_command_line(argv, HELP, shown=RolloutServerConfig)
     from opd.run import serve  # loads torch, which --help does not need
 
+    serve.show_log()
     serve.main("rollout", line.settings)

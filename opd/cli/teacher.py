@@ -5,7 +5,7 @@ from opd.config.teacher import TeacherServerConfig
 
 HELP = """usage: opd teacher model=MODEL [key=value ...]
 
-Score token sequences over HTTP. The access token, if any, is in OPD_TEACHER_TOKEN.
+Score token sequences over HTTP, at the address that it prints; its token is in OPD_TEACHER_TOKEN.
 
 example: opd teacher model=Qwen/Qwen3-4B port=8400
 """
@@ -16,4 +16,5 @@ def main(argv: list[str]) -> None:
     line = parse_command_line(argv, HELP, shown=TeacherServerConfig)
     from opd.run import serve  # loads torch, which --help does not need
 
+    serve.show_log()
     serve.main("teacher", line.settings)

@@ -165,9 +165,22 @@ def _prepare(recipe: Path) -> None:
         raise ValueError(f"{recipe} cannot be read as YAML ({words}): correct it") from error
     if not isinstance(content, DictConfig):
         raise ValueError(f"{recipe} holds a list: a recipe is a mapping of settings")
+    if {"config", "choices"} <= content.keys():
+        content = _recipe_of_a_run(content)
     ConfigStore.instance().store(name=PRIMARY, node=content)
     OmegaConf.register_new_resolver("here", lambda path: str(recipe.parent / path), replace=True)
     OmegaConf.register_new_resolver("oc.env", read_variable, replace=True)
+
+
+def _recipe_of_a_run(description: DictConfig) -> DictConfig:
+    """The config.yaml of a run folder as a recipe: its group choices, then its settings."""
+    overridden = [
+        {f"override {group}": choice}
+        for group, choice in description.choices.items()
+        if group in GROUPS
+    ]
+    settings = OmegaConf.create(description.config)
+    return OmegaConf.merge({"defaults": ["base", *overridden, "_self_"]}, settings)  # pyright: ignore
 
 
 def _search_path(recipe: Path) -> str:

@@ -65,9 +65,14 @@ def main(kind: str, words: Sequence[str]) -> None:
             raise ValueError(f"there is no server {kind}: allowed are teacher and rollout")
 
 
-if __name__ == "__main__":
+def show_log() -> None:
+    """Write what the server says of itself, its address above all, to stderr."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    show_log()
     try:
         main(sys.argv[1], sys.argv[2:])
     except ValueError as error:

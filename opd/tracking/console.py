@@ -1,6 +1,6 @@
 """The terminal: progress bars during a step, one aligned line after it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,15 +57,21 @@ class ConsoleTracker:
     """A ``Tracker`` that prints one line for each step and one for each evaluated task.
 
     Share ``console`` with ``ConsoleProgress``, so that lines appear above the progress bars. Without a
-    terminal the lines are plain text. The heading is repeated every 20 lines.
+    terminal the lines are plain text. The heading is repeated every 20 lines. ``earlier`` are the metrics of
+    the steps before a resume, with which accuracies are compared.
     """
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(
+        self, console: Console, steps: int, earlier: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
         self._console = console
         self._steps = steps
         self._lines_since_heading = _HEADER_EVERY
         self._before: dict[str, float] = {}
         self._teacher: dict[str, float] = {}
+        for metrics in earlier:
+            for task in evaluation_tasks(metrics):
+                self._compare(task, metrics)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line for the training step, one for each evaluated task."""
@@ -104,16 +110,24 @@ class ConsoleTracker:
             line.append(f" {value:>{column.width}}", style=column.style)
         return line
 
+    def _compare(self, task: str, metrics: Mapping[str, Any]) -> None:
+        """Remember a task's first accuracy and the teacher's."""
+        accuracy = metrics.get(f"eval/{task}/accuracy")
+        teacher = metrics.get(f"eval/{task}/teacher_accuracy")
+        if accuracy is not None:
+            self._before.setdefault(task, accuracy)
+        if teacher is not None:
+            self._teacher[task] = teacher
+
     def _evaluation(self, step: int, task: str, metrics: Mapping[str, float]) -> Text:
         def metric(name: str) -> float | None:
             return metrics.get(f"eval/{task}/{name}")
 
-        accuracy, teacher = metric("accuracy"), metric("teacher_accuracy")
-        if teacher is not None:
-            self._teacher[task] = teacher
+        self._compare(task, metrics)
+        accuracy = metric("accuracy")
         parts = []
         if accuracy is not None:
-            change = accuracy - self._before.setdefault(task, accuracy)
+            change = accuracy - self._before[task]
             parts.append(f"accuracy {accuracy:.3f}" + (f" ({change:+.3f})" if step else ""))
         if task in self._teacher:
             parts.append(f"teacher {self._teacher[task]:.3f}")

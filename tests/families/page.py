@@ -58,8 +58,8 @@ TAIL = """## Mixtures of experts
 
 ## Not in the table
 
-Tried and left out, the cause not found: Gemma 3n (the gap is NaN), Qwen3.5 (vLLM cannot inspect it), Apertus (a gap of
-3.6e-4 nats), Hunyuan-MoE, Mamba 2. Not tried: Llama 4, MiniCPM, InternLM 3.
+Tried and left out, the cause not found: Gemma 3n (the gap is NaN), Qwen3.5 (vLLM cannot inspect it),
+Apertus (a gap of 3.6e-4 nats), Hunyuan-MoE, Mamba 2. Not tried: Llama 4, MiniCPM, InternLM 3.
 
 ## Engine settings that follow the architecture
 

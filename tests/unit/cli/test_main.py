@@ -1,12 +1,16 @@
 """The command line: help that fits a screen, former names, flags, exit statuses."""
 
 import importlib.metadata
+import subprocess
+from pathlib import Path
 
 import pytest
 
 import opd
 from opd.cli.main import COMMANDS, run
 from opd.cli.mask import VERBS
+from opd.run.recipe import find_recipe
+from tests.support.command import OPD, environment
 
 MOST_LINES, MOST_COLUMNS = 40, 100
 HELP_CALLS = [
@@ -151,3 +155,19 @@ def test_files_and_names_of_a_run_are_checked(
 ) -> None:
     override = override.encode().decode("unicode_escape")
     assert sentence in refused(capsys, "train", "quickstart", "dry_run=true", override)
+
+
+def test_a_teacher_server_prints_its_address(tmp_path: Path) -> None:
+    model = find_recipe("quickstart").parent / "quickstart" / "teacher"
+    server = subprocess.Popen(
+        [*OPD, "teacher", f"model={model}", "backend=torch", "port=0"],
+        stderr=subprocess.PIPE,
+        env=environment(),
+        cwd=tmp_path,
+        text=True,
+    )
+    assert server.stderr is not None
+    address = next((line for line in server.stderr if "ready on http://127.0.0.1:" in line), "")
+    server.terminate()
+    server.communicate()
+    assert int(address.rsplit(":", 1)[1]) > 0

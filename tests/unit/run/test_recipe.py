@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from opd.run.recipe import Recipe, composed, find_recipe, job_name, sweep
+from opd.run.folder import describe
+from opd.run.recipe import Recipe, composed, find_recipe, job_name, load_recipe, sweep
 
 OWN = """defaults: [base, {override teacher: local}, _self_]
 student: {model: student}
@@ -109,3 +110,28 @@ def test_a_swept_value_is_named_without_escapes() -> None:
     swept = r"student.model=C\:\(m\),b\:c"
     sweep(find_recipe("quickstart"), [swept], lambda _, name: names.append(name))
     assert names == ["student.model=C:(m)", "student.model=b:c"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [
+            "loss=policy_gradient",
+            "optim=sgd",
+            "teacher=local",
+            "mask=discover",
+            "run.dir=elsewhere",
+        ],
+        ["method=sft", "adapter=lora", "data.completion_field=null", "tracking=wandb"],
+    ],
+)
+def test_the_config_of_a_run_is_a_recipe_for_the_same_run(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    recipe = load_recipe("quickstart", *overrides)
+    describe(recipe, tmp_path)
+    again = load_recipe(tmp_path / "config.yaml")
+    assert again.plain == recipe.plain
+    assert again.choices | {"method": ""} == recipe.choices | {"method": ""}
+    assert load_recipe(tmp_path / "config.yaml", "train.steps=7").config.train.steps == 7

@@ -119,3 +119,11 @@ def test_a_number_takes_seven_characters_at_most(value, text):
 def test_durations_and_tasks_are_read_from_plain_values():
     assert [duration(s) for s in (41, 125, 12000)] == ["41 s", "2 min 5 s", "3 h 20 min"]
     assert evaluation_tasks(["eval/b/accuracy", "loss/total", "eval/a/x", "eval/b/x"]) == ["b", "a"]
+
+
+def test_a_resumed_run_compares_with_the_evaluation_before_training():
+    earlier = [{"step": 0} | EVAL, {"step": 1, "eval/addition/accuracy": 0.5}]
+    file = io.StringIO()
+    tracker = ConsoleTracker(Console(file=file, width=80), steps=9, earlier=earlier)
+    tracker.log(2, {"eval/addition/accuracy": 0.75})
+    assert "accuracy 0.750 (+0.500)  teacher 1.000" in file.getvalue()
