@@ -275,7 +275,8 @@ def test_a_run_starts_replicas_of_one_teacher(
     expected = local["addition"].score(rollouts)
     with pytest.raises(ValueError, match=r"give its address as teacher\.url"):
         build_clients(config, student, [REQUEST], world, quiet)
-    with started_teachers(Config(teacher=config), tmp_path) as started:
+    run = Config(teacher=config, launch=LaunchConfig(processes=1))
+    with started_teachers(run, place(run, Cards(count=0)), tmp_path) as started:
         for name, value in started.environment.items():
             monkeypatch.setenv(name, value)
         assert len(list(tmp_path.glob("teacher_*.log"))) == 2
