@@ -60,7 +60,7 @@ def receive(serving: list[str]) -> None:
     receiver = WeightReceiver(lambda tensors, changes, version: None)
     host = EngineHost(
         engine=cast(Any, None),
-        model=ServedModel(model="none", dtype="bfloat16", max_length=1, stop_ids=[]),
+        model=ServedModel(model="none", dtype="bfloat16", max_length=1, vocab_size=1, stop_ids=[]),
         take=receiver.take,
         state=receiver.state,
     )

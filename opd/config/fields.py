@@ -52,8 +52,8 @@ def require_bounds(node: Any, path: str = "") -> None:
 
 
 def _broken_bound(name: str, value: float, bounds: Any) -> Iterator[str]:
-    if not math.isfinite(value):
-        yield f"{name}={value}: allowed are finite numbers"
+    if math.isnan(value):
+        yield f"{name}={value}: allowed are numbers"
         return
     if "least" in bounds and not value >= bounds["least"]:
         yield f"{name}={value}: allowed is {bounds['least']} or more"
