@@ -1,6 +1,7 @@
 """Starts and watches the processes of a run: teacher servers, rollout servers, one rank per GPU."""
 
 import secrets
+import signal
 import socket
 import subprocess
 import time
@@ -123,6 +124,8 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
                 worker.terminate()
         statuses = [w.poll() for w in workers]
         for rank, status in enumerate(statuses):
+            if STOP() and status == -signal.SIGTERM:
+                raise RunError(f"ended by {STOP.name} before the first step")
             if status not in (None, DONE):
                 _raise_failure(logs / f"rank_{rank}.log", rank, status)
         if all(status == DONE for status in statuses):

@@ -44,7 +44,8 @@ def lock_descriptors() -> tuple[int, ...]:
 def hold(folder: Path) -> None:
     """Hold the lock of a run folder until this process ends; see ``locked``."""
     folder.mkdir(parents=True, exist_ok=True)
-    os.dup(_acquire(folder).fileno())
+    with _acquire(folder) as file:
+        _held.add(os.dup(file.fileno()))
 
 
 def _acquire(folder: Path) -> IO[str]:

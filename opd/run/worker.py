@@ -42,11 +42,10 @@ def run_rank(recipe: Recipe, terminal: TextIO) -> int:
         print("\n".join(compare_at_start(config, training)), file=sys.stderr)
     except ValueError as error:
         return _explained(error, USAGE_ERROR)
-    except RunError as error:
-        return _explained(error, FAILED)
-    STOP.patient = True
     try:
-        training.loop.run(training.start)
+        with STOP.heard():
+            STOP.patient = True
+            training.loop.run(training.start)
         training.loop.tracker.close()
         if config.train.mask_scores != MaskScores.none:
             _write_scores(config, training, folder)
@@ -118,8 +117,7 @@ def leave_after(recipe: Recipe) -> NoReturn:
     terminal = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        with STOP.heard():
-            status = run_rank(recipe, terminal)
+        status = run_rank(recipe, terminal)
     except BaseException:
         traceback.print_exc()
         status = FAILED

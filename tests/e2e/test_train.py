@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.command import SMALL, opd
@@ -135,7 +136,9 @@ def test_a_run_folder_of_another_recipe_is_refused(run: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_checkpoint_that_is_cut_short_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_cut_short_is_set_aside_and_the_one_before_is_used(
+    run: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "final")
@@ -145,8 +148,12 @@ def test_a_checkpoint_that_is_cut_short_is_refused(run: Path, tmp_path: Path) ->
         file.truncate(100)
     command = yaml.safe_load((copy / "config.yaml").read_text())["command"]
     done = opd(*shlex.split(command)[1:], cwd=tmp_path)
-    assert done.returncode == 2
-    assert "is cut short" in done.stderr
-    assert largest.name in done.stderr
-    assert "step_000004" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if line.startswith("opd: warning: ")]
+    assert "step_000006 is damaged" in warning
+    assert largest.name in warning
+    assert "resumes from step_000004" in warning
+    assert "starting from step 4" in done.stdout
+    assert (copy / "checkpoints" / "damaged_step_000006").is_dir()
+    before, after = (load_file(folder / "final" / "model.safetensors") for folder in (run, copy))
+    assert all(torch.equal(before[name], after[name]) for name in before)
