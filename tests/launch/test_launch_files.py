@@ -32,13 +32,17 @@ SCRIPTS = sorted(
     if path.suffix in (".sh", ".sbatch")
 )
 HEADS = {
-    "Qwen/Qwen2.5-7B-Instruct": Qwen2Config(num_attention_heads=28, num_key_value_heads=4),
-    "Qwen/Qwen3-4B": Qwen3Config(num_attention_heads=32, num_key_value_heads=8),
+    "Qwen/Qwen2.5-7B-Instruct": Qwen2Config(
+        num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944
+    ),
+    "Qwen/Qwen3-4B": Qwen3Config(
+        num_attention_heads=32, num_key_value_heads=8, intermediate_size=9728
+    ),
     "agentica-org/DeepScaleR-1.5B-Preview": Qwen2Config(
-        num_attention_heads=12, num_key_value_heads=2
+        num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960
     ),
 }
-"""Attention heads of the recipes' teachers, as in their configs."""
+"""Attention heads and MLP of the recipes' teachers, as in their configs."""
 GPU_RECIPES = {"qwen2.5_1.5b_gsm8k", "qwen3_1.7b_dapo_math", "paper_opd_k1"}
 
 
