@@ -93,6 +93,8 @@ def _no_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     vllm = pytest.importorskip("vllm")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(vllm, "LLM", refuse_to_start)
+    # on a CPU vLLM's own view of a model's config is asked for, and models of the hub have none here
+    monkeypatch.setattr("opd.rollout.vllm._cpu_settings", lambda model, length, **_: {})
     monkeypatch.setattr("opd.rollout.vllm.join_alone", lambda device: None)
     monkeypatch.setattr(backend_vllm, "join_alone", lambda device: None)
     read = AutoConfig.from_pretrained
