@@ -115,7 +115,7 @@ def _start(
 
 def _watch(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
     """Wait for all workers; the first failure is raised at once. A signal is passed on to them."""
-    STOP.patient = True
+    STOP.finishes_step = True
     passed_on = False
     while True:
         if STOP() and not passed_on:
@@ -146,7 +146,7 @@ def _raise_failure(log: Path, rank: int, status: int) -> None:
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
     """End what still runs at once: after a failure a rank may wait in a collective without end."""
-    STOP.patient = False
+    STOP.finishes_step = False
     for worker in workers:
         worker.kill()
     for worker in workers:

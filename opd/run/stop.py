@@ -15,12 +15,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 class StopRequest:
     """The signal that asked this process to end, once there is one.
 
-    While ``patient`` the first signal is only noted; otherwise, and from the second on, a signal raises
-    RunError in the main thread, so that everything that was started is ended.
+    While ``finishes_step`` is true the first signal is only noted; otherwise, and from the second on, a
+    signal raises RunError in the main thread, so that everything that was started is ended.
     """
 
     def __init__(self) -> None:
-        self.patient = False
+        self.finishes_step = False
         self.name: str | None = None
 
     def __call__(self) -> bool:
@@ -28,12 +28,12 @@ class StopRequest:
         return self.name is not None
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Inside, signals come here. Outside the main thread nothing changes: Python has no signals there."""
+    def handle_signals(self) -> Iterator[None]:
+        """Inside, signals are handled here; other threads than the main one receive none."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.name, self.patient = None, False
+        self.name, self.finishes_step = None, False
         before = {each: signal.signal(each, self._note) for each in SIGNALS}
         try:
             yield
@@ -43,7 +43,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         first, self.name = self.name is None, signal.Signals(number).name
-        if not (self.patient and first):
+        if not (self.finishes_step and first):
             raise RunError(
                 f"ended by {self.name}; the same command goes on from the last checkpoint"
             )

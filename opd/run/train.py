@@ -83,7 +83,7 @@ def run_one(recipe: Recipe, folder: Path) -> None:
     if recipe.config.dry_run:
         _dry_run(recipe, folder)
         return
-    with STOP.heard(), locked(folder):
+    with STOP.handle_signals(), locked(folder):
         _run_locked(recipe, folder)
 
 

@@ -43,8 +43,8 @@ def run_rank(recipe: Recipe, terminal: TextIO) -> int:
     except ValueError as error:
         return _explained(error, USAGE_ERROR)
     try:
-        with STOP.heard():
-            STOP.patient = True
+        with STOP.handle_signals():
+            STOP.finishes_step = True
             training.loop.run(training.start)
         training.loop.tracker.close()
         if config.train.mask_scores != MaskScores.none:

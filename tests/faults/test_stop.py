@@ -22,10 +22,10 @@ COMMAND = [
 ]  # fmt: skip
 
 
-def test_the_first_signal_is_noted_while_patient_and_the_second_ends() -> None:
+def test_the_first_signal_is_noted_while_a_step_is_finished_and_the_second_ends() -> None:
     stop = StopRequest()
-    with stop.heard():
-        stop.patient = True
+    with stop.handle_signals():
+        stop.finishes_step = True
         signal.raise_signal(signal.SIGTERM)
         assert stop()
         assert stop.name == "SIGTERM"
@@ -33,20 +33,20 @@ def test_the_first_signal_is_noted_while_patient_and_the_second_ends() -> None:
             signal.raise_signal(signal.SIGHUP)
 
 
-def test_a_signal_ends_at_once_what_is_not_patient() -> None:
+def test_a_signal_ends_at_once_what_has_no_step_to_finish() -> None:
     stop = StopRequest()
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RunError, match="ended by SIGTERM"), stop.heard():
+    with pytest.raises(RunError, match="ended by SIGTERM"), stop.handle_signals():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_thread_hears_no_signals() -> None:
+def test_a_thread_handles_no_signals() -> None:
     stop, errors = StopRequest(), []
 
     def run() -> None:
         try:
-            with stop.heard():
+            with stop.handle_signals():
                 pass
         except ValueError as error:
             errors.append(error)
