@@ -94,7 +94,9 @@ def test_a_run_that_is_asked_to_end_saves_first_and_goes_on_to_the_same_bits(
     assert last < 8
     saved = [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()]
     assert saved == [f"step_{last:06d}"]
-    assert {p.name for p in tmp_path.iterdir()} <= {"stopped", "whole"}, "no temporary file is left"
+    left = {p.name for p in tmp_path.iterdir()} - {"stopped", "whole"}
+    # torch's compiler keeps its cache for later processes in the temporary folder
+    assert not {name for name in left if not name.startswith("torchinductor_")}
     if name == "SIGHUP":
         return
     again = opd(*COMMAND, "run.dir=stopped", cwd=tmp_path)
