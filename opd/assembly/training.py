@@ -41,7 +41,10 @@ from opd.world import World, join_world
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """A rank ready to run: the loop, its parts, and the checkpoint to resume from."""
+    """A rank ready to run: the loop, its parts, and the checkpoint to resume from.
+
+    ``layout`` is a sentence about the rows of micro-batches.
+    """
 
     loop: Loop
     learner: StudentLearner
@@ -53,6 +56,7 @@ class Training:
     checkpoint: tuple[Path, int] | None
     sync_check: SyncCheck | None
     first_sync: WeightSync
+    layout: str
 
     @property
     def start(self) -> int:
@@ -126,7 +130,7 @@ def build_training(
     vocabulary = read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
     teachers = build_teachers(config, model, tokenizer, vocabulary, world, progress)
     write = build_weight_record(config, folder, world, resumed)
-    learner = build_learner(
+    learner, layout = build_learner(
         config, model, parameter_mask, teachers, tokenizer, world, progress, write, own
     )
     parts = _Parts(
@@ -151,6 +155,7 @@ def build_training(
         checkpoint=checkpoint,
         sync_check=parts.sync_check,
         first_sync=build_first_sync(sync),
+        layout=layout,
     )
 
 

@@ -12,10 +12,11 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
-from opd.batch import TOKEN_MEAN, Batch, LossOutput, LossReduction, collate, micro_batches
+from opd.batch import TOKEN_MEAN, Batch, LossOutput, LossReduction, collate
 from opd.checkpoint.tensors import Stored
 from opd.config.train import MaskScores, TrainConfig
 from opd.interfaces import Loss, Progress
+from opd.packing import Packing, micro_batches, padding
 from opd.train.checkpoint_layout import stored_buffers
 from opd.train.engine import TrainingEngine
 from opd.train.finite import (
@@ -46,6 +47,7 @@ class StudentLearner:
         reduction: which tokens count, and what a step's sum is divided by.
         teachers: names of teachers that prompts may give; each has metrics of its own.
         recorder: measures the weights before and after each optimizer step.
+        packing: how sequences become rows of micro-batches; changes no result.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class StudentLearner:
         reduction: LossReduction = TOKEN_MEAN,
         teachers: Sequence[str] = (),
         recorder: Recorder | None = None,
+        packing: Packing = Packing.off,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -75,6 +78,7 @@ class StudentLearner:
         self._discount = discount
         self._reduction = reduction
         self._teachers = teachers
+        self._packing = packing
         self._world = world
         self._progress = progress
         self._recorder = recorder or NoRecord()
@@ -93,6 +97,7 @@ class StudentLearner:
         losses: list[float] = []
         with self._progress.track("learn", len(batches)) as advance, self._router_load.counting():
             for number, batch in enumerate(batches, start=1):
+                self._router_load.expect(batch.attention_mask_BT)
                 out = self._engine.forward(batch, self._loss)
                 total = out.total / counts["denominator"]
                 self._engine.backward(total, last=number == len(batches))
@@ -109,6 +114,8 @@ class StudentLearner:
         require_finite_weights(self._model, self._engine, self._world, self.version)
         metrics = totals.per_token(self._world, **counts)
         metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": counts["tokens"]}
+        empty = {"tokens/padding": float(padding(self._groups(scored), self._packing))}
+        metrics |= self._world.sum(empty)
         metrics |= self._rewards(scored) | self._parameter_mask.metrics()
         metrics |= self._router_load.metrics(self._world)
         metrics |= self._recorder.after_step(self.version, lr=lr, norm=norm)
@@ -221,7 +228,8 @@ class StudentLearner:
         return {"reward/mean": sums["reward"] / sums["count"]} if sums["count"] else {}
 
     def _groups(self, scored: Sequence[ScoredRollout]) -> list[list[ScoredRollout]]:
-        return micro_batches(scored, tokens=self._train.max_tokens_per_micro_batch)
+        tokens = self._train.max_tokens_per_micro_batch
+        return micro_batches(scored, tokens=tokens, packing=self._packing)
 
     def _batches(
         self, scored: Sequence[ScoredRollout], reduction: LossReduction, *, discount: float = 0.0
@@ -238,7 +246,13 @@ class StudentLearner:
     def _collated(
         self, scored: Sequence[ScoredRollout], reduction: LossReduction, discount: float
     ) -> Batch:
-        return collate(scored, pad_id=self._pad_id, discount=discount, reduction=reduction)
+        return collate(
+            scored,
+            pad_id=self._pad_id,
+            discount=discount,
+            reduction=reduction,
+            packing=self._packing,
+        )
 
 
 class Totals:
