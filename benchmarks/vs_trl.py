@@ -88,11 +88,11 @@ class Bench:
                 self.config, Path(folder), recipe.plain, io.StringIO(), None
             )
         self.learner, self.model = self.training.learner, self.training.model
-        self.engine, self.teacher = self.training.loop.engine, self.training.teachers.training
+        self.engine, self.teacher = self.training.writer.engine, self.training.teachers.training
 
     def order(self, steps: int) -> list[Prompt]:
         """The training prompts of all steps, in the order in which a run takes them."""
-        stream = self.training.loop.prompts
+        stream = self.training.writer.prompts
         return [prompt for step in range(steps) for prompt in stream.take(step)]
 
     def evaluate(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:

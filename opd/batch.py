@@ -60,11 +60,11 @@ class Batch:
     begins with 0 in each of them, and attention does not cross from one into another.
 
     ``weight_N`` multiplies each token's loss, None is 1. ``sequence_N`` is the number of a token's
-    completion in the batch, ``advantage_N`` that completion's advantage, from a reward. The fields ``span_`` are those of
-    ``SpanRows``, numbered over the batch; with them the teacher's rows are over its own vocabulary, and
-    ``rows`` must not divide a span. ``engine_logp_N`` is NaN
-    where no engine wrote the token; ``engine_ids_NK`` are the engine's likeliest ids, where they were
-    requested. ``sequence_gap_N`` is the sum, and ``sequence_mean_gap_N`` the mean, over a completion's
+    completion in the batch, ``advantage_N`` that completion's advantage, from a reward. The fields
+    ``span_`` are those of ``SpanRows``, numbered over the batch; with them the teacher's rows are over its
+    own vocabulary, and ``rows`` must not divide a span. ``engine_logp_N`` is NaN where no engine wrote the
+    token; ``engine_ids_NK`` are the engine's likeliest ids, where they were requested. ``sequence_gap_N`` is
+    the sum, and ``sequence_mean_gap_N`` the mean, over a completion's
     kept tokens of learner less engine log-prob; the student fills both for losses that need them. One
     ``teacher`` scored the whole batch.
     """
@@ -218,7 +218,9 @@ def _positions(
     # the hidden state of a prompt's last token predicts the first target
     firsts = [len(s.rollout.prompt.token_ids) - 1 for s in scored]
     places = zip(layout.rows, layout.starts, firsts, keeps, strict=True)
-    return [row * layout.width + start + first + np.arange(keep) for row, start, first, keep in places]
+    return [
+        row * layout.width + start + first + np.arange(keep) for row, start, first, keep in places
+    ]
 
 
 def _span_numbers(spans: Sequence[SpanRows | None], keeps: Sequence[int]) -> torch.Tensor | None:

@@ -1,28 +1,20 @@
 """The algorithm on one page: the student writes, the teacher scores, the student learns, and the
 new weights go back to the engine that writes."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from opd.faults import Interrupted
-from opd.interfaces import (
-    Evaluator,
-    Learner,
-    PromptStream,
-    RolloutEngine,
-    Teacher,
-    Tracker,
-    WeightSync,
-)
-from opd.types import FinishReason, Rollout, Sampling
+from opd.interfaces import Evaluator, Learner, Schedule, Tracker, WeightSync
+from opd.timing import timed
+from opd.types import FinishReason, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
     """One run: its clients and a few numbers.
 
+    ``schedule`` has the engine write and the teacher score.
     ``verify`` compares engine and learner and raises when they differ, ``watch`` raises when a step's
     metrics show it; ``save`` writes a checkpoint
     of the step it is given; ``total`` sums counts over ranks. ``interrupted`` says, on all ranks alike,
@@ -31,9 +23,7 @@ class Loop:
     save at the last step.
     """
 
-    prompts: PromptStream
-    engine: RolloutEngine
-    teacher: Teacher
+    schedule: Schedule
     learner: Learner
     sync: WeightSync
     evaluator: Evaluator | None
@@ -43,7 +33,6 @@ class Loop:
     save: Callable[[int], None]
     interrupted: Callable[[], bool]
     total: Callable[[dict[str, float]], dict[str, float]]
-    sampling: Sampling
     steps: int
     eval_every: int
     save_every: int
@@ -75,22 +64,17 @@ class Loop:
     def _step(self, step: int) -> dict[str, float]:
         times: dict[str, float] = {}
         with timed(times, "time/step"):
-            with timed(times, "time/rollout"):
-                prompts = self.prompts.take(step - 1)
-                rollouts = self.engine.generate(prompts, self._sampling(step))
-            with timed(times, "time/teacher"):
-                scored = self.teacher.score(rollouts)
+            batch = self.schedule.batch(step)
             with timed(times, "time/learn"):
-                report = self.learner.step(scored)
+                report = self.learner.step(batch.scored)
             self.watch(report.metrics)
+            self.schedule.finish()
             with timed(times, "time/sync"):
                 pushed = self.sync.push(self.learner.weights(), report.version)
-        return {**report.metrics, **self._rollout_metrics(rollouts), **pushed, **times}
+        written = self._rollout_metrics(batch.rollouts)
+        return {**report.metrics, **written, **pushed, **batch.metrics, **times}
 
-    def _sampling(self, step: int) -> Sampling:
-        return replace(self.sampling, seed=self.sampling.seed * 1_000_003 + step)
-
-    def _rollout_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
+    def _rollout_metrics(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         counts = self.total(
             {
                 "tokens": float(sum(len(r.token_ids) for r in rollouts)),
@@ -116,11 +100,3 @@ class Loop:
     @staticmethod
     def _due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
-
-
-@contextmanager
-def timed(times: dict[str, float], name: str) -> Iterator[None]:
-    """Seconds of wall clock spent inside, under ``name``."""
-    start = time.perf_counter()
-    yield
-    times[name] = time.perf_counter() - start

@@ -70,17 +70,17 @@ def micro_batches(
         by_teacher.setdefault(item.rollout.prompt.teacher, []).append(item)
     groups: list[list[ScoredRollout]] = []
     for items in by_teacher.values():
-        room: _Room | None = None
+        room: _MicroBatch | None = None
         for item in items:
             length = len(item.rollout.sequence)
             if room is None or not room.take(length):
-                room = _Room(length, tokens, packing)
+                room = _MicroBatch(length, tokens, packing)
                 groups.append([])
             groups[-1].append(item)
     return groups
 
 
-class _Room:
+class _MicroBatch:
     """The room of one micro-batch, begun with its longest sequence."""
 
     def __init__(self, longest: int, tokens: int, packing: Packing) -> None:

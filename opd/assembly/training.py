@@ -20,18 +20,17 @@ from opd.assembly.rollout import (
     build_engine,
     build_first_sync,
     build_sync,
-    build_writer,
 )
+from opd.assembly.schedule import build_schedule, build_step_writer
 from opd.assembly.teacher import Teachers, build_teachers
 from opd.assembly.tracking import build_console, build_trackers, build_weight_record
-from opd.config.rollout import training_sampling
 from opd.config.schema import Config
 from opd.config.train import last_step
 from opd.data.prompt_sets import PromptSets, read_prompt_sets
-from opd.data.stream import ShuffledPrompts
 from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
-from opd.interfaces import Evaluator, RolloutEngine, Tracker, WeightSync
+from opd.interfaces import Evaluator, Progress, RolloutEngine, Schedule, Tracker, WeightSync
 from opd.loop import Loop
+from opd.schedule.writing import StepWriter
 from opd.sync.verify import SyncCheck
 from opd.teacher.vocabulary import read_vocabulary
 from opd.train.checkpoints import newest_checkpoint, write_checkpoint
@@ -43,7 +42,7 @@ from opd.world import World, join_world
 class Training:
     """A rank ready to run: the loop, its parts, and the checkpoint to resume from.
 
-    ``layout`` is a sentence about the rows of micro-batches.
+    ``layout`` is a sentence about the rows of micro-batches. ``writer`` is what the loop's schedule uses.
     """
 
     loop: Loop
@@ -57,6 +56,7 @@ class Training:
     sync_check: SyncCheck | None
     first_sync: WeightSync
     layout: str
+    writer: StepWriter
 
     @property
     def start(self) -> int:
@@ -71,6 +71,7 @@ class Training:
         self.learner.load(str(folder))
         if self.teachers.average is not None:
             self.teachers.average.load(str(folder), step)
+        self.loop.schedule.load(str(folder), step)
 
     def check_sync(self) -> float | None:
         """The gap in nats after a push of changed weights, which the loop replaces; None without an engine.
@@ -93,6 +94,7 @@ class _Parts:
     teachers: Teachers
     learner: StudentLearner
     sync_check: SyncCheck | None
+    writer: StepWriter
     world: World
 
 
@@ -115,23 +117,16 @@ def build_training(
     tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     prompts = read_prompt_sets(config, tokenizer)
     checkpoint, resumed = _find_checkpoint(folder, world)
-    inputs = EngineInputs(
-        config=config,
-        model=config.student.model,
-        tokenizer=tokenizer,
-        max_length=prompts.max_length,
-        world=world,
-        progress=progress,
-    )
     mask = read_run_mask(config, folder)
+    inputs = _engine_inputs(config, tokenizer, prompts, world, progress)
     engine, sync = build_engine(inputs, mask)
     model, parameter_mask, own = build_model(config, mask, world, prompts.probe)
     rounding = measure_rounding(config, model, prompts.probe)
     vocabulary = read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
     teachers = build_teachers(config, model, tokenizer, vocabulary, world, progress)
-    write = build_weight_record(config, folder, world, resumed)
+    record = build_weight_record(config, folder, world, resumed)
     learner, layout = build_learner(
-        config, model, parameter_mask, teachers, tokenizer, world, progress, write, own
+        config, model, parameter_mask, teachers, tokenizer, world, progress, record, own
     )
     parts = _Parts(
         tokenizer=tokenizer,
@@ -141,6 +136,7 @@ def build_training(
         teachers=teachers,
         learner=learner,
         sync_check=build_sync_check(config, prompts, engine, learner, rounding, world),
+        writer=build_step_writer(config, prompts, engine, teachers, world),
         world=world,
     )
     tracker = build_trackers(config, folder, resolved, console, world, resumed)
@@ -156,6 +152,24 @@ def build_training(
         sync_check=parts.sync_check,
         first_sync=build_first_sync(sync),
         layout=layout,
+        writer=parts.writer,
+    )
+
+
+def _engine_inputs(
+    config: Config,
+    tokenizer: StudentTokenizer,
+    prompts: PromptSets,
+    world: World,
+    progress: Progress,
+) -> EngineInputs:
+    return EngineInputs(
+        config=config,
+        model=config.student.model,
+        tokenizer=tokenizer,
+        max_length=prompts.max_length,
+        world=world,
+        progress=progress,
     )
 
 
@@ -189,29 +203,20 @@ def _build_loop(
     tracker: Tracker,
     stop: Callable[[], bool],
 ) -> Loop:
-    prompts, engine, teachers, world = parts.prompts, parts.engine, parts.teachers, parts.world
+    teachers, world = parts.teachers, parts.world
     check = parts.sync_check
+    schedule = build_schedule(config, parts.writer, world)
     return Loop(
-        prompts=ShuffledPrompts(
-            prompts.train,
-            config.train.prompts_per_step,
-            config.seed,
-            world.rank,
-            world.size,
-            prompts.groups,
-        ),
-        engine=build_writer(config, engine),
-        teacher=teachers.training,
+        schedule=schedule,
         learner=parts.learner,
         sync=build_sync(config, parts.sync, teachers.average),
         evaluator=_build_evaluator(config, parts, teacher_accuracy),
         tracker=tracker,
         verify=dict if check is None else check.verify,
         watch=check.watch if check is not None and watches(config) else lambda metrics: None,
-        save=_saver(config, folder, parts.learner, teachers, world),
+        save=_saver(config, folder, parts.learner, teachers, schedule, world),
         interrupted=lambda: world.max({"stop": float(stop())})["stop"] > 0,
         total=world.sum,
-        sampling=training_sampling(config),
         steps=last_step(config),
         eval_every=config.eval.every,
         save_every=config.save.every,
@@ -220,7 +225,12 @@ def _build_loop(
 
 
 def _saver(
-    config: Config, folder: Path, learner: StudentLearner, teachers: Teachers, world: World
+    config: Config,
+    folder: Path,
+    learner: StudentLearner,
+    teachers: Teachers,
+    schedule: Schedule,
+    world: World,
 ) -> Callable[[int], None]:
     """A function that writes the checkpoint of a step; collective."""
 
@@ -228,6 +238,7 @@ def _saver(
         learner.save(partial)
         if teachers.average is not None and world.is_main:
             teachers.average.save(partial)
+        schedule.save(partial)
 
     def save(step: int) -> None:
         write_checkpoint(folder, step, save_state, keep=config.save.keep, world=world)

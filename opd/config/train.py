@@ -35,7 +35,7 @@ class TrainConfig:
     prompts_per_step: int = bounded(64, least=1)
     """Prompts in one optimizer step, over all processes."""
     max_tokens_per_micro_batch: int = bounded(8192, least=1)
-    """Tokens, padding included, in one forward and backward pass of one process; the result does not depend on it."""
+    """Tokens and padding in one forward and backward pass of a process; the result does not depend on it."""
     packing: bool = True
     """Lay several sequences into a row instead of padding, where the model's own code keeps them apart."""
     precision: Precision = Precision.bf16

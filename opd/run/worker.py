@@ -65,7 +65,7 @@ def _explained(error: Exception, status: int) -> int:
 
 def _describe_teacher(config: Config, training: Training) -> None:
     """Log how the teacher's responses are sent."""
-    teacher, sampling = training.teachers.whole, training.loop.sampling
+    teacher, sampling = training.teachers.whole, training.writer.sampling
     if not training.world.is_main or teacher is None:
         return
     vocabulary = read_vocabulary(training.tokenizer.tokenizer, training.tokenizer.vocab_size)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from rich.console import Console
@@ -147,25 +148,39 @@ class ConsoleTracker:
 class ConsoleProgress:
     """A ``Progress``: bars with the remaining time, removed when done; nothing without a terminal.
 
-    Contexts may be nested (steps outside, phases inside); the outermost starts the display.
+    Contexts may be nested (steps outside, phases inside) and in several threads; the first starts the
+    display, the last ends it.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._lock = Lock()
         self._bars: Progress | None = None
+        self._open = 0
 
     @contextmanager
     def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar named ``what`` of ``total`` units."""
-        if self._bars is not None:
-            with _bar(self._bars, what, total) as advance:
+        bars = self._enter()
+        try:
+            with _bar(bars, what, total) as advance:
                 yield advance
-            return
-        with _bars(self._console) as self._bars:
-            try:
-                with _bar(self._bars, what, total) as advance:
-                    yield advance
-            finally:
+        finally:
+            self._leave()
+
+    def _enter(self) -> Progress:
+        with self._lock:
+            if self._bars is None:
+                self._bars = _bars(self._console)
+                self._bars.start()
+            self._open += 1
+            return self._bars
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._bars is not None and not self._open:
+                self._bars.stop()
                 self._bars = None
 
 

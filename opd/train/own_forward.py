@@ -43,14 +43,20 @@ def choose_packing(student: Student, own: OwnForward, *, pad_id: int) -> tuple[P
             packed = _log_probs(alone, sequences, pad_id, Packing.one_row)
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:200]
-            return Packing.off, f"micro-batches are padded: {own.name} takes no packed rows ({reason})"
+            return (
+                Packing.off,
+                f"micro-batches are padded: {own.name} takes no packed rows ({reason})",
+            )
     gap = largest_gap(sequences, padded, packed)
     if not gap <= bound:
         return Packing.off, (
             f"micro-batches are padded: sequences of a packed row are not independent in {own.name}, "
             f"log-probs differ by {gap:.2g} nats"
         )
-    return packing, f"micro-batches are packed: log-probs are those of padded ones within {gap:.1g} nats"
+    return (
+        packing,
+        f"micro-batches are packed: log-probs are those of padded ones within {gap:.1g} nats",
+    )
 
 
 @contextmanager

@@ -41,8 +41,9 @@ float32):
 
 The default run takes {default}; the others run with `-m slow`.
 
-Micro-batches are packed for every family but {padded}, whose code in transformers does not keep the sequences
-of a row apart (`tests/families/test_packing.py`: loss and gradients of packed and padded sequences within 1e-5).
+Micro-batches are packed for every family but {padded}, whose code in transformers does not keep the
+sequences of a row apart. Loss and gradients of packed and of padded sequences are the same within 1e-5
+(`tests/families/test_packing.py`).
 """
 TAIL = """## Mixtures of experts
 

@@ -8,6 +8,8 @@ import pytest
 
 from opd.faults import Interrupted
 from opd.loop import Loop
+from opd.schedule.synchronous import Synchronous
+from opd.schedule.writing import StepWriter
 from opd.types import (
     Evaluation,
     FinishReason,
@@ -101,9 +103,14 @@ def run(
     everybody: Everybody, *, start: int, steps: int, every: int, stop_in: int | None = None
 ) -> list[str]:
     Loop(
-        prompts=everybody,
-        engine=everybody,
-        teacher=everybody,
+        schedule=Synchronous(
+            StepWriter(
+                prompts=everybody,
+                engine=everybody,
+                teacher=everybody,
+                sampling=Sampling(seed=3),
+            )
+        ),
         learner=everybody,
         sync=everybody,
         evaluator=everybody,
@@ -113,7 +120,6 @@ def run(
         save=everybody.save,
         interrupted=lambda: everybody.version == stop_in,
         total=dict,
-        sampling=Sampling(seed=3),
         steps=steps,
         eval_every=every,
         save_every=every,

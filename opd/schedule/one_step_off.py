@@ -1,0 +1,134 @@
+"""schedule=one_step_off: the next step's rollouts are written and scored while the learner learns."""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from opd.faults import RunError
+from opd.interfaces import StepBatch
+from opd.schedule.writing import StepWriter
+from opd.timing import timed
+from opd.types import FinishReason, Prompt, Rollout
+
+ARRAYS = ("token_ids", "logps", "support_ids")
+
+
+class OneStepOff:
+    """Implements ``Schedule`` with one batch ahead.
+
+    The batch of step n + 1 is begun when the learner begins step n, by the weights after step n - 1: its
+    rollouts are one step old when they are learned from. The first batch is not. Before weights are
+    pushed or the engine evaluates, ``finish`` waits for the batch, so that one set of weights writes it.
+
+    Args:
+        writer: its engine and its teacher share nothing that changes with the learner's weights.
+        last_step: no batch is written for later steps.
+        max_staleness: in optimizer steps; RunError for a batch with an older rollout.
+        rank: numbers this rank's file in a checkpoint.
+    """
+
+    def __init__(
+        self, writer: StepWriter, *, last_step: int, max_staleness: int, rank: int
+    ) -> None:
+        self._writer = writer
+        self._last_step = last_step
+        self._max_staleness = max_staleness
+        self._rank = rank
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
+        self._next: Future[StepBatch] | None = None
+
+    def batch(self, step: int) -> StepBatch:
+        """See ``Schedule``; metrics have the seconds waited and ``schedule/staleness``."""
+        times: dict[str, float] = {}
+        with timed(times, "time/wait"):
+            batch = self._writer.write(step) if self._next is None else self._next.result()
+        self._next = None
+        if step < self._last_step:
+            self._next = self._thread.submit(self._writer.write, step + 1)
+        staleness = _staleness(batch, step)
+        if staleness > self._max_staleness:
+            raise RunError(
+                f"step {step} would learn from completions that are {staleness} steps old, "
+                f"schedule.max_staleness={self._max_staleness} allows fewer"
+            )
+        metrics = {**batch.metrics, **times, "schedule/staleness": float(staleness)}
+        return replace(batch, metrics=metrics)
+
+    def finish(self) -> None:
+        """See ``Schedule``. Raises what writing or scoring raised."""
+        if self._next is not None:
+            self._next.result()
+
+    def save(self, folder: str) -> None:
+        """Write the rollouts of the batch that is ahead, for which the weights are gone."""
+        if self._next is not None:
+            _write(_file(folder, self._rank), [s.rollout for s in self._next.result().scored])
+
+    def load(self, folder: str, step: int) -> None:
+        """Restore the batch after ``step``; its rollouts are scored again."""
+        file = _file(folder, self._rank)
+        if file.exists():
+            rollouts = _read(file, self._writer.prompts.take(step))
+            self._next = self._thread.submit(self._writer.score, rollouts, {"time/rollout": 0.0})
+
+
+def _staleness(batch: StepBatch, step: int) -> int:
+    """The most optimizer steps between the weights that wrote a rollout and those of ``step``."""
+    # a data set's completions have no log-probs and no weights
+    written = [r.version for r in batch.rollouts if not np.isnan(r.logps).any()]
+    return step - 1 - min(written, default=step - 1)
+
+
+def _file(folder: str, rank: int) -> Path:
+    return Path(folder) / f"next_rollouts_{rank}.safetensors"
+
+
+def _write(file: Path, rollouts: Sequence[Rollout]) -> None:
+    """Arrays one after the other, and a row of JSON for each rollout."""
+    rows = [
+        {
+            "uid": r.prompt.uid,
+            "sample": r.sample,
+            "tokens": len(r.token_ids),
+            "finish_reason": r.finish_reason.value,
+            "version": r.version,
+            "text": r.text,
+        }
+        for r in rollouts
+    ]
+    parts = {name: [getattr(r, name) for r in rollouts] for name in ARRAYS}
+    arrays = {
+        name: np.concatenate(values)
+        for name, values in parts.items()
+        if values and all(v is not None for v in values)
+    }
+    save_file(arrays, file, {"rollouts": json.dumps(rows)})
+
+
+def _read(file: Path, prompts: Sequence[Prompt]) -> list[Rollout]:
+    """What ``_write`` wrote, of ``prompts``."""
+    by_uid = {prompt.uid: prompt for prompt in prompts}
+    rollouts, start = [], 0
+    with safe_open(file, "numpy") as stored:
+        arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        rows = json.loads(stored.metadata()["rollouts"])
+    for row in rows:
+        part = slice(start, start + row["tokens"])
+        start = part.stop
+        rollouts.append(
+            Rollout(
+                prompt=by_uid[row["uid"]],
+                finish_reason=FinishReason(row["finish_reason"]),
+                version=row["version"],
+                sample=row["sample"],
+                text=row["text"],
+                **{name: array[part] for name, array in arrays.items()},
+            )
+        )
+    return rollouts
