@@ -80,8 +80,8 @@ class Schedule(Protocol):
         """This rank's scored rollouts of optimizer step ``step`` (from 1)."""
         ...
 
-    def finish(self) -> None:
-        """Wait until nobody uses the rollout engine; the next call may push weights or evaluate."""
+    def finish(self) -> dict[str, float]:
+        """Wait until nobody uses the rollout engine, so that weights may be pushed; metrics of the wait."""
         ...
 
     def save(self, folder: str) -> None:

@@ -68,11 +68,11 @@ class Loop:
             with timed(times, "time/learn"):
                 report = self.learner.step(batch.scored)
             self.watch(report.metrics)
-            self.schedule.finish()
+            waited = self.schedule.finish()
             with timed(times, "time/sync"):
                 pushed = self.sync.push(self.learner.weights(), report.version)
         written = self._rollout_metrics(batch.rollouts)
-        return {**report.metrics, **written, **pushed, **batch.metrics, **times}
+        return {**report.metrics, **written, **pushed, **batch.metrics, **waited, **times}
 
     def _rollout_metrics(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         counts = self.total(

@@ -44,10 +44,8 @@ class OneStepOff:
         self._next: Future[StepBatch] | None = None
 
     def batch(self, step: int) -> StepBatch:
-        """See ``Schedule``; metrics have the seconds waited and ``schedule/staleness``."""
-        times: dict[str, float] = {}
-        with timed(times, "time/wait"):
-            batch = self._writer.write(step) if self._next is None else self._next.result()
+        """See ``Schedule``; its metrics have ``schedule/staleness``."""
+        batch = self._writer.write(step) if self._next is None else self._next.result()
         self._next = None
         if step < self._last_step:
             self._next = self._thread.submit(self._writer.write, step + 1)
@@ -57,13 +55,15 @@ class OneStepOff:
                 f"step {step} would learn from completions that are {staleness} steps old, "
                 f"schedule.max_staleness={self._max_staleness} allows fewer"
             )
-        metrics = {**batch.metrics, **times, "schedule/staleness": float(staleness)}
-        return replace(batch, metrics=metrics)
+        return replace(batch, metrics={**batch.metrics, "schedule/staleness": float(staleness)})
 
-    def finish(self) -> None:
-        """See ``Schedule``. Raises what writing or scoring raised."""
-        if self._next is not None:
-            self._next.result()
+    def finish(self) -> dict[str, float]:
+        """See ``Schedule``; ``time/wait`` are the seconds. Raises what writing or scoring raised."""
+        times: dict[str, float] = {}
+        with timed(times, "time/wait"):
+            if self._next is not None:
+                self._next.result()
+        return times
 
     def save(self, folder: str) -> None:
         """Write the rollouts of the batch that is ahead, for which the weights are gone."""

@@ -14,8 +14,9 @@ class Synchronous:
         """See ``Schedule``."""
         return self._writer.write(step)
 
-    def finish(self) -> None:
+    def finish(self) -> dict[str, float]:
         """See ``Schedule``."""
+        return {}
 
     def save(self, folder: str) -> None:
         """See ``Schedule``."""
