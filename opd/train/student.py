@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opd.batch import Batch, LossOutput
-from opd.head import HeadSpec, chunk_rows
+from opd.head import HeadSpec, as_operand, chunk_rows
 from opd.interfaces import Loss, Teacher
 from opd.model_head import decoder
 from opd.train.chunked import chunked_logps, chunked_loss
@@ -126,7 +126,7 @@ class TeacherHeads:
         assert self._teacher is not None, "only a teacher sends hidden states"
         head_VD = self._kept.pop(name, None)
         if head_VD is None:
-            head_VD = torch.from_numpy(self._teacher.head(name)).to(self._device)
+            head_VD = as_operand(torch.from_numpy(self._teacher.head(name)), self._device)
         self._kept[name] = head_VD
         while len(self._kept) > self._most:
             del self._kept[next(iter(self._kept))]

@@ -1,4 +1,4 @@
-"""schedule=one_step_off as a user runs it: stopped and resumed, it learns what an uninterrupted run learns."""
+"""schedule=one_step_off as a user runs it: stopped and resumed, it learns what a whole run learns."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,9 @@ def test_a_stopped_run_goes_on_with_the_rollouts_that_were_ahead(tmp_path: Path)
     assert [row.get("schedule/staleness") for row in whole] == [None, 0.0, 1.0, 1.0, 1.0]
     assert [row["loss/total"] for row in whole[1:]] == [row["loss/total"] for row in stopped[1:]]
     assert whole[2]["engine/logp_gap"] > 1e-5, "the engine's weights are a step older"
-    weights = [load_file(tmp_path / run / "final" / "model.safetensors") for run in ("whole", "stopped")]
+    weights = [
+        load_file(tmp_path / run / "final" / "model.safetensors") for run in ("whole", "stopped")
+    ]
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
 
