@@ -16,6 +16,7 @@ from opd.interfaces import (
     Tracker,
     WeightSync,
 )
+from opd.phases import RunPhase
 from opd.types import FinishReason, Rollout, Sampling
 
 
@@ -26,7 +27,7 @@ class Loop:
     ``verify`` compares engine and learner and raises when they differ, ``watch`` raises when a step's
     metrics show it; ``save`` writes a checkpoint
     of the step it is given; ``total`` sums counts over ranks. ``interrupted`` says, on all ranks alike,
-    whether the run shall end before its last step.
+    whether the run shall end before its last step; ``enter`` is told every phase as it begins.
     ``*_every`` = 0 leaves what is always done: verify and evaluate before training, evaluate and
     save at the last step.
     """
@@ -43,6 +44,7 @@ class Loop:
     save: Callable[[int], None]
     interrupted: Callable[[], bool]
     total: Callable[[dict[str, float]], dict[str, float]]
+    enter: Callable[[RunPhase, int], None]
     sampling: Sampling
     steps: int
     eval_every: int
@@ -54,6 +56,7 @@ class Loop:
 
         Raises Interrupted after a saved step when the run is interrupted.
         """
+        self.enter(RunPhase.sync, start)
         pushed = self.sync.push(self.learner.weights(), start)
         first = dict(pushed) | self.verify()
         if start == 0:
@@ -68,6 +71,7 @@ class Loop:
             self.tracker.log(step, metrics)
             ends = step < self.steps and self.interrupted()
             if self._due(step, self.save_every) or step == self.steps or ends:
+                self.enter(RunPhase.checkpoint, step)
                 self.save(step)
             if ends:
                 raise Interrupted(step)
@@ -75,17 +79,23 @@ class Loop:
     def _step(self, step: int) -> dict[str, float]:
         times: dict[str, float] = {}
         with timed(times, "time/step"):
-            with timed(times, "time/rollout"):
+            with self._phase(RunPhase.rollout, step, times):
                 prompts = self.prompts.take(step - 1)
                 rollouts = self.engine.generate(prompts, self._sampling(step))
-            with timed(times, "time/teacher"):
+            with self._phase(RunPhase.teacher, step, times):
                 scored = self.teacher.score(rollouts)
-            with timed(times, "time/learn"):
+            with self._phase(RunPhase.learn, step, times):
                 report = self.learner.step(scored)
             self.watch(report.metrics)
-            with timed(times, "time/sync"):
+            with self._phase(RunPhase.sync, step, times):
                 pushed = self.sync.push(self.learner.weights(), report.version)
         return {**report.metrics, **self._rollout_metrics(rollouts), **pushed, **times}
+
+    @contextmanager
+    def _phase(self, phase: RunPhase, step: int, times: dict[str, float]) -> Iterator[None]:
+        self.enter(phase, step)
+        with timed(times, f"time/{phase}"):
+            yield
 
     def _sampling(self, step: int) -> Sampling:
         return replace(self.sampling, seed=self.sampling.seed * 1_000_003 + step)
@@ -107,6 +117,7 @@ class Loop:
     def _evaluated(self, step: int) -> dict[str, float]:
         if self.evaluator is None:
             return {}
+        self.enter(RunPhase.evaluate, step)
         times: dict[str, float] = {}
         with timed(times, "time/eval"):
             evaluation = self.evaluator.evaluate(step)

@@ -30,6 +30,7 @@ from opd.config.train import last_step
 from opd.data.prompt_sets import PromptSets, read_prompt_sets
 from opd.data.stream import ShuffledPrompts
 from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
+from opd.heartbeat import Heartbeat
 from opd.interfaces import Evaluator, RolloutEngine, Tracker, WeightSync
 from opd.loop import Loop
 from opd.sync.verify import SyncCheck
@@ -99,15 +100,15 @@ def build_training(
     terminal: TextIO,
     teacher_accuracy: float | None,
     stop: Callable[[], bool] = bool,
+    heartbeat: Heartbeat | None = None,
 ) -> Training:
     """Build everything of this rank; collective. Raises ValueError for configuration errors.
 
-    ``resolved`` is the configuration as plain data, for the trackers. ``teacher_accuracy`` is that of
-    the teacher in the same evaluation, where it is known. ``stop`` says whether this process has been
-    asked to end.
+    ``resolved`` is the configuration as plain data, for the trackers, ``teacher_accuracy`` that of the
+    teacher, if known. ``stop`` says whether this process shall end; ``heartbeat`` shows what it does.
     """
     world = join_world()
-    console, progress = build_console(world, terminal)
+    console, progress = build_console(world, terminal, heartbeat)
     tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     prompts = read_prompt_sets(config, tokenizer)
     checkpoint, resumed = _find_checkpoint(folder, world)
@@ -141,7 +142,7 @@ def build_training(
     )
     tracker = build_trackers(config, folder, resolved, console, world, resumed)
     return Training(
-        loop=_build_loop(config, folder, parts, teacher_accuracy, tracker, stop),
+        loop=_build_loop(config, folder, parts, teacher_accuracy, tracker, stop, heartbeat),
         learner=learner,
         model=model,
         teachers=teachers,
@@ -183,6 +184,7 @@ def _build_loop(
     teacher_accuracy: float | None,
     tracker: Tracker,
     stop: Callable[[], bool],
+    heartbeat: Heartbeat | None,
 ) -> Loop:
     prompts, engine, teachers, world = parts.prompts, parts.engine, parts.teachers, parts.world
     check = parts.sync_check
@@ -206,6 +208,7 @@ def _build_loop(
         save=_saver(config, folder, parts.learner, teachers, world),
         interrupted=lambda: world.max({"stop": float(stop())})["stop"] > 0,
         total=world.sum,
+        enter=heartbeat.enter if heartbeat is not None else lambda phase, step: None,
         sampling=training_sampling(config),
         steps=last_step(config),
         eval_every=config.eval.every,

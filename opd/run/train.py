@@ -18,6 +18,7 @@ from opd.run.commands import engine_settings
 from opd.run.devices import find_cards, require_devices, require_running_servers, resolved
 from opd.run.evaluate_apart import teacher_accuracy
 from opd.run.folder import DRY_RUN, describe, description
+from opd.run.hang import leave_on_hang
 from opd.run.launch import run_processes
 from opd.run.lock import hold, locked
 from opd.run.mask import prepare_mask
@@ -153,6 +154,9 @@ def join(recipe: Recipe) -> NoReturn:
             raise ValueError(f"the run is complete and its checkpoints are gone: {folder}")
         describe(recipe, folder)
         prepare_mask(recipe, folder, _cannot_run_first)
+    config = recipe.config
+    ranks = count_processes(config)
+    leave_on_hang(folder, int(os.environ["RANK"]), ranks, config.launch.deadlines)
     leave_after(recipe)
 
 
