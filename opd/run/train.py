@@ -29,6 +29,7 @@ from opd.run.recipe import Recipe, composed, find_recipe, run_folder, sweep
 from opd.run.results import Run
 from opd.run.stop import STOP
 from opd.run.study import run_study
+from opd.run.temporary import temporary_folder
 from opd.tracking.report import REPORT, compare_runs, write_report
 from opd.tracking.terminal import comparison_table, summary_table
 from opd.train.checkpoints import newest_checkpoint
@@ -84,7 +85,7 @@ def run_one(recipe: Recipe, folder: Path) -> None:
     if recipe.config.dry_run:
         _dry_run(recipe, folder)
         return
-    with STOP.handle_signals(), locked(folder):
+    with STOP.handle_signals(), locked(folder), temporary_folder(folder):
         _run_locked(recipe, folder)
 
 

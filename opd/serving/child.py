@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from opd.faults import RunError
 from opd.serving.parent import parent_variable
 from opd.serving.server import LISTENER
 
@@ -53,11 +54,11 @@ class RunningService:
         return self._process.poll()
 
     def wait_until_ready(self) -> None:
-        """``RuntimeError`` with the end of the log when the service ends before it is ready."""
+        """``RunError`` with the end of the log when the service ends before it is ready."""
         self._wait_until_ready(self._process)
 
     def restart(self) -> None:
-        """Kill the process and start another one; ``RuntimeError`` as for ``wait_until_ready``.
+        """Kill the process and start another one; ``RunError`` as for ``wait_until_ready``.
 
         Does nothing once the service is closed.
         """
@@ -122,7 +123,7 @@ def started_service(
     ``port_file`` and ``exit_with_parent`` are added to its arguments, and ``variable`` holds its token
     (a random one unless given). It writes to ``log_path`` and ends by itself if this process dies. Its
     temporary files lie in a folder that is removed after it: workers of vLLM that are killed leave some.
-    ``RuntimeError`` with the end of that log when it is not ready after ``wait_s`` seconds.
+    ``RunError`` with the end of that log when it is not ready after ``wait_s`` seconds.
     """
     token = token or secrets.token_urlsafe(32)
     with (
@@ -168,7 +169,7 @@ def _wait_for_port(
         if late or process.poll() is not None:
             why = f"was not ready after {wait_s:.0f} s" if late else "ended while starting"
             tail = log_path.read_text(errors="replace")[-TAIL_CHARACTERS:]
-            raise RuntimeError(f"the {name} {why}; the end of {log_path}:\n{tail}")
+            raise RunError(f"the {name} {why}; the end of {log_path}:\n{tail}")
         time.sleep(POLL_S)
 
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import httpx
 
+from opd.faults import RunError
 from opd.serving.child import RunningService
 
 POLL_S = 0.5
@@ -88,7 +89,7 @@ class ServiceSupervisor:
         )
         try:
             self.service.restart()
-        except RuntimeError:
+        except RunError:
             if self._stop.is_set():
                 return False
             return self._restart("could not be started again")
