@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from opd.faults import Interrupted
 from opd.interfaces import Evaluator, Learner, Schedule, Tracker, WeightSync
+from opd.phases import RunPhase
 from opd.timing import timed
 from opd.types import FinishReason, Rollout
 
@@ -18,7 +19,7 @@ class Loop:
     ``verify`` compares engine and learner and raises when they differ, ``watch`` raises when a step's
     metrics show it; ``save`` writes a checkpoint
     of the step it is given; ``total`` sums counts over ranks. ``interrupted`` says, on all ranks alike,
-    whether the run shall end before its last step.
+    whether the run shall end before its last step; ``enter`` is told every phase as it begins.
     ``*_every`` = 0 leaves what is always done: verify and evaluate before training, evaluate and
     save at the last step.
     """
@@ -33,6 +34,7 @@ class Loop:
     save: Callable[[int], None]
     interrupted: Callable[[], bool]
     total: Callable[[dict[str, float]], dict[str, float]]
+    enter: Callable[[RunPhase, int], None]
     steps: int
     eval_every: int
     save_every: int
@@ -43,6 +45,7 @@ class Loop:
 
         Raises Interrupted after a saved step when the run is interrupted.
         """
+        self.enter(RunPhase.sync, start)
         pushed = self.sync.push(self.learner.weights(), start)
         first = dict(pushed) | self.verify()
         if start == 0:
@@ -57,6 +60,7 @@ class Loop:
             self.tracker.log(step, metrics)
             ends = step < self.steps and self.interrupted()
             if self._due(step, self.save_every) or step == self.steps or ends:
+                self.enter(RunPhase.checkpoint, step)
                 self.save(step)
             if ends:
                 raise Interrupted(step)
@@ -64,10 +68,13 @@ class Loop:
     def _step(self, step: int) -> dict[str, float]:
         times: dict[str, float] = {}
         with timed(times, "time/step"):
+            self.enter(RunPhase.rollout, step)
             batch = self.schedule.batch(step)
+            self.enter(RunPhase.learn, step)
             with timed(times, "time/learn"):
                 report = self.learner.step(batch.scored)
             self.watch(report.metrics)
+            self.enter(RunPhase.sync, step)
             waited = self.schedule.finish()
             with timed(times, "time/sync"):
                 pushed = self.sync.push(self.learner.weights(), report.version)
@@ -91,6 +98,7 @@ class Loop:
     def _evaluated(self, step: int) -> dict[str, float]:
         if self.evaluator is None:
             return {}
+        self.enter(RunPhase.evaluate, step)
         times: dict[str, float] = {}
         with timed(times, "time/eval"):
             evaluation = self.evaluator.evaluate(step)

@@ -1,5 +1,7 @@
 """What writes and scores the batch of a step, and when."""
 
+from collections.abc import Callable
+
 from opd.assembly.rollout import build_writer, engine_sleeps
 from opd.assembly.teacher import Teachers
 from opd.config.rollout import VllmRolloutConfig, training_sampling
@@ -8,6 +10,7 @@ from opd.config.schema import Config
 from opd.data.prompt_sets import PromptSets
 from opd.data.stream import ShuffledPrompts
 from opd.interfaces import RolloutEngine, Schedule
+from opd.phases import RunPhase
 from opd.schedule.one_step_off import OneStepOff
 from opd.schedule.synchronous import Synchronous
 from opd.schedule.writing import StepWriter
@@ -33,10 +36,15 @@ def build_step_writer(
     )
 
 
-def build_schedule(config: Config, writer: StepWriter, world: World) -> Schedule:
-    """The schedule of a run; ValueError where the engine cannot write beside the learner."""
+def build_schedule(
+    config: Config, writer: StepWriter, enter: Callable[[RunPhase, int], None], world: World
+) -> Schedule:
+    """The schedule of a run; ValueError where the engine cannot write beside the learner.
+
+    ``enter`` is told the phases that are the schedule's.
+    """
     if not isinstance(config.schedule, OneStepOffConfig):
-        return Synchronous(writer)
+        return Synchronous(writer, enter)
     if isinstance(config.rollout, VllmRolloutConfig) and engine_sleeps(config.rollout, world):
         raise ValueError(
             "schedule=one_step_off writes while the learner learns, and rollout.enable_sleep_mode=true has "

@@ -28,6 +28,7 @@ from opd.config.schema import Config
 from opd.config.train import last_step
 from opd.data.prompt_sets import PromptSets, read_prompt_sets
 from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
+from opd.heartbeat import Heartbeat
 from opd.interfaces import Evaluator, Progress, RolloutEngine, Schedule, Tracker, WeightSync
 from opd.loop import Loop
 from opd.schedule.writing import StepWriter
@@ -105,15 +106,15 @@ def build_training(
     terminal: TextIO,
     teacher_accuracy: float | None,
     stop: Callable[[], bool] = bool,
+    heartbeat: Heartbeat | None = None,
 ) -> Training:
     """Build everything of this rank; collective. Raises ValueError for configuration errors.
 
-    ``resolved`` is the configuration as plain data, for the trackers. ``teacher_accuracy`` is that of
-    the teacher in the same evaluation, where it is known. ``stop`` says whether this process has been
-    asked to end.
+    ``resolved`` is the configuration as plain data, for the trackers, ``teacher_accuracy`` that of the
+    teacher, if known. ``stop`` says whether this process shall end; ``heartbeat`` shows what it does.
     """
     world = join_world()
-    console, progress = build_console(world, terminal)
+    console, progress = build_console(world, terminal, heartbeat)
     tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     prompts = read_prompt_sets(config, tokenizer)
     checkpoint, resumed = _find_checkpoint(folder, world)
@@ -141,7 +142,7 @@ def build_training(
     )
     tracker = build_trackers(config, folder, resolved, console, world, resumed)
     return Training(
-        loop=_build_loop(config, folder, parts, teacher_accuracy, tracker, stop),
+        loop=_build_loop(config, folder, parts, teacher_accuracy, tracker, stop, heartbeat),
         learner=learner,
         model=model,
         teachers=teachers,
@@ -202,10 +203,12 @@ def _build_loop(
     teacher_accuracy: float | None,
     tracker: Tracker,
     stop: Callable[[], bool],
+    heartbeat: Heartbeat | None,
 ) -> Loop:
     teachers, world = parts.teachers, parts.world
     check = parts.sync_check
-    schedule = build_schedule(config, parts.writer, world)
+    enter = heartbeat.enter if heartbeat is not None else lambda phase, step: None
+    schedule = build_schedule(config, parts.writer, enter, world)
     return Loop(
         schedule=schedule,
         learner=parts.learner,
@@ -217,6 +220,7 @@ def _build_loop(
         save=_saver(config, folder, parts.learner, teachers, schedule, world),
         interrupted=lambda: world.max({"stop": float(stop())})["stop"] > 0,
         total=world.sum,
+        enter=enter,
         steps=last_step(config),
         eval_every=config.eval.every,
         save_every=config.save.every,

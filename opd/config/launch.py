@@ -1,7 +1,7 @@
 """``launch``: settings that depend on the machine; the DeepSpeed configuration of a run."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,28 @@ if TYPE_CHECKING:
 class LaunchEngine(StrEnum):
     deepspeed = "deepspeed"
     torch = "torch"
+
+
+@dataclass(kw_only=True, slots=True)
+class DeadlineConfig:
+    """Seconds in which a rank must finish something in a phase, or else it hangs; 0: no deadline."""
+
+    start: float = bounded(3600.0, least=0)
+    """From the start of the process to the first phase of the run: imports, models, first comparisons."""
+    rollout: float = bounded(1800.0, least=0)
+    """Between two steps of an engine in the process, or for the whole response of a server."""
+    teacher: float = bounded(1800.0, least=0)
+    """Between two responses of the teacher."""
+    learn: float = bounded(1200.0, least=0)
+    """Between two micro-batches, and for the optimizer step."""
+    sync: float = bounded(1200.0, least=0)
+    """Weights into the engine."""
+    evaluate: float = bounded(1800.0, least=0)
+    """As for rollout and teacher."""
+    checkpoint: float = bounded(1800.0, least=0)
+    """Writing a checkpoint, or the final model."""
+    server: float = bounded(60.0, least=0)
+    """For a sign of life of a server that the run started."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,6 +56,9 @@ class LaunchConfig:
     """Refuse a run that does not fit the GPUs by the forecast of `opd plan`."""
     threads: int | None = bounded(None, least=1)
     """CPU threads of each process; by default the cores divided evenly among the processes."""
+    restarts: int = bounded(0, least=0)
+    """How often a run goes on from its last checkpoint by itself after a process was lost or hung."""
+    deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
 
 def count_processes(config: "Config") -> int:

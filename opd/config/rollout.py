@@ -76,6 +76,8 @@ class ServerRolloutConfig(VllmEngineConfig, RolloutConfig):
     """Seconds before a request, a whole generation, times out; after three in a row it is given up."""
     retries: int = bounded(8, least=0)
     """Retries of a failed request, with exponential back-off; 8 take about 90 seconds."""
+    restarts: int = bounded(2, least=0)
+    """How often each server started with the run is started again when it dies or does not answer."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from opd.config.run import Resume
 from opd.mask.file import RUN_MASK
 from opd.run.lock import LOCK
 from opd.run.recipe import Recipe
+from opd.run.temporary import TEMPORARY
 from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
 from opd.tracking.runs import CONFIG
 from opd.train.checkpoints import checkpoints, newest_checkpoint, set_damaged_aside
@@ -30,6 +31,8 @@ MAY_CHANGE = (
     "eval.",
     "launch.cpu_processes",
     "launch.threads",
+    "launch.restarts",
+    "launch.deadlines.",
     "teacher.url",
     "teacher.timeout",
     "teacher.retries",
@@ -37,6 +40,7 @@ MAY_CHANGE = (
     "teacher.gpu_memory_utilization",
     "teacher.replicas",
     "teacher.tensor_parallel_size",
+    "teacher.restarts",
     "teacher.sleep",
     "train.stop_after",
     "rollout.urls",
@@ -44,6 +48,7 @@ MAY_CHANGE = (
     "rollout.devices",
     "rollout.gpu_memory_utilization",
     "rollout.timeout",
+    "rollout.restarts",
     "rollout.retries",
     "dry_run",
 )
@@ -52,6 +57,7 @@ BEFORE_THE_FIRST_STEP = {
     CONFIG,
     DRY_RUN,
     LOCK,
+    TEMPORARY,
     "logs",
     "checkpoints",
     METRICS,
@@ -137,7 +143,7 @@ def description(recipe: Recipe) -> str:
 
 
 def _is_unused(folder: Path) -> bool:
-    return all(p.name in ("logs", DRY_RUN, LOCK) for p in folder.iterdir())
+    return all(p.name in ("logs", DRY_RUN, LOCK, TEMPORARY) for p in folder.iterdir())
 
 
 def took_a_step(folder: Path) -> bool:

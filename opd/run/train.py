@@ -18,6 +18,7 @@ from opd.run.commands import engine_settings
 from opd.run.devices import find_cards, require_devices, require_running_servers, resolved
 from opd.run.evaluate_apart import teacher_accuracy
 from opd.run.folder import DRY_RUN, describe, description
+from opd.run.hang import leave_on_hang
 from opd.run.launch import run_processes
 from opd.run.lock import hold, locked
 from opd.run.mask import prepare_mask
@@ -28,6 +29,7 @@ from opd.run.recipe import Recipe, composed, find_recipe, run_folder, sweep
 from opd.run.results import Run
 from opd.run.stop import STOP
 from opd.run.study import run_study
+from opd.run.temporary import temporary_folder
 from opd.tracking.report import REPORT, compare_runs, write_report
 from opd.tracking.terminal import comparison_table, summary_table
 from opd.train.checkpoints import newest_checkpoint
@@ -83,7 +85,7 @@ def run_one(recipe: Recipe, folder: Path) -> None:
     if recipe.config.dry_run:
         _dry_run(recipe, folder)
         return
-    with STOP.handle_signals(), locked(folder):
+    with STOP.handle_signals(), locked(folder), temporary_folder(folder):
         _run_locked(recipe, folder)
 
 
@@ -153,6 +155,9 @@ def join(recipe: Recipe) -> NoReturn:
             raise ValueError(f"the run is complete and its checkpoints are gone: {folder}")
         describe(recipe, folder)
         prepare_mask(recipe, folder, _cannot_run_first)
+    config = recipe.config
+    ranks = count_processes(config)
+    leave_on_hang(folder, int(os.environ["RANK"]), ranks, config.launch.deadlines)
     leave_after(recipe)
 
 

@@ -45,10 +45,10 @@ class OneStepOff:
 
     def batch(self, step: int) -> StepBatch:
         """See ``Schedule``; its metrics have ``schedule/staleness``."""
-        batch = self._writer.write(step) if self._next is None else self._next.result()
+        batch = self._write(step) if self._next is None else self._next.result()
         self._next = None
         if step < self._last_step:
-            self._next = self._thread.submit(self._writer.write, step + 1)
+            self._next = self._thread.submit(self._write, step + 1)
         staleness = _staleness(batch, step)
         if staleness > self._max_staleness:
             raise RunError(
@@ -56,6 +56,9 @@ class OneStepOff:
                 f"schedule.max_staleness={self._max_staleness} allows fewer"
             )
         return replace(batch, metrics={**batch.metrics, "schedule/staleness": float(staleness)})
+
+    def _write(self, step: int) -> StepBatch:
+        return self._writer.score(*self._writer.write(step))
 
     def finish(self) -> dict[str, float]:
         """See ``Schedule``; ``time/wait`` are the seconds. Raises what writing or scoring raised."""

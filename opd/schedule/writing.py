@@ -16,14 +16,14 @@ class StepWriter:
     teacher: Teacher
     sampling: Sampling
 
-    def write(self, step: int) -> StepBatch:
-        """The batch of optimizer step ``step`` (from 1), by the weights that the engine has."""
+    def write(self, step: int) -> tuple[list[Rollout], dict[str, float]]:
+        """The rollouts of optimizer step ``step`` (from 1), by the weights that the engine has; seconds."""
         times: dict[str, float] = {}
         with timed(times, "time/rollout"):
             prompts = self.prompts.take(step - 1)
             seed = self.sampling.seed * 1_000_003 + step
             rollouts = self.engine.generate(prompts, replace(self.sampling, seed=seed))
-        return self.score(rollouts, times)
+        return rollouts, times
 
     def score(self, rollouts: list[Rollout], times: dict[str, float]) -> StepBatch:
         """The batch of rollouts that are written; ``times`` are seconds spent on them so far."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+from collections.abc import Callable
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -20,8 +21,11 @@ class Refusal(Exception):
         self.status = status
 
 
-def bare_app(title: str) -> FastAPI:
-    """An application that sends refusals as plain text and has GET /health."""
+def bare_app(title: str, fault: Callable[[], str | None] = lambda: None) -> FastAPI:
+    """An application that sends refusals as plain text and has GET /health.
+
+    That has status 503 while ``fault`` names a reason why no other request would be answered.
+    """
     app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(Refusal)
@@ -30,7 +34,8 @@ def bare_app(title: str) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return PlainTextResponse("ok")
+        reason = fault()
+        return PlainTextResponse(reason or "ok", status_code=503 if reason else 200)
 
     return app
 

@@ -17,6 +17,8 @@ from opd.serving.connections import MAX_CONNECTIONS, BoundedServer, allow_connec
 from opd.serving.parent import watch_parent
 from opd.serving.token import require_plain_token
 
+LISTENER = "OPD_LISTENER"
+"""Environment variable with the number of the inherited socket that a child listens on."""
 GRACE_S = 5  # for open responses when the process is asked to end
 
 log = logging.getLogger("opd.serving")
@@ -80,6 +82,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    inherited = os.environ.pop(LISTENER, None)
+    if inherited is not None:
+        return socket.socket(fileno=int(inherited))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from opd.interfaces import Progress as ShownProgress
 from opd.tracking.formatting import evaluation_tasks, number
 
 _HEADER_EVERY = 20
@@ -191,6 +192,25 @@ class SilentProgress:
     def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """No bar."""
         yield lambda amount: None
+
+
+class CountedProgress:
+    """A ``Progress`` that calls ``moved`` whenever the bar of another one might have advanced."""
+
+    def __init__(self, shown: ShownProgress, moved: Callable[[], None]) -> None:
+        self._shown, self._moved = shown, moved
+
+    @contextmanager
+    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """The bar of the other."""
+        with self._shown.track(what, total) as advance:
+
+            def count(amount: int) -> None:
+                self._moved()
+                advance(amount)
+
+            self._moved()
+            yield count
 
 
 def _bars(console: Console) -> Progress:

@@ -13,7 +13,7 @@ from opd.config.fields import require_bounds
 from opd.config.optim import AdamWConfig
 from opd.config.train import Precision
 from opd.faults import RunError
-from opd.run.launch import WorkerFailed, _raise_failure
+from opd.run.ranks import WorkerFailed, _raise_failure
 from opd.run.status import FAILED
 from opd.train.finite import (
     first_nonfinite_weight,

@@ -8,6 +8,7 @@ import pytest
 
 from opd.faults import Interrupted
 from opd.loop import Loop
+from opd.phases import RunPhase
 from opd.schedule.synchronous import Synchronous
 from opd.schedule.writing import StepWriter
 from opd.types import (
@@ -29,7 +30,11 @@ class Everybody:
         self.calls: list[str] = []
         self.rows: dict[int, Mapping[str, float]] = {}
         self.seeds: list[int] = []
+        self.phases: list[str] = []
         self.version = 0
+
+    def enter(self, phase: RunPhase, step: int) -> None:
+        self.phases.append(f"{phase} {step}")
 
     def take(self, step: int) -> list[Prompt]:
         self.calls.append(f"take {step}")
@@ -109,7 +114,8 @@ def run(
                 engine=everybody,
                 teacher=everybody,
                 sampling=Sampling(seed=3),
-            )
+            ),
+            everybody.enter,
         ),
         learner=everybody,
         sync=everybody,
@@ -120,6 +126,7 @@ def run(
         save=everybody.save,
         interrupted=lambda: everybody.version == stop_in,
         total=dict,
+        enter=everybody.enter,
         steps=steps,
         eval_every=every,
         save_every=every,
@@ -192,3 +199,12 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in_once(
 def test_a_request_to_stop_in_the_last_step_changes_nothing() -> None:
     calls = run(Everybody(), start=0, steps=3, every=0, stop_in=3)
     assert calls[-1] == "save 3"
+
+
+def test_every_phase_is_entered_with_its_step() -> None:
+    everybody = Everybody()
+    run(everybody, start=0, steps=2, every=2)
+    one, two = (
+        [f"{phase} {n}" for phase in ("rollout", "teacher", "learn", "sync")] for n in (1, 2)
+    )
+    assert everybody.phases == ["sync 0", "evaluate 0", *one, *two, "evaluate 2", "checkpoint 2"]
