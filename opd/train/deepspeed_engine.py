@@ -6,6 +6,7 @@ and ranks. DeepSpeed averages over ranks: the loss is multiplied by their number
 and the accumulation boundary is set by hand.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class DeepSpeedEngine:
 
         self._world = world
         self._zero: int = config["zero_optimization"]["stage"]
+        self._steps_on_any_gradient = self._zero == 0 and "bf16" not in config
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
@@ -64,7 +66,12 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         plain_norm = self._plain_grad_norm()
+        if self._steps_on_any_gradient and not math.isfinite(plain_norm):
+            self._engine.zero_grad()
+            return plain_norm
         self._engine.step()
+        if not self._engine.was_step_applied():  # DeepSpeed then keeps the norm of an earlier step
+            return math.nan
         norm = self._engine.get_global_grad_norm()
         return plain_norm if norm is None else float(norm)
 

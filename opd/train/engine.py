@@ -25,7 +25,10 @@ class TrainingEngine(Protocol):
         ...
 
     def step(self, lr: float) -> float:
-        """Clip, take one optimizer step, clear gradients; returns the gradient norm before clipping."""
+        """Clip, take one optimizer step, clear gradients; returns the gradient norm before clipping.
+
+        Where the norm is not finite, on all ranks alike, no weight and no optimizer state changes.
+        """
         ...
 
     @contextmanager

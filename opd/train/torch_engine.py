@@ -1,5 +1,6 @@
 """The training engine on plain torch, in one process."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -51,13 +52,15 @@ class TorchEngine:
     def step(self, lr: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = torch.nn.utils.get_total_norm(self._gradients())
-        if self._max_grad_norm:
-            parameters = self._student.parameters()
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
-        self._optimizer.step()
+        total = torch.nn.utils.get_total_norm(self._gradients())
+        norm = float(total)
+        if math.isfinite(norm):
+            if self._max_grad_norm:
+                parameters = self._student.parameters()
+                torch.nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, total)
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     @contextmanager
     def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:

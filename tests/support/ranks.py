@@ -52,6 +52,9 @@ def run_case(case: Case, folder: Path, world: World) -> None:
         if step == case.resume_at:
             learner = resumed_learner(learner, setup, world, recorder, folder / "checkpoint")
         share = case.batch(learner, step)[world.rank :: world.size]
+        if not share:
+            learner.version += 1
+            continue
         reports.append(learner.step(share).metrics)
         if case.records and world.size == 1:
             saved_learner(learner, world, folder / f"step_{step + 1}")
