@@ -25,7 +25,8 @@ class Loop:
 
     ``verify`` compares engine and learner and raises when they differ, ``watch`` raises when a step's
     metrics show it; ``save`` writes a checkpoint
-    of the step it is given; ``total`` sums counts over ranks. ``interrupted`` says, on all ranks alike,
+    of the step it is given, with its metrics, ``is_best`` says that these need one; ``total`` sums counts
+    over ranks. ``interrupted`` says, on all ranks alike,
     whether the run shall end before its last step.
     ``*_every`` = 0 leaves what is always done: verify and evaluate before training, evaluate and
     save at the last step.
@@ -40,7 +41,8 @@ class Loop:
     tracker: Tracker
     verify: Callable[[], dict[str, float]]
     watch: Callable[[Mapping[str, float]], None]
-    save: Callable[[int], None]
+    save: Callable[[int, Mapping[str, float]], None]
+    is_best: Callable[[Mapping[str, float]], bool]
     interrupted: Callable[[], bool]
     total: Callable[[dict[str, float]], dict[str, float]]
     sampling: Sampling
@@ -67,8 +69,9 @@ class Loop:
                 metrics |= self._evaluated(step)
             self.tracker.log(step, metrics)
             ends = step < self.steps and self.interrupted()
-            if self._due(step, self.save_every) or step == self.steps or ends:
-                self.save(step)
+            last = step == self.steps or ends
+            if self._due(step, self.save_every) or last or self.is_best(metrics):
+                self.save(step, metrics)
             if ends:
                 raise Interrupted(step)
 

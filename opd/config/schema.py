@@ -16,6 +16,7 @@ from opd.config import (
     reward,
     rollout,
     run,
+    save,
     sources,
     teacher,
     tracking,
@@ -88,6 +89,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 
 RULES = (
     *run.RULES,
+    *save.RULES,
     *sources.RULES,
     *adapter.RULES,
     *loss.RULES,

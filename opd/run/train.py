@@ -9,7 +9,6 @@ from typing import NoReturn
 import yaml
 from rich.console import Console
 
-from opd.config.launch import count_processes
 from opd.config.mask import StudyMaskConfig
 from opd.config.schema import problems
 from opd.config.teacher import has_teacher
@@ -149,7 +148,7 @@ def join(recipe: Recipe) -> NoReturn:
     if first:
         hold(folder)
         start = check(recipe, folder).start
-        if start and newest_checkpoint(folder, processes=count_processes(recipe.config)) is None:
+        if start and newest_checkpoint(folder) is None:
             raise ValueError(f"the run is complete and its checkpoints are gone: {folder}")
         describe(recipe, folder)
         prepare_mask(recipe, folder, _cannot_run_first)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from opd.train.optimizers import LearningRate
 from opd.train.parameter_mask import ParameterMask
 from opd.train.record import NoRecord, Recorder
 from opd.train.routers import RouterLoad
+from opd.train.saved_states import RANK_FILE, read_rank_state
 from opd.train.student import causal_lm
 from opd.train.totals import Totals
 from opd.train.weights import flip_bit, full_weights
@@ -193,26 +195,36 @@ class StudentLearner:
             "mask": self._parameter_mask.mask,
             "record": self._recorder.state(),
             "skipped": self._skipped.state(),
+            "layout": dict(self._engine.layout),
         }
-        torch.save(state, f"{folder}/rank_{self._world.rank}.pt")
+        torch.save(state, Path(folder) / RANK_FILE.format(self._world.rank))
 
     def load(self, folder: str) -> None:
-        """Restore what ``save`` wrote, on as many ranks; collective.
+        """Restore what ``save`` wrote; collective.
 
-        Raises ValueError when another mask was trained.
+        With the same engine, ranks and ZeRO settings all bits are those of the saved learner. With others
+        states are the same numbers, divided anew, and dropout draws other numbers. Raises ValueError when
+        another mask was trained.
         """
-        state = torch.load(f"{folder}/rank_{self._world.rank}.pt", weights_only=True)
+        state = read_rank_state(folder, self._world)
         if state["mask"] != self._parameter_mask.mask:
             raise ValueError(
                 f"the checkpoint {folder} was trained with another mask: resume with the mask of the "
                 "run, or use another run.dir"
             )
         self._recorder.resume(state.get("record"), folder)
-        self._engine.load(folder)
-        self._parameter_mask.write_back(self._engine)
         self.version = state["version"]
-        self._skipped.load(state["skipped"])
-        torch.set_rng_state(state["torch_rng"])
+        layout = state.get("layout", self._engine.layout)
+        if layout == self._engine.layout:
+            self._engine.load(folder)
+        else:
+            self._engine.restore(folder, layout)
+        self._parameter_mask.write_back(self._engine)
+        self._skipped.load(state.get("skipped", self._skipped.state()))
+        if "torch_rng" in state:
+            torch.set_rng_state(state["torch_rng"])
+        else:
+            torch.manual_seed(self.version * 1_000_003 + self._world.rank)
 
     def _token_counts(
         self, scored: Sequence[ScoredRollout], reduction: LossReduction

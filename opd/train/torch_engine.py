@@ -10,7 +10,8 @@ import torch
 from opd.batch import Batch, LossOutput
 from opd.config.train import Precision
 from opd.interfaces import Loss
-from opd.train.optimizers import create_states
+from opd.train.optimizers import create_states, named_groups
+from opd.train.saved_states import Layout, open_states
 from opd.train.student import Student
 
 
@@ -37,6 +38,10 @@ class TorchEngine:
         self._max_grad_norm = max_grad_norm
         self._device = device
         create_states(optimizer, (p for g in optimizer.param_groups for p in g["params"]))
+
+    @property
+    def layout(self) -> Layout:
+        return {"engine": "torch"}
 
     def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
         compute = (
@@ -98,3 +103,13 @@ class TorchEngine:
         trained = {n for n, p in self._student.named_parameters() if p.requires_grad}
         assert not trained & set(absent), f"the checkpoint lacks {sorted(trained & set(absent))[0]}"
         self._optimizer.load_state_dict(state["optimizer"])
+
+    @torch.no_grad()
+    def restore(self, folder: str, saved: Layout) -> None:
+        read = open_states(folder, saved, named_groups(self._student))
+        for name, parameter in self._student.named_parameters():
+            if parameter.requires_grad:
+                states = dict(read(name))
+                parameter.view(-1).copy_(states.pop("master"))
+                for key, value in states.items():
+                    self._optimizer.state[parameter][key].view(-1).copy_(value)

@@ -5,6 +5,7 @@ masks     trains/zero/precision/optimizer/max_grad_norm/steps    a tiny model
 record    the same, with a record of its weights
 experts   as masks, a tiny mixture of experts
 skips     a mask's case/FAULT                               its second step has a fault of ``FAULTS``
+moved     a mask's case@CASE                               goes on from the checkpoint that CASE left
 losses    loss/zero/ranks/max_tokens/chunk_rows             one step of a loss of ``LOSSES``
 
 A fault ``absent`` leaves that step out of the run altogether.
@@ -106,13 +107,14 @@ LOSSES: dict[str, LossConfig] = {
 class Case:
     """A learner, its batches, and when another one takes over.
 
-    ``batch`` gives the global batch of a step.
+    ``batch`` gives the global batch of a step. ``goes_on`` names the case whose checkpoint it starts from.
     """
 
     setup: Setup
     batch: Callable[[StudentLearner, int], list[ScoredRollout]]
     resume_at: int | None = None
     records: bool = False
+    goes_on: str | None = None
 
 
 def engine_case(name: str) -> Case:
@@ -194,6 +196,11 @@ def skip_case(name: str) -> Case:
     return replace(case, setup=replace(case.setup, on_nonfinite=OnNonfinite.skip), batch=batch)
 
 
+def moved_case(name: str) -> Case:
+    own, _, before = name.partition("@")
+    return replace(mask_case(own), goes_on=before or None)
+
+
 def record_case(name: str) -> Case:
     return replace(mask_case(name), records=True)
 
@@ -224,6 +231,7 @@ KINDS: dict[str, Callable[[str], Case]] = {
     "masks": mask_case,
     "record": record_case,
     "skips": skip_case,
+    "moved": moved_case,
     "experts": experts_case,
     "losses": loss_case,
 }

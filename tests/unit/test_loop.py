@@ -85,7 +85,7 @@ class Everybody:
         assert metrics == {"loss/total": 1.0}
         self.calls.append("watch")
 
-    def save(self, step: Any) -> None:
+    def save(self, step: int, metrics: Mapping[str, float]) -> None:
         self.calls.append(f"save {step}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -98,7 +98,13 @@ class Everybody:
 
 
 def run(
-    everybody: Everybody, *, start: int, steps: int, every: int, stop_in: int | None = None
+    everybody: Everybody,
+    *,
+    start: int,
+    steps: int,
+    every: int,
+    stop_in: int | None = None,
+    best_in: int | None = None,
 ) -> list[str]:
     Loop(
         prompts=everybody,
@@ -111,6 +117,7 @@ def run(
         verify=everybody.verify,
         watch=everybody.watch,
         save=everybody.save,
+        is_best=lambda metrics: everybody.version == best_in,
         interrupted=lambda: everybody.version == stop_in,
         total=dict,
         sampling=Sampling(seed=3),
@@ -186,3 +193,9 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in_once(
 def test_a_request_to_stop_in_the_last_step_changes_nothing() -> None:
     calls = run(Everybody(), start=0, steps=3, every=0, stop_in=3)
     assert calls[-1] == "save 3"
+
+
+def test_a_step_that_is_the_best_so_far_is_saved_and_none_twice() -> None:
+    for best_in, saved in ((1, ["save 1", "save 2", "save 3"]), (2, ["save 2", "save 3"])):
+        calls = run(Everybody(), start=0, steps=3, every=2, best_in=best_in)
+        assert [call for call in calls if call.startswith("save")] == saved
