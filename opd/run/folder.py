@@ -17,7 +17,12 @@ from opd.run.lock import LOCK
 from opd.run.recipe import Recipe
 from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
 from opd.tracking.runs import CONFIG
-from opd.train.checkpoints import checkpoints, newest_checkpoint, set_damaged_aside
+from opd.train.checkpoints import (
+    checkpoints,
+    newest_checkpoint,
+    remove_partial,
+    set_damaged_aside,
+)
 
 DRY_RUN = "dry_run.yaml"
 COMMAND_LINE = tuple(sys.argv[1:])  # as typed; sys.argv is replaced for Hydra
@@ -89,6 +94,7 @@ def open_folder(recipe: Recipe, folder: Path) -> int:
             "give another run.dir, or empty it"
         )
     if not recipe.config.dry_run:
+        remove_partial(folder)
         for warning in set_damaged_aside(folder):
             print(f"opd: warning: {warning}", file=sys.stderr)
     newest = newest_checkpoint(folder)

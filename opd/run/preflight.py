@@ -27,6 +27,7 @@ from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
 from opd.evaluate.reward import reward_function
 from opd.rollout.client import require_servers_fit
 from opd.run.devices import find_cards, needs_vllm, require_devices
+from opd.run.disk import check_space
 from opd.run.findings import findings
 from opd.run.folder import open_folder
 from opd.run.gradable import require_gradable
@@ -51,11 +52,12 @@ class Preflight:
     ``unseen`` names the settings whose models and data sets are on a hub that cannot be reached. A dry
     run then skips their checks and has no ``tokenizer``, ``prompts`` and ``transport`` (how the
     teacher's responses are sent). ``findings`` are likely errors; they do not stop the run. ``placement``
-    says on which GPUs the processes of the run sit.
+    says on which GPUs the processes of the run sit, ``disk`` what the run writes.
     """
 
     start: int
     placement: Placement
+    disk: str | None = None
     tokenizer: StudentTokenizer | None = None
     prompts: PromptSets | None = None
     transport: str | None = None
@@ -84,6 +86,7 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     prompts = read_prompt_sets(config, tokenizer)
     placement = _placed(config, cards, prompts)
+    disk = check_space(config, folder, start)
     ShuffledPrompts(
         prompts.train, config.train.prompts_per_step, config.seed, groups=prompts.groups
     )
@@ -109,6 +112,7 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     return Preflight(
         start=start,
         placement=placement,
+        disk=disk,
         tokenizer=tokenizer,
         prompts=prompts,
         transport=transport,

@@ -3,12 +3,14 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from opd.checkpoint.full_disk import full_disk_explained
 from opd.checkpoint.whole_folder import (
     PARTIAL,
     checksums,
@@ -112,11 +114,13 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     world.barrier()
-    save(str(partial))
-    world.barrier()
+    with _whole_or_nothing(run_folder, step, partial):
+        save(str(partial))
+        world.barrier()
+        if world.is_main:
+            _write_manifest(partial, step, world.size)
+            put_in_place(partial, final)
     if world.is_main:
-        _write_manifest(partial, step, world.size)
-        put_in_place(partial, final)
         if best is not None:
             best.record(step, metrics)
         for old in checkpoints(run_folder)[:-keep]:
@@ -124,6 +128,31 @@ def write_checkpoint(
                 shutil.rmtree(old)
     world.barrier()
     return final
+
+
+@contextmanager
+def _whole_or_nothing(run_folder: Path, step: int, partial: Path) -> Iterator[None]:
+    """Inside, a checkpoint is written; a full disk is a RunError, and nothing of the checkpoint stays."""
+    earlier = checkpoints(run_folder)
+    needed = sum(read_manifest(earlier[-1]).sizes.values()) if earlier else None
+    kept = f"the checkpoint {earlier[-1].name} is whole" if earlier else "no step is saved"
+    remedy = f"{kept}: free some space, and the same command goes on from there"
+    what = f"the checkpoint of step {step}"
+    try:
+        with full_disk_explained(what, run_folder, needed=needed, remedy=remedy):
+            yield
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def remove_partial(run_folder: Path) -> None:
+    """Remove what checkpoints that were not finished have left."""
+    for partial in (run_folder / "checkpoints").glob(f"*{PARTIAL}"):
+        if partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
