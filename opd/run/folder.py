@@ -13,6 +13,7 @@ from opd.checkpoint.whole_folder import write_whole
 from opd.config.optim import LearningRateSchedule
 from opd.config.run import Resume
 from opd.mask.file import RUN_MASK
+from opd.run.inputs import INPUTS
 from opd.run.lock import LOCK
 from opd.run.recipe import Recipe
 from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
@@ -64,6 +65,7 @@ BEFORE_THE_FIRST_STEP = {
     METRICS,
     SAMPLES,
     WEIGHTS,
+    INPUTS,
     RUN_MASK,
     "wandb",
     "wandb_run_id.txt",

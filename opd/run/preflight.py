@@ -2,8 +2,8 @@
 
 import importlib.util
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from opd.run.findings import findings
 from opd.run.folder import open_folder
 from opd.run.gradable import require_gradable
 from opd.run.hub import hub_answers
+from opd.run.inputs import fingerprint_inputs, require_same_inputs
 from opd.run.mask import require_mask_fits
 from opd.run.model_check import check_student_model
 from opd.run.place import place
@@ -40,7 +41,7 @@ from opd.run.plan import fits_on, read_models
 from opd.run.recipe import Recipe
 from opd.teacher.connect import describe_transport, scored_vocabulary, teacher_infos
 from opd.teacher.vocabulary import read_vocabulary
-from opd.types import Prompt
+from opd.types import Prompt, TeacherInfo
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -52,12 +53,14 @@ class Preflight:
     ``unseen`` names the settings whose models and data sets are on a hub that cannot be reached. A dry
     run then skips their checks and has no ``tokenizer``, ``prompts`` and ``transport`` (how the
     teacher's responses are sent). ``findings`` are likely errors; they do not stop the run. ``placement``
-    says on which GPUs the processes of the run sit, ``disk`` what the run writes.
+    says on which GPUs the processes of the run sit, ``disk`` what the run writes, ``inputs`` the
+    fingerprints of what it reads.
     """
 
     start: int
     placement: Placement
     disk: str | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
     tokenizer: StudentTokenizer | None = None
     prompts: PromptSets | None = None
     transport: str | None = None
@@ -100,9 +103,12 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
         *check_student_model(config),
         *findings(config, tokenizer, prompts),
     ]
-    transport = None
+    transport, infos = None, []
     if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
-        transport = _check_teacher(config, tokenizer, prompts)
+        transport, infos = _check_teacher(config, tokenizer, prompts)
+    inputs = fingerprint_inputs(config, prompts, infos)
+    if 0 < start < config.train.steps:
+        require_same_inputs(folder, inputs, allow_changed=config.run.allow_changed_inputs)
     if isinstance(config.teacher, SelfTeacherConfig):
         _require_teacher_prompts_fit(prompts, config.teacher.max_model_len or tokenizer.max_length)
     _require_functions(config)
@@ -113,6 +119,7 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
         start=start,
         placement=placement,
         disk=disk,
+        inputs=inputs,
         tokenizer=tokenizer,
         prompts=prompts,
         transport=transport,
@@ -203,8 +210,13 @@ def _require_launch_file(config: Config) -> None:
     )
 
 
-def _check_teacher(config: Config, tokenizer: StudentTokenizer, prompts: PromptSets) -> str:
-    """How the teacher's responses are sent; ValueError when a teacher does not fit student or prompts."""
+def _check_teacher(
+    config: Config, tokenizer: StudentTokenizer, prompts: PromptSets
+) -> tuple[str, list[TeacherInfo]]:
+    """How the teacher's responses are sent, and the infos of the teachers.
+
+    ValueError when a teacher does not fit student or prompts.
+    """
     student = scored_vocabulary(
         config.teacher, read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
     )
@@ -221,7 +233,7 @@ def _check_teacher(config: Config, tokenizer: StudentTokenizer, prompts: PromptS
             )
     sampling = training_sampling(config)
     request = config.loss.request(sampling.temperature)
-    return describe_transport(config.teacher, infos, student, request, sampling.support_k)
+    return describe_transport(config.teacher, infos, student, request, sampling.support_k), infos
 
 
 def _require_teacher_prompts_fit(prompts: PromptSets, max_length: int) -> None:

@@ -17,6 +17,7 @@ from opd.run.commands import engine_settings
 from opd.run.devices import find_cards, require_devices, require_running_servers, resolved
 from opd.run.evaluate_apart import teacher_accuracy
 from opd.run.folder import DRY_RUN, describe, description
+from opd.run.inputs import write_inputs
 from opd.run.launch import run_processes
 from opd.run.lock import hold, locked
 from opd.run.mask import prepare_mask
@@ -102,6 +103,7 @@ def _run_locked(recipe: Recipe, folder: Path) -> None:
     checked = check(recipe, folder)
     console.print(plan_table(recipe, checked, folder))
     describe(recipe, folder)
+    write_inputs(folder, checked.inputs)
     if isinstance(recipe.config.mask, StudyMaskConfig) and recipe.config.mask.arms:
         run_study(recipe, checked.placement, folder, run_one)
         return
@@ -147,10 +149,11 @@ def join(recipe: Recipe) -> NoReturn:
         raise SystemExit
     if first:
         hold(folder)
-        start = check(recipe, folder).start
-        if start and newest_checkpoint(folder) is None:
+        checked = check(recipe, folder)
+        if checked.start and newest_checkpoint(folder) is None:
             raise ValueError(f"the run is complete and its checkpoints are gone: {folder}")
         describe(recipe, folder)
+        write_inputs(folder, checked.inputs)
         prepare_mask(recipe, folder, _cannot_run_first)
     leave_after(recipe)
 
