@@ -16,6 +16,7 @@ from opd.interfaces import (
     Tracker,
     WeightSync,
 )
+from opd.rollout.repetition import repeated_share
 from opd.types import FinishReason, Rollout, Sampling
 
 
@@ -98,12 +99,14 @@ class Loop:
             {
                 "tokens": float(sum(len(r.token_ids) for r in rollouts)),
                 "truncated": float(sum(r.finish_reason == FinishReason.length for r in rollouts)),
+                "repeated": sum(repeated_share(r.token_ids) for r in rollouts),
                 "rollouts": float(len(rollouts)),
             }
         )
         return {
             "rollout/length": counts["tokens"] / counts["rollouts"],
             "rollout/truncated": counts["truncated"] / counts["rollouts"],
+            "rollout/repetition": counts["repeated"] / counts["rollouts"],
             "tokens/generated": counts["tokens"],
         }
 

@@ -66,6 +66,11 @@ class Training:
             return
         folder, step = self.checkpoint
         self.learner.load(str(folder))
+        if self.learner.version != step:
+            raise ValueError(
+                f"the checkpoint {folder} holds the states of step {self.learner.version}: give the folder "
+                "its own name back, or delete it to resume from another one"
+            )
         if self.teachers.average is not None:
             self.teachers.average.load(str(folder), step)
 

@@ -16,7 +16,7 @@ from opd.mask.file import RUN_MASK
 from opd.run.inputs import INPUTS
 from opd.run.lock import LOCK
 from opd.run.recipe import Recipe
-from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
+from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, find_row_faults, read_lines
 from opd.tracking.runs import CONFIG
 from opd.train.checkpoints import (
     checkpoints,
@@ -107,6 +107,13 @@ def open_folder(recipe: Recipe, folder: Path) -> int:
         )
     if newest is None:
         return _finished_step(recipe, folder)
+    faults = find_row_faults(read_lines(folder / METRICS), newest[1])
+    if faults:
+        print(
+            f"opd: warning: of the rows of {folder / METRICS} up to step {newest[1]}, {'; '.join(faults)}: "
+            "its curves are not whole, and the weights are not affected",
+            file=sys.stderr,
+        )
     changed = _changed_division(recipe, written)
     if changed:
         print(

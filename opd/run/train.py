@@ -29,6 +29,8 @@ from opd.run.results import Run
 from opd.run.stop import STOP
 from opd.run.study import run_study
 from opd.tracking.report import REPORT, compare_runs, write_report
+from opd.tracking.runs import read_started_run
+from opd.tracking.signs import run_warnings
 from opd.tracking.terminal import comparison_table, summary_table
 from opd.train.checkpoints import newest_checkpoint
 
@@ -192,4 +194,7 @@ def compare(folders: Sequence[Path], out: Path) -> None:
     page, table = compare_runs(folders, out)
     console = Console(markup=False)
     console.print(comparison_table(folders))
+    for run in map(read_started_run, folders):
+        for sentence in run_warnings(run):
+            console.print(f"warning: {run.name}: {sentence}", soft_wrap=True)
     console.print(f"report: {page}\ntable:  {table}")

@@ -24,7 +24,12 @@ from opd.train.optimizers import LearningRate
 from opd.train.parameter_mask import ParameterMask
 from opd.train.record import NoRecord, Recorder
 from opd.train.routers import RouterLoad
-from opd.train.saved_states import RANK_FILE, read_rank_state
+from opd.train.saved_states import (
+    RANK_FILE,
+    random_states,
+    read_rank_state,
+    set_random_states,
+)
 from opd.train.student import causal_lm
 from opd.train.totals import Totals
 from opd.train.weights import flip_bit, full_weights
@@ -191,7 +196,7 @@ class StudentLearner:
         self._engine.save(folder)
         state = {
             "version": self.version,
-            "torch_rng": torch.get_rng_state(),
+            "random": random_states(self._world.device),
             "mask": self._parameter_mask.mask,
             "record": self._recorder.state(),
             "skipped": self._skipped.state(),
@@ -221,10 +226,8 @@ class StudentLearner:
             self._engine.restore(folder, layout)
         self._parameter_mask.write_back(self._engine)
         self._skipped.load(state.get("skipped", self._skipped.state()))
-        if "torch_rng" in state:
-            torch.set_rng_state(state["torch_rng"])
-        else:
-            torch.manual_seed(self.version * 1_000_003 + self._world.rank)
+        seed = self.version * 1_000_003 + self._world.rank
+        set_random_states(state.get("random"), self._world.device, seed=seed)
 
     def _token_counts(
         self, scored: Sequence[ScoredRollout], reduction: LossReduction

@@ -27,17 +27,35 @@ FIRST_RANK = 0
 def read_rank_state(folder: str, world: World) -> dict[str, Any]:
     """What this rank, or with another number of ranks all of them, saved beside the engine's states.
 
-    Ranks that were not there before have no ``torch_rng``; the others' would repeat their draws.
+    With another number of ranks there is no ``random``: states of some ranks would be drawn from twice.
     """
     count = len(list(Path(folder).glob(RANK_FILE.format("*"))))
     if count == world.size:
         return _load(Path(folder) / RANK_FILE.format(world.rank))
     saved = [_load(Path(folder) / RANK_FILE.format(rank)) for rank in range(count)]
     joined = dict(saved[FIRST_RANK])
-    del joined["torch_rng"]
+    del joined["random"]
     if joined.get("record") is not None:
         joined["record"] = _joined([rank["record"] for rank in saved])
     return joined
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's generators, from which dropout draws, on the host and on ``device``."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def set_random_states(
+    states: Mapping[str, torch.Tensor] | None, device: torch.device, *, seed: int
+) -> None:
+    """Inverse of ``random_states``; generators without a state are seeded anew."""
+    if states is None:
+        torch.manual_seed(seed)
+        return
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _joined(records: Sequence[Any]) -> Any:

@@ -165,6 +165,7 @@ def test_a_run_may_go_on_with_another_division_which_is_noted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = started()
+    log_a_step(folder)
     write_checkpoint(folder, 1, lambda partial: None, keep=1, world=ALONE)
     number = quickstart().config.launch.processes
     assert open_folder(quickstart("launch.processes=7", "zero=3"), folder) == 1
