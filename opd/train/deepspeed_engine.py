@@ -210,6 +210,11 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def restore(self, folder: str, saved: Layout) -> None:
+        if any("nvme" in str(layout.get("zero_optimization")) for layout in (saved, self._layout)):
+            raise ValueError(
+                f"states on NVMe are not in the checkpoint {folder}: resume with the launch.deepspeed, "
+                "launch.processes and zero of the run, or use another run.dir"
+            )
         read = open_states(folder, saved, named_groups(self._engine.module))
         if self._zero in (1, 2):
             self._link_states()
