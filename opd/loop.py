@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from opd.faults import Interrupted
 from opd.interfaces import Evaluator, Learner, Schedule, Tracker, WeightSync
 from opd.phases import RunPhase
+from opd.rollout.repetition import repeated_share
 from opd.timing import timed
 from opd.types import FinishReason, Rollout
 
@@ -18,8 +19,9 @@ class Loop:
     ``schedule`` has the engine write and the teacher score.
     ``verify`` compares engine and learner and raises when they differ, ``watch`` raises when a step's
     metrics show it; ``save`` writes a checkpoint
-    of the step it is given; ``total`` sums counts over ranks. ``interrupted`` says, on all ranks alike,
-    whether the run shall end before its last step; ``enter`` is told every phase as it begins.
+    of the step it is given, with its metrics, ``is_best`` says that these need one; ``total`` sums counts
+    over ranks. ``interrupted`` says, on all ranks alike, whether the run shall end before its last step;
+    ``enter`` is told every phase as it begins.
     ``*_every`` = 0 leaves what is always done: verify and evaluate before training, evaluate and
     save at the last step.
     """
@@ -31,7 +33,8 @@ class Loop:
     tracker: Tracker
     verify: Callable[[], dict[str, float]]
     watch: Callable[[Mapping[str, float]], None]
-    save: Callable[[int], None]
+    save: Callable[[int, Mapping[str, float]], None]
+    is_best: Callable[[Mapping[str, float]], bool]
     interrupted: Callable[[], bool]
     total: Callable[[dict[str, float]], dict[str, float]]
     enter: Callable[[RunPhase, int], None]
@@ -59,9 +62,10 @@ class Loop:
                 metrics |= self._evaluated(step)
             self.tracker.log(step, metrics)
             ends = step < self.steps and self.interrupted()
-            if self._due(step, self.save_every) or step == self.steps or ends:
+            last = step == self.steps or ends
+            if self._due(step, self.save_every) or last or self.is_best(metrics):
                 self.enter(RunPhase.checkpoint, step)
-                self.save(step)
+                self.save(step, metrics)
             if ends:
                 raise Interrupted(step)
 
@@ -86,12 +90,14 @@ class Loop:
             {
                 "tokens": float(sum(len(r.token_ids) for r in rollouts)),
                 "truncated": float(sum(r.finish_reason == FinishReason.length for r in rollouts)),
+                "repeated": sum(repeated_share(r.token_ids) for r in rollouts),
                 "rollouts": float(len(rollouts)),
             }
         )
         return {
             "rollout/length": counts["tokens"] / counts["rollouts"],
             "rollout/truncated": counts["truncated"] / counts["rollouts"],
+            "rollout/repetition": counts["repeated"] / counts["rollouts"],
             "tokens/generated": counts["tokens"],
         }
 

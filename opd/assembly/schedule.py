@@ -55,4 +55,5 @@ def build_schedule(
         last_step=config.train.steps,
         max_staleness=config.schedule.max_staleness,
         rank=world.rank,
+        ranks=world.size,
     )

@@ -1,5 +1,6 @@
 """The trackers and the progress display of a run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +19,7 @@ from opd.tracking.console import (
 )
 from opd.tracking.fanout import Trackers
 from opd.tracking.jsonl import METRICS, JsonlTracker, WeightRecord, read_lines
+from opd.tracking.signs import SignTracker
 from opd.tracking.wandb import WandbTracker
 from opd.train.record import Write
 from opd.world import World
@@ -50,9 +52,11 @@ def build_trackers(
     if not world.is_main:
         return Trackers()
     files = JsonlTracker(folder, resumed)  # it drops the rows of later steps first
+    earlier = read_lines(folder / METRICS)
     trackers: list[Tracker] = [
         files,
-        ConsoleTracker(console, config.train.steps, read_lines(folder / METRICS)),
+        ConsoleTracker(console, config.train.steps, earlier),
+        SignTracker(partial(console.print, style="yellow", soft_wrap=True), earlier),
     ]
     if isinstance(config.tracking, WandbConfig):
         trackers.append(

@@ -1,6 +1,6 @@
 """One rank of a run, built in the order engine, model, teacher, learner."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +24,7 @@ from opd.assembly.rollout import (
 from opd.assembly.schedule import build_schedule, build_step_writer
 from opd.assembly.teacher import Teachers, build_teachers
 from opd.assembly.tracking import build_console, build_trackers, build_weight_record
+from opd.config.save import best_metric
 from opd.config.schema import Config
 from opd.config.train import last_step
 from opd.data.prompt_sets import PromptSets, read_prompt_sets
@@ -34,7 +35,7 @@ from opd.loop import Loop
 from opd.schedule.writing import StepWriter
 from opd.sync.verify import SyncCheck
 from opd.teacher.vocabulary import read_vocabulary
-from opd.train.checkpoints import newest_checkpoint, write_checkpoint
+from opd.train.checkpoints import BestCheckpoint, newest_checkpoint, write_checkpoint
 from opd.train.learner import StudentLearner
 from opd.world import World, join_world
 
@@ -70,6 +71,11 @@ class Training:
             return
         folder, step = self.checkpoint
         self.learner.load(str(folder))
+        if self.learner.version != step:
+            raise ValueError(
+                f"the checkpoint {folder} holds the states of step {self.learner.version}: give the folder "
+                "its own name back, or delete it to resume from another one"
+            )
         if self.teachers.average is not None:
             self.teachers.average.load(str(folder), step)
         self.loop.schedule.load(str(folder), step)
@@ -177,7 +183,7 @@ def _engine_inputs(
 def _find_checkpoint(folder: Path, world: World) -> tuple[tuple[Path, int] | None, int | None]:
     """The checkpoint to resume from and its step, once rank 0 has set damaged ones aside; collective."""
     world.barrier()
-    found = newest_checkpoint(folder, processes=world.size)
+    found = newest_checkpoint(folder)
     return found, None if found is None else found[1]
 
 
@@ -209,6 +215,8 @@ def _build_loop(
     check = parts.sync_check
     enter = heartbeat.enter if heartbeat is not None else lambda phase, step: None
     schedule = build_schedule(config, parts.writer, enter, world)
+    metric = best_metric(config)
+    best = None if metric is None else BestCheckpoint(folder, metric)
     return Loop(
         schedule=schedule,
         learner=parts.learner,
@@ -217,8 +225,9 @@ def _build_loop(
         tracker=tracker,
         verify=dict if check is None else check.verify,
         watch=check.watch if check is not None and watches(config) else lambda metrics: None,
-        save=_saver(config, folder, parts.learner, teachers, schedule, world),
-        interrupted=lambda: world.max({"stop": float(stop())})["stop"] > 0,
+        save=_saver(config, folder, parts.learner, teachers, schedule, world, best),
+        is_best=lambda metrics: best is not None and _any_rank(world, best.needs_saving(metrics)),
+        interrupted=lambda: _any_rank(world, stop()),
         total=world.sum,
         enter=enter,
         steps=last_step(config),
@@ -228,6 +237,11 @@ def _build_loop(
     )
 
 
+def _any_rank(world: World, flag: bool) -> bool:
+    """Whether ``flag`` is set on some rank; collective."""
+    return world.max({"flag": float(flag)})["flag"] > 0
+
+
 def _saver(
     config: Config,
     folder: Path,
@@ -235,7 +249,8 @@ def _saver(
     teachers: Teachers,
     schedule: Schedule,
     world: World,
-) -> Callable[[int], None]:
+    best: BestCheckpoint | None,
+) -> Callable[[int, Mapping[str, float]], None]:
     """A function that writes the checkpoint of a step; collective."""
 
     def save_state(partial: str) -> None:
@@ -244,7 +259,15 @@ def _saver(
             teachers.average.save(partial)
         schedule.save(partial)
 
-    def save(step: int) -> None:
-        write_checkpoint(folder, step, save_state, keep=config.save.keep, world=world)
+    def save(step: int, metrics: Mapping[str, float]) -> None:
+        write_checkpoint(
+            folder,
+            step,
+            save_state,
+            keep=config.save.keep,
+            world=world,
+            best=best,
+            metrics=metrics,
+        )
 
     return save

@@ -16,6 +16,7 @@ from opd.config import (
     reward,
     rollout,
     run,
+    save,
     schedule,
     sources,
     teacher,
@@ -92,6 +93,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 
 RULES = (
     *run.RULES,
+    *save.RULES,
     *sources.RULES,
     *adapter.RULES,
     *loss.RULES,

@@ -30,16 +30,16 @@ class OneStepOff:
         writer: its engine and its teacher share nothing that changes with the learner's weights.
         last_step: no batch is written for later steps.
         max_staleness: in optimizer steps; RunError for a batch with an older rollout.
-        rank: numbers this rank's file in a checkpoint.
+        rank, ranks: of this process; a checkpoint of another number of ranks has no batch for it.
     """
 
     def __init__(
-        self, writer: StepWriter, *, last_step: int, max_staleness: int, rank: int
+        self, writer: StepWriter, *, last_step: int, max_staleness: int, rank: int, ranks: int
     ) -> None:
         self._writer = writer
         self._last_step = last_step
         self._max_staleness = max_staleness
-        self._rank = rank
+        self._rank, self._ranks = rank, ranks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
         self._next: Future[StepBatch] | None = None
 
@@ -71,14 +71,17 @@ class OneStepOff:
     def save(self, folder: str) -> None:
         """Write the rollouts of the batch that is ahead, for which the weights are gone."""
         if self._next is not None:
-            _write(_file(folder, self._rank), [s.rollout for s in self._next.result().scored])
+            _write(self._file(folder), self._next.result().rollouts)
 
     def load(self, folder: str, step: int) -> None:
         """Restore the batch after ``step``; its rollouts are scored again."""
-        file = _file(folder, self._rank)
+        file = self._file(folder)
         if file.exists():
             rollouts = _read(file, self._writer.prompts.take(step))
             self._next = self._thread.submit(self._writer.score, rollouts, {"time/rollout": 0.0})
+
+    def _file(self, folder: str) -> Path:
+        return Path(folder) / f"next_rollouts_{self._rank}_of_{self._ranks}.safetensors"
 
 
 def _staleness(batch: StepBatch, step: int) -> int:
@@ -86,10 +89,6 @@ def _staleness(batch: StepBatch, step: int) -> int:
     # a data set's completions have no log-probs and no weights
     written = [r.version for r in batch.rollouts if not np.isnan(r.logps).any()]
     return step - 1 - min(written, default=step - 1)
-
-
-def _file(folder: str, rank: int) -> Path:
-    return Path(folder) / f"next_rollouts_{rank}.safetensors"
 
 
 def _write(file: Path, rollouts: Sequence[Rollout]) -> None:

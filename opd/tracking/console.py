@@ -21,6 +21,8 @@ from opd.interfaces import Progress as ShownProgress
 from opd.tracking.formatting import evaluation_tasks, number
 
 _HEADER_EVERY = 20
+SKIPPED = "optim/skipped_steps"
+_NOT_FINITE = "  skipped: its loss or gradient norm is not finite (the log names the sample)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,8 @@ class ConsoleTracker:
                 self._print_heading()
             self._lines_since_heading += 1
             self._print(self._line(step, metrics))
+            if SKIPPED in metrics and "loss/total" not in metrics:
+                self._print(Text(_NOT_FINITE, style="yellow"))
         for task in evaluation_tasks(metrics):
             self._print(self._evaluation(step, task, metrics))
 

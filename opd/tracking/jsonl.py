@@ -3,7 +3,9 @@
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,29 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def find_row_faults(rows: Sequence[Mapping[str, Any]], last: int) -> list[str]:
+    """What is wrong with the rows of metrics.jsonl up to step ``last``: it has one a step, from 0 on."""
+    steps = [row["step"] for row in rows if row["step"] <= last]
+    counts = Counter(steps)
+    faults = {
+        "are missing": [step for step in range(last + 1) if step not in counts],
+        "occur more than once": sorted(step for step, count in counts.items() if count > 1),
+        "are out of order": [b for a, b in pairwise(steps) if b < a],
+    }
+    return [f"steps {_ranges(those)} {what}" for what, those in faults.items() if those]
+
+
+def _ranges(steps: Sequence[int]) -> str:
+    """Rising numbers in short: 3-5, 9."""
+    found: list[list[int]] = []
+    for step in steps:
+        if found and step == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], step]
+        else:
+            found.append([step])
+    return ", ".join("-".join(map(str, each)) for each in found)
+
+
 def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
@@ -90,15 +115,16 @@ def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Rewrite ``path`` without the lines of later steps, atomically."""
+    """Rewrite ``path`` without the lines of later steps, atomically; metrics get one line a step."""
     if not path.exists():
         return
     scratch = path.with_name(f"{path.name}.part")
     with scratch.open("w", encoding="utf-8") as file:
         if step >= 0:
-            for row in read_lines(path):
-                if row["step"] <= step:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rows = [row for row in read_lines(path) if row["step"] <= step]
+            if path.name == METRICS:
+                rows = [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)

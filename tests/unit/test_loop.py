@@ -92,7 +92,7 @@ class Everybody:
         assert metrics == {"loss/total": 1.0}
         self.calls.append("watch")
 
-    def save(self, step: Any) -> None:
+    def save(self, step: int, metrics: Mapping[str, float]) -> None:
         self.calls.append(f"save {step}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -105,7 +105,13 @@ class Everybody:
 
 
 def run(
-    everybody: Everybody, *, start: int, steps: int, every: int, stop_in: int | None = None
+    everybody: Everybody,
+    *,
+    start: int,
+    steps: int,
+    every: int,
+    stop_in: int | None = None,
+    best_in: int | None = None,
 ) -> list[str]:
     Loop(
         schedule=Synchronous(
@@ -124,6 +130,7 @@ def run(
         verify=everybody.verify,
         watch=everybody.watch,
         save=everybody.save,
+        is_best=lambda metrics: everybody.version == best_in,
         interrupted=lambda: everybody.version == stop_in,
         total=dict,
         enter=everybody.enter,
@@ -208,3 +215,9 @@ def test_every_phase_is_entered_with_its_step() -> None:
         [f"{phase} {n}" for phase in ("rollout", "teacher", "learn", "sync")] for n in (1, 2)
     )
     assert everybody.phases == ["sync 0", "evaluate 0", *one, *two, "evaluate 2", "checkpoint 2"]
+
+
+def test_a_step_that_is_the_best_so_far_is_saved_and_none_twice() -> None:
+    for best_in, saved in ((1, ["save 1", "save 2", "save 3"]), (2, ["save 2", "save 3"])):
+        calls = run(Everybody(), start=0, steps=3, every=2, best_in=best_in)
+        assert [call for call in calls if call.startswith("save")] == saved

@@ -53,10 +53,12 @@ class Writers:
         raise AssertionError("a schedule does not ask")
 
 
-def schedule_of(writers: Writers, *, last_step: int = 9, max_staleness: int = 1) -> OneStepOff:
+def schedule_of(
+    writers: Writers, *, last_step: int = 9, max_staleness: int = 1, ranks: int = 1
+) -> OneStepOff:
     sampling = Sampling(seed=1)
     writer = StepWriter(prompts=writers, engine=writers, teacher=writers, sampling=sampling)
-    return OneStepOff(writer, last_step=last_step, max_staleness=max_staleness, rank=0)
+    return OneStepOff(writer, last_step=last_step, max_staleness=max_staleness, rank=0, ranks=ranks)
 
 
 def test_a_batch_is_written_by_the_weights_before_the_step_that_learns_from_another() -> None:
@@ -111,8 +113,16 @@ def test_a_resumed_schedule_learns_from_the_rollouts_of_the_checkpoint(tmp_path:
         assert np.array_equal(one.logps, other.logps)
 
 
-def test_a_checkpoint_of_another_schedule_is_no_obstacle(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrote", [None, 2])
+def test_a_checkpoint_without_a_batch_for_this_rank_is_no_obstacle(
+    tmp_path: Path, wrote: int | None
+) -> None:
     writers = Writers()
+    if wrote is not None:
+        other = schedule_of(writers, ranks=wrote)
+        other.batch(1)
+        other.finish()
+        other.save(str(tmp_path))
     writers.version = 3
     schedule = schedule_of(writers)
     schedule.load(str(tmp_path), 3)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from opd.tracking.fanout import Trackers
-from opd.tracking.jsonl import JsonlTracker, read_lines
+from opd.tracking.jsonl import METRICS, JsonlTracker, read_lines
 
 
 def steps(folder, name="metrics.jsonl"):
@@ -80,3 +80,12 @@ def test_several_trackers_all_hear_everything(tmp_path):
     trackers.close()
     for name in "ab":
         assert steps(tmp_path / name) == steps(tmp_path / name, "samples.jsonl") == [0]
+
+
+def test_a_resume_leaves_one_row_a_step_in_order(tmp_path):
+    rows = [(0, 1), (2, 1), (1, 1), (2, 2), (3, 1)]
+    lines = [json.dumps({"step": step, "loss/total": value}) for step, value in rows]
+    (tmp_path / METRICS).write_text("\n".join(lines) + '\n{"step": 4, "lo')
+    JsonlTracker(tmp_path, 2)
+    found = [(row["step"], row["loss/total"]) for row in read_lines(tmp_path / METRICS)]
+    assert found == [(0, 1), (1, 1), (2, 2)]
