@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Json
 from safetensors import SafetensorError, safe_open
 
+from opd.checked_json import TensorShape, read_texts
 from opd.checkpoint.writer import write_tensors
 
 FORMAT = "opd-mask-1"
@@ -30,6 +32,18 @@ class Origin:
     model: str
     seed: int = 0
     command: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MaskMetadata:
+    """What the header of a mask file says besides its format."""
+
+    rule: str
+    base: str
+    model: str
+    seed: int
+    command: str
+    shapes: Json[dict[str, TensorShape]]
 
 
 class LazyIndices(Mapping[str, torch.Tensor]):
@@ -108,7 +122,13 @@ def read_mask_file(
             f"{path} is not an opd mask file (format {found.get('format')}, expected {FORMAT}): make "
             "one with `opd mask discover`"
         )
-    shapes = {name: tuple(shape) for name, shape in json.loads(found["shapes"]).items()}
+    about = read_texts(found, _MaskMetadata, path, "make the mask again with `opd mask discover`")
+    shapes = about.shapes
+    unlike = sorted(shapes.keys() ^ set(opened.keys()))
+    if unlike:
+        raise ValueError(
+            f"{path} lists {unlike[0]} either as a shape or as a tensor, not as both: make it again"
+        )
 
     def read(name: str) -> torch.Tensor:
         index: torch.Tensor = opened.get_tensor(name)
@@ -116,11 +136,11 @@ def read_mask_file(
         return index
 
     origin = Origin(
-        rule=found["rule"],
-        base=found["base"],
-        model=found["model"],
-        seed=int(found["seed"]),
-        command=found["command"],
+        rule=about.rule,
+        base=about.base,
+        model=about.model,
+        seed=about.seed,
+        command=about.command,
     )
     return LazyIndices(opened.keys(), read), shapes, origin
 

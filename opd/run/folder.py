@@ -17,7 +17,7 @@ from opd.mask.file import RUN_MASK
 from opd.run.lock import LOCK
 from opd.run.recipe import Recipe
 from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
-from opd.tracking.runs import CONFIG
+from opd.tracking.runs import CONFIG, read_description
 from opd.train.checkpoints import checkpoints, newest_checkpoint, set_damaged_aside
 
 DRY_RUN = "dry_run.yaml"
@@ -154,9 +154,9 @@ def _may_be_corrected(folder: Path) -> bool:
 def _changed_setting(recipe: Recipe, written: Path) -> tuple[str, Any, Any] | None:
     """(name, value in ``written``, value in the recipe) of a setting that makes it another run."""
     try:
-        before = yaml.safe_load(written.read_text())
-        old = _flat(before["config"]) | _flat(before["choices"], "choice of ")
-    except (yaml.YAMLError, KeyError, TypeError):
+        before = read_description(written)
+        old = _flat(before["config"]) | _flat(before.get("choices") or {}, "choice of ")
+    except ValueError:
         raise ValueError(f"{written} is not readable: give another run.dir") from None
     new = _flat(recipe.plain) | _flat(recipe.choices, "choice of ")
     may_change = MAY_CHANGE
