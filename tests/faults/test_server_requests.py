@@ -194,7 +194,9 @@ def test_a_snapshot_of_other_weights_is_refused_and_the_held_ones_stay(
     name: str, shape: tuple[int, ...], reason: str
 ) -> None:
     loads: list[int] = []
-    receiver = WeightReceiver(lambda tensors, changes, version: loads.append(version), {"w": (2, 3)})
+    receiver = WeightReceiver(
+        lambda tensors, changes, version: loads.append(version), {"w": (2, 3)}
+    )
     assert receiver.take(snapshot({"w": torch.ones(2, 3)}, 1)).version == 1
     state = receiver.take(snapshot({name: torch.zeros(shape)}, 2))
     assert reason.replace("\\", "") in (state.refused or "")

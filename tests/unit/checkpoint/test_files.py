@@ -119,7 +119,10 @@ def test_numbered_shards_of_two_models_are_refused(tmp_path: Path) -> None:
             '{"weight_map": {"a": "s.safetensors", "b": "s.safetensors"}}',
             "lacks b, which the index",
         ),
-        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', r"the shard '\.\./elsewhere\.safetensors', allowed are files beside it"),
+        (
+            '{"weight_map": {"a": "../elsewhere.safetensors"}}',
+            r"the shard '\.\./elsewhere\.safetensors', allowed are files beside it",
+        ),
         ("{}", "field 'weight_map' is missing"),
         ('{"weight_map": ["s.safetensors"]}', "field 'weight_map' should be an object"),
         ('{"weight_map": {"a":', "is not JSON"),

@@ -57,7 +57,9 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: the content is not JSON"):
         read_lines(path)
     path.write_text('{"step": 0}\n[3]\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: the content should be an object, found \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl:2: the content should be an object, found \[3\]"
+    ):
         read_lines(path)
 
 
