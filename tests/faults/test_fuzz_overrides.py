@@ -20,7 +20,17 @@ HOSTILE = (
     *("[]", "{}", "[1,2]", "{a:1}", "{a:{b:c}}", "[[]]", "[null]", "[", "}", "a,b", "1,2"),
     *("choice(1,2)", "range(1,3)", "${run.name}", "${oc.env:HOME}", "${oc.env:HF_TOKEN}"),
     *("${nope}", "${here:x}", "${choice:optim,1}", "${choice:nope,{else:1}}"),
-    *("\x07", "\x1b[31mred", "'\x1b[31m'", "a\nb", "'a\nb'", "'\x00'", "'\u202e'", "é", "\U0001d4b3"),
+    *(
+        "\x07",
+        "\x1b[31mred",
+        "'\x1b[31m'",
+        "a\nb",
+        "'a\nb'",
+        "'\x00'",
+        "'\u202e'",
+        "é",
+        "\U0001d4b3",
+    ),
     *("a" * 5000, "missing.jsonl", "x.json", "no/such", "x:y", "os:getcwd", "..", "'[/INST]'"),
     "!!python/object/apply:os.system ['x']",
 )
