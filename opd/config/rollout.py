@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from opd.config.schema import Config
 
 
+LEAST_TEMPERATURE = 0.01
+"""Of sampling; vLLM silently uses this one for smaller ones, and the learner would score another."""
+
+
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:
     """What generates, and how."""
 
     n: int = bounded(1, least=1)
     """Completions per prompt."""
-    temperature: float = bounded(1.0, above=0)
+    temperature: float = bounded(1.0, least=LEAST_TEMPERATURE)
     """Sampling temperature; learner and teacher are scored at the same one."""
     top_p: float = bounded(1.0, above=0, most=1)
     """Nucleus sampling; below 1 the learner cannot reproduce the engine's log-probs exactly."""

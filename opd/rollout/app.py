@@ -17,6 +17,7 @@ from opd.interfaces import RolloutEngine
 from opd.rollout.wire import TOKEN_VARIABLE, GenerateRequest, read_request, response_bytes
 from opd.serving.app import MEDIA_TYPE, Refusal, bare_app, failure, read_body, require_token
 from opd.serving.client import CONFLICT
+from opd.serving.waiting import BoundedResponse
 from opd.types import Prompt, ReceiverState, Sampling
 
 log = logging.getLogger("opd.rollout")
@@ -148,7 +149,7 @@ def _generate(host: EngineHost, request: GenerateRequest) -> Response:
             f"{state.version} of run {state.run}",
         )
     rollouts = host.engine.generate(request.prompts, request.sampling)
-    return Response(response_bytes(rollouts), media_type=MEDIA_TYPE)
+    return BoundedResponse(response_bytes(rollouts), media_type=MEDIA_TYPE)
 
 
 def _require_fit(request: GenerateRequest, model: ServedModel) -> None:

@@ -18,7 +18,7 @@ from opd.run.lock import LOCK
 from opd.run.recipe import Recipe
 from opd.run.temporary import TEMPORARY
 from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, find_row_faults, read_lines
-from opd.tracking.runs import CONFIG
+from opd.tracking.runs import CONFIG, read_description
 from opd.train.checkpoints import (
     checkpoints,
     newest_checkpoint,
@@ -192,9 +192,9 @@ def _changed_division(recipe: Recipe, written: Path) -> list[str]:
 def _changed_setting(recipe: Recipe, written: Path) -> tuple[str, Any, Any] | None:
     """(name, value in ``written``, value in the recipe) of a setting that makes it another run."""
     try:
-        before = yaml.safe_load(written.read_text())
-        old = _flat(before["config"]) | _flat(before["choices"], "choice of ")
-    except (yaml.YAMLError, KeyError, TypeError):
+        before = read_description(written)
+        old = _flat(before["config"]) | _flat(before.get("choices") or {}, "choice of ")
+    except ValueError:
         raise ValueError(f"{written} is not readable: give another run.dir") from None
     new = _flat(recipe.plain) | _flat(recipe.choices, "choice of ")
     may_change = (*MAY_CHANGE, *DIVISION)

@@ -5,6 +5,7 @@ import hmac
 from collections.abc import Callable
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 
 MEDIA_TYPE = "application/octet-stream"
@@ -31,6 +32,12 @@ def bare_app(title: str, fault: Callable[[], str | None] = lambda: None) -> Fast
     @app.exception_handler(Refusal)
     async def refuse(_: Request, refusal: Refusal) -> Response:
         return refusal_response(refusal)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_parameters(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        return refusal_response(Refusal(400, f"{field}: {first['msg']}"))
 
     @app.get("/health")
     async def health() -> Response:

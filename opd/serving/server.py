@@ -1,6 +1,5 @@
 """Serve an application in a process of its own: address, token, end of the process."""
 
-import ipaddress
 import logging
 import os
 import signal
@@ -11,9 +10,11 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from opd.config.serving import ServingConfig
 from opd.serving.connections import MAX_CONNECTIONS, BoundedServer, allow_connections
+from opd.serving.hosts import HostCheck, is_loopback
 from opd.serving.parent import watch_parent
 from opd.serving.token import require_plain_token
 
@@ -49,8 +50,11 @@ def serve(
         )
     most = allow_connections(max_connections)
     with _bind(config.host, config.port) as listener:
+        app: ASGIApp = make_app()
+        if not token:
+            app = HostCheck(app, config.allowed_hosts)
         server = uvicorn.Config(
-            make_app(),
+            app,
             log_config=None,
             log_level="warning",
             access_log=False,
@@ -66,19 +70,11 @@ def serve(
 
 
 def _require_token_beyond_loopback(host: str, token: str | None, variable: str) -> None:
-    loopback = host == "localhost" or _is_loopback(host)
-    if not (loopback or token):
+    if not (is_loopback(host) or token):
         raise ValueError(
             f"host {host} can be reached from other machines and no token is set; "
             f"set {variable} to a random secret here and where the trainer runs"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bind(host: str, port: int) -> socket.socket:

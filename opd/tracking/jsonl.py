@@ -5,9 +5,12 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from opd.checked_json import read_json
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -56,20 +59,23 @@ class WeightRecord:
         _append(self._path, [{"step": step, **row}])
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, shape: type = dict[str, Any]) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; an incomplete last line is ignored, an absent file has none.
 
-    Raises ``ValueError`` naming file and line when another line is not an object with a ``step``.
+    Raises ``ValueError`` naming file, line and field when another line is not an object with a ``step``,
+    or does not have ``shape`` (see ``read_json``).
     """
     if not path.exists():
         return []
     *complete, rest = path.read_bytes().split(b"\n")
     rows = [
-        _row(path, number, line) for number, line in enumerate(complete, start=1) if line.strip()
+        _row(path, number, line, shape)
+        for number, line in enumerate(complete, start=1)
+        if line.strip()
     ]
     if rest.strip():
         try:
-            rows.append(_row(path, len(complete) + 1, rest))
+            rows.append(_row(path, len(complete) + 1, rest, shape))
         except ValueError:
             return rows
     return rows
@@ -98,20 +104,16 @@ def _ranges(steps: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, each)) for each in found)
 
 
-def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(
-            f"{path}:{number}: found malformed JSON ({error}); expected one object a line; "
-            "restore the file or remove that line"
-        ) from error
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise ValueError(
-            f"{path}:{number}: found {line[:60].decode(errors='replace')!r}; expected an object "
-            'with an integer "step"; restore the file or remove that line'
-        )
-    return row
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    step: int
+
+
+def _row(path: Path, number: int, line: bytes, shape: type) -> dict[str, Any]:
+    place, remedy = f"{path}:{number}", "restore the file or remove that line"
+    for required in (_Step, shape):
+        read_json(line, required, place, remedy)
+    return read_json(line, dict[str, Any], place, remedy)
 
 
 def _drop_after(path: Path, step: int) -> None:

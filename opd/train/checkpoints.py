@@ -5,11 +5,12 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from opd.checked_json import read_json
 from opd.checkpoint.full_disk import full_disk_explained
 from opd.checkpoint.whole_folder import (
     PARTIAL,
@@ -35,6 +36,16 @@ class Manifest:
     processes: int
     sizes: dict[str, int]
     checksums: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StoredManifest:
+    """A manifest as it is written; checkpoints of older versions have no checksums."""
+
+    step: int
+    processes: int
+    files: dict[str, int]
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -210,15 +221,15 @@ def set_damaged_aside(run_folder: Path) -> list[str]:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint; ValueError when it has none that can be read."""
     try:
-        found = json.loads((folder / MANIFEST).read_text())
-        sizes, sums = dict(found["files"]), dict(found.get("sha256", {}))
-        step, processes = found["step"], found["processes"]
-        typed = [isinstance(n, int) for n in (step, processes, *sizes.values())]
-        if not all([*typed, folder.name == f"step_{step:06d}"]):
-            raise ValueError("it is not a manifest of this checkpoint")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = (folder / MANIFEST).read_bytes()
+    except OSError as error:
         raise ValueError(f"it has no readable {MANIFEST} ({error})") from None
-    return Manifest(step=step, processes=processes, sizes=sizes, checksums=sums)
+    found = read_json(content, _StoredManifest, f"its {MANIFEST}", "it cannot be used")
+    if folder.name != f"step_{found.step:06d}":
+        raise ValueError(f"its {MANIFEST} is of another checkpoint, step {found.step}")
+    return Manifest(
+        step=found.step, processes=found.processes, sizes=found.files, checksums=found.sha256
+    )
 
 
 def _write_manifest(folder: Path, step: int, processes: int) -> None:

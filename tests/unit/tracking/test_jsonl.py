@@ -54,10 +54,12 @@ def test_a_new_run_starts_with_empty_files(tmp_path):
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: found malformed JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: the content is not JSON"):
         read_lines(path)
     path.write_text('{"step": 0}\n[3]\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: found '\[3\]'; expected an object"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl:2: the content should be an object, found \[3\]"
+    ):
         read_lines(path)
 
 
