@@ -24,6 +24,7 @@ def read_metadata(body: bytes) -> Mapping[str, str]:
 
 
 def read_hidden_dtype(metadata: Mapping[str, str]) -> DType:
+    """float32 or bfloat16, float32 where nothing is said; ValueError for another format."""
     found = metadata.get("hidden_dtype", DType.float32.value)
     if found not in (DType.float32.value, DType.bfloat16.value):
         raise ValueError(f"metadata 'hidden_dtype' is {found!r}, must be float32 or bfloat16")
@@ -31,6 +32,7 @@ def read_hidden_dtype(metadata: Mapping[str, str]) -> DType:
 
 
 def read_number(metadata: Mapping[str, str], name: str) -> float:
+    """A number; ValueError when it is missing or none."""
     try:
         return float(metadata[name])
     except (KeyError, ValueError) as error:
@@ -39,6 +41,7 @@ def read_number(metadata: Mapping[str, str], name: str) -> float:
 
 
 def read_count(metadata: Mapping[str, str], name: str) -> int:
+    """A whole number from 0; ValueError when it is missing or none."""
     number = read_number(metadata, name)
     if not (number.is_integer() and 0 <= number < 2**31):
         raise ValueError(f"metadata {name!r} is {metadata[name]!r}, must be a whole number from 0")

@@ -238,7 +238,7 @@ class DeepSpeedEngine:
         if self._zero == 0:
             master = self._masters.get(id(parameter), parameter)
             states: Any = self._engine.basic_optimizer
-            state = master if key == "master" else states.state[master][key]
+            state: Any = master if key == "master" else states.state[master][key]
             state.view(-1).copy_(value)
         elif self._zero < 3:
             mapping = parameter._hp_mapping
