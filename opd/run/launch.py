@@ -17,7 +17,7 @@ from opd.heartbeat import beat_path
 from opd.rollout.client import ROLLOUT_URLS
 from opd.rollout.wire import TOKEN_VARIABLE
 from opd.run.commands import rank_commands, rollout_commands
-from opd.run.environment import child_environment
+from opd.run.environment import child_environment, trace_processes
 from opd.run.hang import HangWatch
 from opd.run.placement import Placement
 from opd.run.ranks import WorkerFailed, WorkerLost, started_ranks, wait_for_ranks
@@ -53,6 +53,7 @@ def run_processes(
     failure of a rank, ServerLost when a server cannot be started again.
     """
     config, logs = recipe.config, folder / "logs"
+    trace_processes(config, folder)
     logs.mkdir(parents=True, exist_ok=True)
     environment = {} if teacher_accuracy is None else {TEACHER_ACCURACY: repr(teacher_accuracy)}
     with (
