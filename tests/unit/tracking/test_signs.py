@@ -71,6 +71,13 @@ def test_one_odd_step_is_no_sign_where_it_is_a_matter_of_degree(
         assert find_signs(history(metric, value, *[near] * 10)) == []
 
 
+def test_a_divergence_that_explodes_at_once_is_seen() -> None:
+    rows = [{"step": float(n), "loss/reverse_kl": 1e-4 if n == 1 else 7.5} for n in range(1, 8)]
+    (sign,) = find_signs(rows)
+    assert sign.step == 5
+    assert "loss/reverse_kl is 6 nats a token, and began at 0.0001" in sign.sentence
+
+
 def test_a_run_that_learns_shows_no_sign(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run"))
     assert run_warnings(run) == []
