@@ -89,7 +89,6 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     prompts = read_prompt_sets(config, tokenizer)
     placement = _placed(config, cards, prompts)
-    disk = check_space(config, folder, start)
     ShuffledPrompts(
         prompts.train, config.train.prompts_per_step, config.seed, groups=prompts.groups
     )
@@ -103,6 +102,7 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
         *check_student_model(config),
         *findings(config, tokenizer, prompts),
     ]
+    disk = check_space(config, folder, start)
     transport, infos = None, []
     if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
         transport, infos = _check_teacher(config, tokenizer, prompts)

@@ -127,3 +127,11 @@ def test_a_resumed_run_compares_with_the_evaluation_before_training():
     tracker = ConsoleTracker(Console(file=file, width=80), steps=9, earlier=earlier)
     tracker.log(2, {"eval/addition/accuracy": 0.75})
     assert "accuracy 0.750 (+0.500)  teacher 1.000" in file.getvalue()
+
+
+def test_a_skipped_step_is_marked_and_the_steps_after_it_are_not():
+    def log(tracker, _):
+        tracker.log(1, {"optim/lr": 0.1, "optim/skipped_steps": 1.0})
+        tracker.log(2, ROW | {"optim/skipped_steps": 1.0})
+
+    assert printed(log).count("skipped: its loss or gradient norm is not finite") == 1
