@@ -1,5 +1,6 @@
 """The ranks of a run as child processes: start them, watch them, end them."""
 
+import re
 import signal
 import subprocess
 import time
@@ -20,7 +21,9 @@ from opd.serving.parent import parent_variable
 
 POLL_S = 0.2
 STACKS_S = 1.0
-TAIL_LINES = 25
+ERROR_CHARACTERS = 500
+EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
+"""The line under a stack trace that names the exception."""
 
 
 class WorkerFailed(RunError):
@@ -145,8 +148,15 @@ def _raise_failure(log: Path, rank: int, status: int) -> None:
         raise WorkerFailed(f"{marked[-1]} (details: {log})")
     if status < 0:
         raise WorkerLost(f"process {rank} was ended by {_signal_name(-status)} (details: {log})")
-    tail = "\n".join(lines[-TAIL_LINES:])
-    raise WorkerLost(f"process {rank} ended with status {status}; the end of {log}:\n{tail}")
+    raise WorkerLost(
+        f"process {rank} ended with status {status}: {_last_error(lines)} (details: {log})"
+    )
+
+
+def _last_error(lines: Sequence[str]) -> str:
+    """The line of the last exception in a log, else the last line with words."""
+    found = [line for line in lines if EXCEPTION.match(line)] or [s for s in lines if s.strip()]
+    return found[-1].strip()[:ERROR_CHARACTERS] if found else "it wrote nothing"
 
 
 def _signal_name(number: int) -> str:
