@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 
 from opd.faults import RunError
 from opd.heartbeat import beat_path
@@ -42,7 +43,6 @@ def started_ranks(
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank, command in enumerate(commands):
-            beat_path(logs.parent, rank).unlink(missing_ok=True)
             ranks.append(_start(command, environment, rank, logs))
         yield ranks
     finally:
@@ -51,6 +51,7 @@ def started_ranks(
             process.kill()
         for process in ranks:
             process.wait()
+        rmtree(beat_path(logs.parent, 0).parent, ignore_errors=True)
 
 
 def _start(
