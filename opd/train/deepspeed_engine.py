@@ -128,7 +128,7 @@ class DeepSpeedEngine:
                 part.copy_(changed[start : start + len(part)])
 
     def full_state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_basicstate
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         assert self._zero, "stage 0 gives no access to optimizer states"
         if key != "master":
@@ -136,7 +136,7 @@ class DeepSpeedEngine:
         state: Any = (
             safe_get_full_fp32_param(parameter)
             if key == "master"
-            else safe_get_full_basicstate(parameter, key)
+            else safe_get_full_optimizer_state(parameter, key)
         )
         assert state is not None, f"the optimizer has no state {key}"
         return state
@@ -186,8 +186,8 @@ class DeepSpeedEngine:
         """
         if not self._linked and self._zero < 3:
             optimizer = self._engine.optimizer
-            optimizer._hp_basicstates_linked = False
-            optimizer._lazy_init_hp_params_basicstate()
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
         self._linked = True
 
     def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
