@@ -15,9 +15,9 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverrideParseException, OverridesParser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -275,7 +275,7 @@ def _added_keys(node: Any, path: str) -> Iterator[str]:
     for key in node:
         if key not in known:
             yield f"{path}{key}"
-        elif not OmegaConf.is_interpolation(node, key):
+        elif not OmegaConf.is_interpolation(node, str(key)):
             yield from _added_keys(node._get_node(key), f"{path}{key}.")
 
 

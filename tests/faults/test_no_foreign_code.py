@@ -114,6 +114,7 @@ IN_A_LIBRARY = (
 """Libraries that pickle between processes of their own, or copy objects so."""
 
 
+@pytest.mark.slow
 def test_a_run_unpickles_nothing_but_what_libraries_send_themselves(tmp_path: Path) -> None:
     site, log = tmp_path / "site", tmp_path / "audit.log"
     site.mkdir()
@@ -132,7 +133,9 @@ def test_a_run_unpickles_nothing_but_what_libraries_send_themselves(tmp_path: Pa
     opd_command(*COMMAND, "train.steps=2")  # resumes
     opd_command("report", "run", "out=.")
     base = str(REPOSITORY / "recipes" / "quickstart" / "student")
-    opd_command("mask", "discover", f"base={base}", "trained=run", "out=mask.safetensors")
+    opd_command(
+        "mask", "discover", f"base={base}", "trained=run", "density=0.1", "out=mask.safetensors"
+    )
     trained = ("base=" + base, "trained=run")
     opd_command("mask", "export", *trained, "out=delta.safetensors")
     opd_command("mask", "apply", "base=" + base, "delta=delta.safetensors", "out=made")
