@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from opd.config.eval import EvalConfig
-from opd.config.functions import load_function
+from opd.config.functions import USER_ERRORS, describe_error, load_function
 from opd.config.reward import FunctionRewardConfig, GraderRewardConfig, RewardConfig
 from opd.evaluate.grade import Grade, grader
 from opd.types import Answer
@@ -32,22 +32,29 @@ def _checked(function: Callable[[str, Answer | None], Any], name: str) -> Reward
     def reward(completion: str, answer: Answer | None) -> float:
         try:
             returned = function(completion, answer)
-        except Exception as error:  # the user's code may raise anything
+        except USER_ERRORS as error:
             raise ValueError(
-                f"reward.function={name} failed ({type(error).__name__}: {error}); correct the function"
+                f"reward.function={name} failed ({describe_error(error)}); correct the function"
             ) from error
         try:
             number = math.nan if isinstance(returned, str | bytes) else float(returned)
-        except (TypeError, ValueError, OverflowError, RuntimeError):
+        except USER_ERRORS:  # whatever float() of a foreign object raises
             number = math.nan
         if not math.isfinite(number):
             raise ValueError(
-                f"reward.function={name} returned {str(returned)[:60]!r} of type "
+                f"reward.function={name} returned {_shown(returned)} of type "
                 f"{type(returned).__name__}; expected a finite number"
             )
         return number
 
     return reward
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(str(value)[:60])
+    except USER_ERRORS:
+        return "an object"
 
 
 def grade_reward(grade: Grade) -> RewardFunction:
