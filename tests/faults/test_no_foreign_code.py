@@ -137,7 +137,7 @@ def test_a_run_unpickles_nothing_but_what_libraries_send_themselves(tmp_path: Pa
         "mask", "discover", f"base={base}", "trained=run", "density=0.1", "out=mask.safetensors"
     )
     trained = ("base=" + base, "trained=run")
-    opd_command("mask", "export", *trained, "out=delta.safetensors")
+    opd_command("mask", "export", *trained, "dtype=bfloat16", "out=delta.safetensors")
     opd_command("mask", "apply", "base=" + base, "delta=delta.safetensors", "out=made")
     lines = log.read_text().splitlines()
     assert len({line for line in lines if line.startswith("process")}) > 4
