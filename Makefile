@@ -50,8 +50,11 @@ audit:  ## known vulnerabilities of the packages in constraints.txt (asks pypi.o
 	$(VENV)/audit/bin/pip install --quiet 'pip-audit>=2.10'
 	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
-docs: setup  ## write docs/configuration.md from the schema
+docs: setup  ## write docs/configuration.md from the schema, then the site in .site/ (links checked)
 	$(BIN)/python docs/make_configuration.py
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/pip install --quiet 'mkdocs-material>=9.7,<10'
+	$(VENV)/docs/bin/mkdocs build --strict
 
 bench: setup  ## measurements, each beside its alternative
 	$(BIN)/python benchmarks/learner_memory.py

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,8 @@ DOCS = REPOSITORY / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"])
 GUIDES = [page for page in PAGES if page.parent in (DOCS, REPOSITORY)]
 METRIC = re.compile(r"[a-z]+/[a-z]\w*")
+NOT_INSTALLED = {"tensorboard"}
+"""What a page tells the reader to install."""
 EMITTERS = ("loop.py", "losses", "train", "sync", "schedule", "evaluate", "run/evaluate_apart.py")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -123,7 +126,34 @@ def test_python_of_the_pages_compiles_and_its_imports_exist(code: str) -> None:
     tree = ast.parse(code)
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            exec(compile(ast.Module([node], []), "snippet", "exec"), {})
+            try:
+                exec(compile(ast.Module([node], []), "snippet", "exec"), {})
+            except ModuleNotFoundError as error:
+                if error.name not in NOT_INSTALLED:
+                    raise
+
+
+def test_the_rewards_of_the_page_do_what_they_say() -> None:
+    found: dict[str, Any] = {}
+    (code,) = (c for language, c in FENCE.findall((DOCS / "rewards.md").read_text()) if language)
+    exec(compile(code, "rewards.md", "exec"), found)
+    assert found["digits_right"]("1+2=3#124", "123") == pytest.approx(2 / 3)
+    assert [found["valid_json"](text, "a,b") for text in ("{", '{"a": 1}', '{"a": 1, "b": 2}')] == [
+        0,
+        1,
+        2,
+    ]
+    assert found["brief"]("#12", "12") > found["brief"]("1#12", "12") > found["brief"]("#13", "12")
+
+
+def test_the_recipe_of_the_page_composes(tmp_path: Path) -> None:
+    code = next(
+        c for language, c in FENCE.findall((DOCS / "recipes.md").read_text()) if language == "yaml"
+    )
+    (tmp_path / "mine.yaml").write_text(code)
+    adamw, sgd = (composed(tmp_path / "mine.yaml", [f"optim={o}"]).config for o in ("adamw", "sgd"))
+    assert (adamw.optim.lr, sgd.optim.lr) == (1e-5, 1e-2)
+    assert adamw.data.train == str(tmp_path / "prompts.jsonl")
 
 
 def command_lines() -> Iterator[str]:
