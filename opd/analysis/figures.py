@@ -1,4 +1,4 @@
-"""PNG figures of an analysis: heat maps, spectra, sparsity, placement, overlap."""
+"""Figures of an analysis, as PNG and as SVG: heat maps, spectra, sparsity, placement, overlap."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,9 +25,13 @@ LEVEL_LABELS = {
 _LEVEL_STYLES = {
     "global": ("#e45756", -0.2),
     "tensor": ("#f2b701", 0.0),
-    "binade": ("#222222", 0.2),
+    "binade": (INK, 0.2),
 }
+PAGE_COLOURS = {INK: "var(--ink)", GRID: "var(--line)"}
+"""What a page with a dark mode puts in the place of the colours of text and lines."""
 _SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "opd",
     "font.size": 9,
     "axes.edgecolor": GRID,
     "axes.labelcolor": INK,
@@ -51,11 +55,15 @@ _DPI = 130
 def save_figure(
     path: Path, size: tuple[float, float], panels: int, draw: Callable[[list[Axes], Figure], None]
 ) -> Path:
-    """Draw panels side by side and write them to ``path``; ``size`` in inches."""
+    """Draw panels side by side and write them to ``path``, a .png, and to an .svg beside it without a
+    background; ``size`` in inches.
+    """
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=size, layout="constrained", dpi=_DPI)
         draw(list(figure.subplots(1, panels, squeeze=False)[0]), figure)
         figure.savefig(path)
+        vector = path.with_suffix(".svg")
+        figure.savefig(vector, transparent=True, metadata={"Date": None})
     return path
 
 

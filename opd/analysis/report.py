@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from opd.analysis import figures
 from opd.analysis.formatting import HEADLINES, format_value, interpret, lookup
+from opd.analysis.inline_svg import inline_svg
 from opd.analysis.overlap import pool_overlap
 from opd.analysis.rows import Row, as_parts, as_stored
 from opd.analysis.walk import AnalysisInputs
@@ -25,6 +27,15 @@ class ReportFigure:
     title: str
     path: Path
     caption: str
+
+    @property
+    def svg(self) -> Markup | None:
+        """The figure as an element of the page; None where there is no .svg beside the .png."""
+        vector = self.path.with_suffix(".svg")
+        if not vector.exists():
+            return None
+        text = vector.read_text(encoding="utf-8")
+        return Markup(inline_svg(text, self.title, figures.PAGE_COLOURS))
 
     @property
     def data(self) -> str:

@@ -1,6 +1,7 @@
 """``opd analyze`` answers, goes on where it was stopped, and says in a sentence why it cannot."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,17 @@ def test_it_writes_a_summary_tables_pictures_and_a_report(
     assert parquet.read_table("out/tensors.parquet").num_rows == len(weights())
     assert len(Path("out/tensors.csv").read_text().splitlines()) == len(weights()) + 1
     page = Path("out/report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(list(Path("out").glob("*.png"))) >= 5
+    drawn = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert (
+        len(drawn)
+        == len(list(Path("out").glob("*.png")))
+        == len(list(Path("out").glob("*.svg")))
+        >= 5
+    )
+    for svg in drawn:  # text and lines have the colours of the page, light or dark
+        assert "var(--ink)" in svg
+        assert not re.search(r"#333333|#dddddd|#000000", svg)
+    assert "<img" not in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "| observed |" in Path("out/report.md").read_text()
 
