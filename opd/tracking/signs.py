@@ -12,6 +12,7 @@ from typing import Any
 from opd.tracking.console import SKIPPED
 from opd.tracking.jsonl import find_row_faults
 from opd.tracking.runs import RunRecord
+from opd.types import DivergenceKind
 
 WINDOW = 5
 """Steps that are averaged: a single odd batch is no sign."""
@@ -23,15 +24,7 @@ ENTROPY_SHARE, ENTROPY_MOST = 0.1, 0.1
 """Distillation sharpens a student; a tenth of the entropy, below 0.1 nats, leaves nothing to sample."""
 REPEATED = 0.5
 """Of the runs of four tokens in a completion, so many have been there before; prose repeats below a tenth."""
-KL_METRICS = (
-    "loss/reverse_kl",
-    "loss/forward_kl",
-    "loss/jsd",
-    "loss/skew_kl",
-    "loss/skew_reverse_kl",
-    "loss/reverse_kl_k3",
-    "loss/uld",
-)
+KL_METRICS = (*(f"loss/{kind}" for kind in DivergenceKind), "loss/reverse_kl_k3", "loss/uld")
 
 Row = Mapping[str, float | None]
 Rule = Callable[[Sequence[Row], Sequence[Row]], str | None]
