@@ -21,21 +21,18 @@ a measurement go to docs/log/vs_trl.*.
 import argparse
 import io
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import load_file
 from vs_trl_page import BETAS, MOST, SIDES, THEIRS, VLLM, draw, losses_table, page
+from watching import watched
 
 from opd.assembly.training import build_training
 from opd.config.optim import AdamWConfig, clipped_warmup
@@ -47,9 +44,7 @@ from opd.train.optimizers import LearningRate
 from opd.types import Prompt, Rollout
 
 LOG = Path(__file__).parent.parent / "docs" / "log"
-MIB = 1 << 20
 KL_PROMPTS = 256
-WARM = 5  # first steps of a run, left out of its CPU time
 COMMON = (
     "teacher=local",
     "launch.engine=torch",
@@ -88,11 +83,11 @@ class Bench:
                 self.config, Path(folder), recipe.plain, io.StringIO(), None
             )
         self.learner, self.model = self.training.learner, self.training.model
-        self.engine, self.teacher = self.training.loop.engine, self.training.teachers.training
+        self.engine, self.teacher = self.training.writer.engine, self.training.teachers.training
 
     def order(self, steps: int) -> list[Prompt]:
         """The training prompts of all steps, in the order in which a run takes them."""
-        stream = self.training.loop.prompts
+        stream = self.training.writer.prompts
         return [prompt for step in range(steps) for prompt in stream.take(step)]
 
     def evaluate(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -139,78 +134,6 @@ def trl_task(config: Config, folder: Path, prompts: Sequence[Prompt]) -> dict[st
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def watched(
-    command: Sequence[str],
-    log: Path,
-    *,
-    threads: int,
-    steps: Path | None = None,
-) -> dict[str, float]:
-    """Run a command to its end and look at all its processes four times a second.
-
-    largest_mib: peak resident size of the largest process. together_mib: the largest sum of
-    proportional set sizes (shared pages counted once). cpu_seconds: of all processes, per line that
-    the file ``steps`` gained after its first WARM lines, a line being a step. Exits with the end of
-    ``log`` when the command fails.
-    """
-    fixed = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    largest, together = 0.0, 0.0
-    reached: dict[int, float] = {}
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, env=os.environ | fixed, stdout=file, stderr=subprocess.STDOUT
-        )
-        ended = threading.Event()
-        threading.Thread(target=lambda: (process.wait(), ended.set()), daemon=True).start()
-        while not ended.wait(0.25):
-            seen = [s for p in _tree(process.pid) if (s := _looked_at(p)) is not None]
-            largest = max([largest, *(s.peak for s in seen)])
-            together = max(together, sum(s.share for s in seen))
-            if steps is not None and steps.exists():
-                done = steps.read_text().count("\n")
-                reached.setdefault(done, sum(s.cpu for s in seen))
-    if process.returncode:
-        sys.exit(f"{log} ends with:\n" + log.read_text(errors="replace")[-3000:])
-    figures = {"largest_mib": largest / MIB, "together_mib": together / MIB}
-    warm = {done: cpu for done, cpu in reached.items() if done > WARM}
-    if len(warm) > 1:
-        first, last = min(warm), max(warm)
-        figures["cpu_seconds"] = (warm[last] - warm[first]) / (last - first)
-    return figures
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """A process at one moment: peak resident bytes, proportional share in bytes, CPU seconds so far."""
-
-    peak: float
-    share: float
-    cpu: float
-
-
-def _tree(pid: int) -> list[psutil.Process]:
-    try:
-        own = psutil.Process(pid)
-        return [own, *own.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _looked_at(process: psutil.Process) -> Look | None:
-    """None of a process that has just ended."""
-    try:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        peak = next(x for x in status.splitlines() if x.startswith("VmHWM"))
-        times = process.cpu_times()
-        return Look(
-            peak=float(peak.split()[1]) * 1024,
-            share=float(process.memory_full_info().pss),
-            cpu=times.user + times.system,
-        )
-    except (psutil.Error, OSError, StopIteration):
-        return None
 
 
 # Step 0

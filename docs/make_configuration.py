@@ -23,9 +23,12 @@ prints the resolved configuration. The keys of the commands [`opd teacher`](#opd
 
 
 def rows(cls: type, prefix: str) -> Iterator[str]:
-    """One table row for each field of a dataclass that is not itself a dataclass."""
+    """One table row for each field, also of dataclasses inside; those of Config have sections."""
     for field in fields(cls):
-        if not is_dataclass(field.type):
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            if cls is not Config:
+                yield from rows(field.type, f"{prefix}{field.name}.")
+        else:
             cells = [default(field), allowed(field), sentence(cls, field.name)]
             escaped = " | ".join(cell.replace("|", "\\|") for cell in cells)
             yield f"| `{prefix}{field.name}` | {escaped} |"

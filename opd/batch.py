@@ -1,4 +1,4 @@
-"""ScoredRollout -> Batch: padded tensors, and the one shift by one."""
+"""ScoredRollout -> Batch: padded or packed tensors, and the one shift by one."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from opd.packing import Layout, Packing, arrange
 from opd.spans import SpanRows
 from opd.types import FloatArray, IntArray, Reduction, ScoredRollout
 
@@ -55,12 +56,15 @@ class Batch:
     shift by one is there and nowhere else. Teacher fields that were not requested are None.
     Unused entries of a support have id -1 and log-prob -inf.
 
-    ``weight_N`` multiplies each token's loss, None is 1. ``sequence_N`` is the row of a token's
-    completion, ``advantage_N`` that completion's advantage, from a reward. The fields ``span_`` are those of
-    ``SpanRows``, numbered over the batch; with them the teacher's rows are over its own vocabulary, and
-    ``rows`` must not divide a span. ``engine_logp_N`` is NaN
-    where no engine wrote the token; ``engine_ids_NK`` are the engine's likeliest ids, where they were
-    requested. ``sequence_gap_N`` is the sum, and ``sequence_mean_gap_N`` the mean, over a completion's
+    ``attention_mask_BT`` is 0 at padding. ``position_ids_BT`` is given where rows hold several sequences: it
+    begins with 0 in each of them, and attention does not cross from one into another.
+
+    ``weight_N`` multiplies each token's loss, None is 1. ``sequence_N`` is the number of a token's
+    completion in the batch, ``advantage_N`` that completion's advantage, from a reward. The fields
+    ``span_`` are those of ``SpanRows``, numbered over the batch; with them the teacher's rows are over its
+    own vocabulary, and ``rows`` must not divide a span. ``engine_logp_N`` is NaN where no engine wrote the
+    token; ``engine_ids_NK`` are the engine's likeliest ids, where they were requested. ``sequence_gap_N`` is
+    the sum, and ``sequence_mean_gap_N`` the mean, over a completion's
     kept tokens of learner less engine log-prob; the student fills both for losses that need them. One
     ``teacher`` scored the whole batch.
     """
@@ -70,6 +74,7 @@ class Batch:
     positions_N: torch.Tensor
     target_N: torch.Tensor
     engine_logp_N: torch.Tensor
+    position_ids_BT: torch.Tensor | None = None
     engine_ids_NK: torch.Tensor | None = None
     weight_N: torch.Tensor | None = None
     sequence_N: torch.Tensor | None = None
@@ -134,8 +139,9 @@ def collate(
     pad_id: int,
     discount: float = 0.0,
     reduction: LossReduction = TOKEN_MEAN,
+    packing: Packing = Packing.off,
 ) -> Batch:
-    """Right-pad sequences to the longest, and align the log-probs of engine and teacher.
+    """Lay sequences into rows, padded on the right, and align the log-probs of engine and teacher.
 
     ``discount`` > 0 fills ``future_N`` with sum over k >= 1 of discount^k (teacher - engine) log-prob of
     the tokens that follow, the part of a discounted reverse-KL return that lies ahead of each token;
@@ -145,8 +151,9 @@ def collate(
     assert scored, "a micro-batch has at least one sequence"
     assert len({s.rollout.prompt.teacher for s in scored}) == 1, "a batch has one teacher"
     keeps = [reduction.kept(s) for s in scored]
-    ids_BT, mask_BT = _padded(scored, pad_id)
-    positions = _positions(scored, keeps, ids_BT.shape[1])
+    layout = arrange([len(s.rollout.sequence) for s in scored], packing)
+    ids_BT, mask_BT, position_ids_BT = _laid_out(scored, layout, pad_id)
+    positions = _positions(scored, keeps, layout)
 
     def joined(parts: Sequence[np.ndarray | None]) -> torch.Tensor | None:
         return _joined_if_all(
@@ -158,6 +165,7 @@ def collate(
     return Batch(
         input_ids_BT=torch.from_numpy(ids_BT),
         attention_mask_BT=torch.from_numpy(mask_BT),
+        position_ids_BT=None if packing == Packing.off else torch.from_numpy(position_ids_BT),
         positions_N=torch.from_numpy(np.concatenate(positions)),
         target_N=_joined([ids_BT.reshape(-1)[p + 1] for p in positions]),
         engine_logp_N=_joined(
@@ -183,51 +191,36 @@ def collate(
     )
 
 
-def _padded(
-    scored: Sequence[ScoredRollout], pad_id: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Token ids [B, T] and their attention mask [B, T]."""
-    sequences = [s.rollout.sequence for s in scored]
-    width = max(map(len, sequences))
-    ids_BT = np.full((len(sequences), width), pad_id, np.int64)
-    mask_BT = np.zeros((len(sequences), width), np.int64)
-    for row, sequence in enumerate(sequences):
-        ids_BT[row, : len(sequence)] = sequence
-        mask_BT[row, : len(sequence)] = 1
-    return ids_BT, mask_BT
+def _laid_out(
+    scored: Sequence[ScoredRollout], layout: Layout, pad_id: int
+) -> list[npt.NDArray[np.int64]]:
+    """Token ids, attention mask and positions, [B, T] each; padding at a row's end is a sequence too."""
+    shape = (layout.height, layout.width)
+    ids_BT = np.full(shape, pad_id, np.int64)
+    mask_BT = np.zeros(shape, np.int64)
+    position_ids_BT = np.zeros(shape, np.int64)
+    filled = np.zeros(layout.height, np.int64)
+    for item, row, start in zip(scored, layout.rows, layout.starts, strict=True):
+        end = start + len(item.rollout.sequence)
+        ids_BT[row, start:end] = item.rollout.sequence
+        mask_BT[row, start:end] = 1
+        position_ids_BT[row, start:end] = np.arange(end - start)
+        filled[row] = end
+    for row, end in enumerate(filled):
+        position_ids_BT[row, end:] = np.arange(layout.width - end)
+    return [ids_BT, mask_BT, position_ids_BT]
 
 
 def _positions(
-    scored: Sequence[ScoredRollout], keeps: Sequence[int], width: int
+    scored: Sequence[ScoredRollout], keeps: Sequence[int], layout: Layout
 ) -> list[npt.NDArray[np.int64]]:
-    """For each row the flat indices of the hidden states that predict its kept tokens."""
+    """For each sequence the flat indices of the hidden states that predict its kept tokens."""
     # the hidden state of a prompt's last token predicts the first target
     firsts = [len(s.rollout.prompt.token_ids) - 1 for s in scored]
+    places = zip(layout.rows, layout.starts, firsts, keeps, strict=True)
     return [
-        row * width + first + np.arange(keep)
-        for row, (first, keep) in enumerate(zip(firsts, keeps, strict=True))
+        row * layout.width + start + first + np.arange(keep) for row, start, first, keep in places
     ]
-
-
-def micro_batches(scored: Sequence[ScoredRollout], *, tokens: int) -> list[list[ScoredRollout]]:
-    """Split a rank's share into groups of at most ``tokens`` padded tokens, longest sequences first.
-
-    A group has one teacher. A sequence longer than ``tokens`` is a group of its own.
-    """
-    by_teacher: dict[str | None, list[ScoredRollout]] = {}
-    for item in sorted(scored, key=lambda s: -len(s.rollout.sequence)):
-        by_teacher.setdefault(item.rollout.prompt.teacher, []).append(item)
-    groups: list[list[ScoredRollout]] = []
-    for items in by_teacher.values():
-        width, room = len(items[0].rollout.sequence), 0
-        for item in items:
-            if room < width:
-                width = len(item.rollout.sequence)
-                room = max(tokens, width)
-                groups.append([])
-            groups[-1].append(item)
-            room -= width
-    return groups
 
 
 def _span_numbers(spans: Sequence[SpanRows | None], keeps: Sequence[int]) -> torch.Tensor | None:

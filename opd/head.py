@@ -35,9 +35,25 @@ def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return left.float() @ right.float()
 
 
+def exact_half(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in bfloat16 where that changes no value, otherwise as it is."""
+    halves = tensor.bfloat16()
+    return halves if torch.equal(halves.float(), tensor.float()) else tensor
+
+
+def as_operand(weight_VD: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A frozen head on ``device``, in the format in which ``matmul_float32`` is fastest; no value changes.
+
+    That is bfloat16 on CUDA, if the values have it. A CPU would cast the matrix again in every chunk.
+    """
+    return (exact_half(weight_VD) if device.type == "cuda" else weight_VD.float()).to(device)
+
+
 def head_logits(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """``hidden @ weight.T`` [C, vocab_size] in float32; no float32 copy of the matrix is made."""
     weight_VD = weight_VD[:vocab_size]
+    if weight_VD.is_cuda and weight_VD.dtype == torch.bfloat16 != hidden_CD.dtype:
+        hidden_CD = exact_half(hidden_CD)  # a bfloat16 model's, sent as float32
     if weight_VD.dtype == torch.float32:
         return matmul_float32(hidden_CD, weight_VD.T)
     logits = hidden_CD.new_empty(hidden_CD.shape[0], vocab_size, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opd.types import (
@@ -56,6 +57,39 @@ class Teacher(Protocol):
 
         ``name`` chooses one of several teachers that prompts name.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """What one rank learns from in one step; ``metrics`` are seconds and figures of writing and scoring."""
+
+    scored: list[ScoredRollout]
+    metrics: dict[str, float]
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """The rollouts without their scores."""
+        return [s.rollout for s in self.scored]
+
+
+class Schedule(Protocol):
+    """Decides when rollouts are written and scored: before the learner learns, or beside it."""
+
+    def batch(self, step: int) -> StepBatch:
+        """This rank's scored rollouts of optimizer step ``step`` (from 1)."""
+        ...
+
+    def finish(self) -> dict[str, float]:
+        """Wait until nobody uses the rollout engine, so that weights may be pushed; metrics of the wait."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Everything needed to go on bit for bit, after ``finish``."""
+        ...
+
+    def load(self, folder: str, step: int) -> None:
+        """Restore what ``save`` wrote after ``step``."""
         ...
 
 

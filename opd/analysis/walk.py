@@ -13,6 +13,7 @@ from opd.analysis.formatting import Spectrum
 from opd.analysis.measure import measure_pair
 from opd.analysis.pair import Pair, as_parts, pair_checkpoints
 from opd.analysis.rows import Row
+from opd.checked_json import read_json
 from opd.checkpoint.chunks import THREADS, Progress, quiet
 from opd.checkpoint.files import model_folder, weight_files
 
@@ -97,6 +98,11 @@ def measure_pairs(
         torch.set_num_threads(cores)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _NamedRow:
+    name: str
+
+
 def _finished_rows(file: Path, header: dict[str, Any]) -> Iterator[Row]:
     """Rows of an earlier, interrupted call; a truncated last line is removed from the file."""
     if not file.is_file():
@@ -108,9 +114,12 @@ def _finished_rows(file: Path, header: dict[str, Any]) -> Iterator[Row]:
     lines = kept.splitlines()
     if not lines:
         return
-    if json.loads(lines[0]) != header:
+    remedy = "remove the file, or give another out="
+    if read_json(lines[0], dict[str, Any], f"{file}:1", remedy) != header:
         raise ValueError(
             f"{file.parent} holds the analysis of another pair, or its models or spectrum= have "
             "changed since: give another out=, or remove it"
         )
-    yield from (json.loads(line) for line in lines[1:])
+    for number, line in enumerate(lines[1:], start=2):
+        read_json(line, _NamedRow, f"{file}:{number}", remedy)
+        yield read_json(line, dict[str, Any], f"{file}:{number}", remedy)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from opd.config.rollout import DatasetRolloutConfig, training_sampling
+from opd.config.schedule import OneStepOffConfig
 from opd.config.schema import Config
 from opd.config.sync import gap_bound, watched_bound
 from opd.data.prompt_sets import PromptSets
@@ -103,6 +104,11 @@ def build_sync_check(
 
 
 def watches(config: Config) -> bool:
-    """Whether the tokens of a step have the learner's log-probs by right: no dropout, nothing truncated."""
+    """Whether the tokens of a step have the learner's log-probs by right.
+
+    They have without dropout, with nothing truncated, and where the newest weights wrote them.
+    """
+    if isinstance(config.schedule, OneStepOffConfig):
+        return False
     sampling = training_sampling(config)
     return not config.train.dropout and sampling.top_p == 1.0 and sampling.top_k <= 0

@@ -14,13 +14,14 @@ from opd.config.train import MaskScores
 from opd.data.tokenizer import StudentTokenizer
 from opd.interfaces import Progress
 from opd.model_head import head_spec
+from opd.packing import Packing
 from opd.reference import OwnForward
 from opd.train.deepspeed_engine import DeepSpeedEngine
 from opd.train.engine import TrainingEngine
 from opd.train.learner import StudentLearner
 from opd.train.mask_scores import SquaredGradients
 from opd.train.optimizers import LearningRate, build_optimizer
-from opd.train.own_forward import require_learner_forward
+from opd.train.own_forward import choose_packing, require_learner_forward
 from opd.train.parameter_mask import ParameterMask
 from opd.train.record import NoRecord, Recorder, WeightRecorder, Write
 from opd.train.student import Student, causal_lm
@@ -41,16 +42,19 @@ def build_learner(
     progress: Progress,
     write: Write,
     own: OwnForward,
-) -> StudentLearner:
+) -> tuple[StudentLearner, str]:
     """The student under its training engine, once it agrees with the model's own forward pass.
 
     ``write`` receives the rows of record=weights; ``own`` is the student's as it was
-    loaded.
+    loaded. The sentence says how micro-batches are laid out.
     """
     student = _student(config, model, teachers, tokenizer).to(world.device)
     who = f"student.model={config.student.model}"
     student.train(not config.train.dropout)
     require_learner_forward(student, own, pad_id=tokenizer.pad_id, who=who)
+    packing, layout = Packing.off, "micro-batches are padded: train.packing=false"
+    if config.train.packing:
+        packing, layout = choose_packing(student, own, pad_id=tokenizer.pad_id)
     optimizer = (
         SquaredGradients(student.parameters())
         if config.train.mask_scores in GRADIENT_SCORES
@@ -58,7 +62,7 @@ def build_learner(
     )
     engine = _engine(config, student, optimizer, parameter_mask, world)
     members = config.teacher.members if isinstance(config.teacher, PoolTeacherConfig) else ()
-    return StudentLearner(
+    learner = StudentLearner(
         engine,
         model,
         build_loss(config.loss, teachers.common),
@@ -74,7 +78,9 @@ def build_learner(
         progress=progress,
         reduction=build_reduction(config),
         recorder=_recorder(config, causal_lm(model), engine, world, write),
+        packing=packing,
     )
+    return learner, layout
 
 
 def _student(

@@ -1,12 +1,14 @@
 """The engine of a rollout server, and how weights reach it."""
 
 import torch
+from transformers import AutoConfig
 
 from opd.checkpoint.tensors import torch_dtype
 from opd.config.rollout import RolloutBackend, RolloutServerConfig
 from opd.config.student import StudentConfig
 from opd.data.tokenizer import StudentTokenizer, read_tokenizer
 from opd.interfaces import RolloutEngine
+from opd.model_head import skeleton
 from opd.rollout.app import EngineHost, ServedModel
 from opd.rollout.transformers import TransformersRollouts
 from opd.rollout.vllm import VllmRollouts, start_llm
@@ -26,7 +28,7 @@ def build_engine_host(config: RolloutServerConfig) -> EngineHost:
             engine, load = _vllm(config, tokenizer, max_length)
         case RolloutBackend.transformers:
             engine, load = _transformers(config, tokenizer)
-    receiver = WeightReceiver(load)
+    receiver = WeightReceiver(load, _weight_shapes(config))
     served = ServedModel(
         model=config.model,
         dtype=config.dtype.value,
@@ -35,6 +37,17 @@ def build_engine_host(config: RolloutServerConfig) -> EngineHost:
         stop_ids=tokenizer.stop_ids,
     )
     return EngineHost(engine=engine, model=served, take=receiver.take, state=receiver.state)
+
+
+def _weight_shapes(config: RolloutServerConfig) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of the weights that a run sends, by name; None where transformers cannot tell beforehand."""
+    trusted = config.trust_remote_code
+    try:
+        settings = AutoConfig.from_pretrained(config.model, trust_remote_code=trusted)
+        views = checkpoint_views(skeleton(settings, trust_remote_code=trusted))
+    except (ValueError, RuntimeError):  # a layout of its own, or a computation without storage
+        return None
+    return {name: tuple(view.shape) for name, view in views.items()}
 
 
 def _vllm(

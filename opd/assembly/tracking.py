@@ -1,5 +1,6 @@
 """The trackers and the progress display of a run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -8,19 +9,32 @@ from rich.console import Console
 from opd.config.record import WeightRecordConfig
 from opd.config.schema import Config
 from opd.config.tracking import WandbConfig
+from opd.heartbeat import Heartbeat
 from opd.interfaces import Progress, Tracker
-from opd.tracking.console import ConsoleProgress, ConsoleTracker, SilentProgress
+from opd.tracking.console import (
+    ConsoleProgress,
+    ConsoleTracker,
+    CountedProgress,
+    SilentProgress,
+)
 from opd.tracking.fanout import Trackers
 from opd.tracking.jsonl import METRICS, JsonlTracker, WeightRecord, read_lines
+from opd.tracking.signs import SignTracker
 from opd.tracking.wandb import WandbTracker
 from opd.train.record import Write
 from opd.world import World
 
 
-def build_console(world: World, terminal: TextIO) -> tuple[Console, Progress]:
-    """A rich console and its progress bars; both print nothing on ranks other than 0."""
+def build_console(
+    world: World, terminal: TextIO, heartbeat: Heartbeat | None = None
+) -> tuple[Console, Progress]:
+    """A rich console and its progress bars; both print nothing on ranks other than 0.
+
+    What advances a bar is progress for ``heartbeat`` too, on every rank.
+    """
     console = Console(file=terminal, quiet=not world.is_main, markup=False)
-    return console, ConsoleProgress(console) if world.is_main else SilentProgress()
+    progress = ConsoleProgress(console) if world.is_main else SilentProgress()
+    return console, progress if heartbeat is None else CountedProgress(progress, heartbeat.move)
 
 
 def build_trackers(
@@ -38,9 +52,11 @@ def build_trackers(
     if not world.is_main:
         return Trackers()
     files = JsonlTracker(folder, resumed)  # it drops the rows of later steps first
+    earlier = read_lines(folder / METRICS)
     trackers: list[Tracker] = [
         files,
-        ConsoleTracker(console, config.train.steps, read_lines(folder / METRICS)),
+        ConsoleTracker(console, config.train.steps, earlier),
+        SignTracker(partial(console.print, style="yellow", soft_wrap=True), earlier),
     ]
     if isinstance(config.tracking, WandbConfig):
         trackers.append(

@@ -1,6 +1,5 @@
 """Which files of a folder are the model: those that transformers loads, no more and no less."""
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from opd.checked_json import read_json
 from opd.checkpoint.fsdp import PATTERN as SHARDS
 from opd.checkpoint.fsdp import shard_files
 
@@ -39,6 +39,36 @@ class WeightFiles:
         return self.files[0].match(SHARDS)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ShardIndex:
+    """An index of shards."""
+
+    weight_map: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Quantisation:
+    """Key of a quantisation's settings that opd reads."""
+
+    weight_block_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CheckedKeys:
+    """Keys of a config.json that opd reads itself; transformers checks its own."""
+
+    transformers_weights: str | None = None
+    text_config: dict[str, Any] | None = None
+    quantization_config: _Quantisation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _AdapterConfig:
+    """Key of an adapter_config.json that opd reads."""
+
+    base_model_name_or_path: str | None = None
+
+
 def model_folder(model: str) -> Path:
     """The folder of a model given as folder or Hub id; ValueError when it is neither."""
     return Path(model) if Path(model).is_dir() else _download(model)
@@ -53,6 +83,10 @@ def weight_files(folder: Path) -> WeightFiles:
     ValueError without any, and when a shard is missing, naming it.
     """
     explicit = model_config(folder).get("transformers_weights")
+    if explicit is not None and explicit != Path(explicit).name:
+        raise ValueError(
+            f"{folder} has transformers_weights={explicit!r} in its config.json, allowed is a file beside it"
+        )
     for name in FILES if explicit is None else (explicit,):
         if (folder / name).is_file():
             if name.endswith(".index.json"):
@@ -75,23 +109,23 @@ def config_folder(folder: Path) -> Path | None:
 def model_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder; empty without one. ValueError when it cannot be read."""
     found = config_folder(folder)
-    return {} if found is None else _read_json(found / "config.json")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:  # not JSON, or not text
-        raise ValueError(f"{file} is not JSON ({error}): fetch it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")
-    return content
+    if found is None:
+        return {}
+    file = found / "config.json"
+    content = file.read_bytes()
+    read_json(content, _CheckedKeys, file, "fetch it again")
+    return read_json(content, dict[str, Any], file, "fetch it again")
 
 
 def _indexed(folder: Path, index: str) -> WeightFiles:
     """The shards that an index names."""
     weight_map = _weight_map(folder / index)
     shards = sorted(set(weight_map.values()))
+    outside = [shard for shard in shards if shard != Path(shard).name]
+    if outside:
+        raise ValueError(
+            f"{folder / index} names the shard {outside[0]!r}, allowed are files beside it: fetch it again"
+        )
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise ValueError(
@@ -102,8 +136,8 @@ def _indexed(folder: Path, index: str) -> WeightFiles:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """The shard of each tensor. ValueError when the index does not say."""
-    weight_map = _read_json(index).get("weight_map")
-    if not weight_map or not isinstance(weight_map, dict):
+    weight_map = read_json(index.read_bytes(), _ShardIndex, index, "fetch it again").weight_map
+    if not weight_map:
         raise ValueError(f"{index} has no weight_map of tensors to shards: fetch it again")
     return weight_map
 
@@ -137,7 +171,8 @@ def _no_weights(folder: Path) -> str:
     """Why a folder is no model, and what to do."""
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        base = _read_json(adapter).get("base_model_name_or_path") or "its base"
+        about = read_json(adapter.read_bytes(), _AdapterConfig, adapter, "fetch it again")
+        base = about.base_model_name_or_path or "its base"
         return (
             f"{folder} holds an adapter and no model: merge it into {base} (peft's "
             "merge_and_unload) and give the merged model"

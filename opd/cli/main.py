@@ -4,6 +4,7 @@ import atexit
 import importlib
 import importlib.metadata
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -43,6 +44,10 @@ COMMANDS = {
 }
 FORMER_COMMANDS = {"write": "generate"}
 
+SHOWN_CHARACTERS = 200
+LONG_WORD = re.compile(rf"\S{{{2 * SHOWN_CHARACTERS},}}")
+"""A word that is no name that anybody reads."""
+
 HELP = """usage: opd COMMAND [ARGUMENTS] [key=value ...]
 
 On-policy distillation: a student writes, a teacher scores every token, the student learns.
@@ -79,13 +84,13 @@ def run(argv: Sequence[str]) -> int:
     try:
         _run(list(argv))
     except ValueError as error:
-        print(f"opd: {error}", file=sys.stderr)
+        _report(str(error))
         return USAGE_ERROR
     except OSError as error:
-        print(f"opd: {_sentence(error)}", file=sys.stderr)
+        _report(_sentence(error))
         return FAILED
     except RunError as error:
-        print(f"opd: {error}", file=sys.stderr)
+        _report(str(error))
         return FAILED
     except KeyboardInterrupt:
         print(
@@ -93,6 +98,13 @@ def run(argv: Sequence[str]) -> int:
         )
         return FAILED
     return DONE
+
+
+def _report(message: str) -> None:
+    """Print an error; control characters in it are shown and not sent, and very long words are cut."""
+    short = LONG_WORD.sub(lambda word: f"{word[0][:SHOWN_CHARACTERS]}...", message)
+    shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in short)
+    print(f"opd: {''.join(shown)}", file=sys.stderr)
 
 
 def _sentence(error: OSError) -> str:

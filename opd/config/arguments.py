@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import MISSING as NO_FACTORY
 from dataclasses import fields
 from enum import Enum
 from typing import Any, TypeVar
@@ -68,7 +69,9 @@ def as_arguments(settings: Any) -> list[str]:
     arguments = []
     for field in fields(settings):
         value = getattr(settings, field.name)
-        if value is None or value == field.default:
+        factory = field.default_factory
+        default = field.default if factory is NO_FACTORY else factory()
+        if value is None or value == default:
             continue
         if isinstance(value, Enum):
             value = value.value

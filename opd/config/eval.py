@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from opd.config.fields import bounded
-from opd.config.rollout import DatasetRolloutConfig
+from opd.config.rollout import LEAST_TEMPERATURE, DatasetRolloutConfig
 
 if TYPE_CHECKING:
     from opd.config.schema import Config
@@ -35,7 +35,7 @@ class EvalConfig:
     """Longest completion; by default rollout.max_tokens."""
     k: int = bounded(0, least=0)
     """Samples per prompt for mean@k; 0: only greedy accuracy."""
-    temperature: float = bounded(1.0, above=0)
+    temperature: float = bounded(1.0, least=LEAST_TEMPERATURE)
     """Temperature of those samples."""
     kl_prompts: int = bounded(64, least=0)
     """Number of held-out prompts on which the exact reverse KL to the teacher is measured."""

@@ -1,11 +1,11 @@
 """``launch``: settings that depend on the machine; the DeepSpeed configuration of a run."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opd.checked_json import read_json
 from opd.config.fields import bounded
 from opd.config.train import Precision
 
@@ -16,6 +16,28 @@ if TYPE_CHECKING:
 class LaunchEngine(StrEnum):
     deepspeed = "deepspeed"
     torch = "torch"
+
+
+@dataclass(kw_only=True, slots=True)
+class DeadlineConfig:
+    """Seconds in which a rank must finish something in a phase, or else it hangs; 0: no deadline."""
+
+    start: float = bounded(3600.0, least=0)
+    """From the start of the process to the first phase of the run: imports, models, first comparisons."""
+    rollout: float = bounded(1800.0, least=0)
+    """Between two steps of an engine in the process, or for the whole response of a server."""
+    teacher: float = bounded(1800.0, least=0)
+    """Between two responses of the teacher."""
+    learn: float = bounded(1200.0, least=0)
+    """Between two micro-batches, and for the optimizer step."""
+    sync: float = bounded(1200.0, least=0)
+    """Weights into the engine."""
+    evaluate: float = bounded(1800.0, least=0)
+    """As for rollout and teacher."""
+    checkpoint: float = bounded(1800.0, least=0)
+    """Writing a checkpoint, or the final model."""
+    server: float = bounded(60.0, least=0)
+    """For a sign of life of a server that the run started."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,6 +56,9 @@ class LaunchConfig:
     """Refuse a run that does not fit the GPUs by the forecast of `opd plan`."""
     threads: int | None = bounded(None, least=1)
     """CPU threads of each process; by default the cores divided evenly among the processes."""
+    restarts: int = bounded(0, least=0)
+    """How often a run goes on from its last checkpoint by itself after a process was lost or hung."""
+    deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
 
 def count_processes(config: "Config") -> int:
@@ -93,18 +118,43 @@ NUMERICS = {
 """Keys of a DeepSpeed file that belong to the recipe, and the setting that holds each."""
 
 
-def _read_launch_file(name: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Offload:
+    """Where a stage of ZeRO keeps what it offloads."""
+
+    device: str = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Zero:
+    """What opd itself reads of zero_optimization."""
+
+    stage: int | None = None
+    offload_optimizer: _Offload | None = None
+    offload_param: _Offload | None = None
+    reduce_bucket_size: int | float | None = None
+    overlap_comm: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LaunchFile:
+    """What opd itself reads of a DeepSpeed file."""
+
+    zero_optimization: _Zero = field(default_factory=_Zero)
+
+
+def read_launch_file(name: str) -> dict[str, Any]:
+    """The DeepSpeed configuration in a file; ValueError when it cannot be read."""
     try:
-        machine = json.loads(Path(name).read_text())
-    except OSError as error:
+        content = Path(name).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"launch.deepspeed={name} cannot be read ({error.strerror}): give a DeepSpeed JSON file"
+            f"launch.deepspeed={name} cannot be read ({reason}): give a DeepSpeed JSON file"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"launch.deepspeed={name} is not JSON ({error}): correct it") from None
-    if not isinstance(machine, dict) or not isinstance(machine.get("zero_optimization", {}), dict):
-        raise ValueError(f"launch.deepspeed={name} is no DeepSpeed configuration: give an object")
-    return machine
+    source, remedy = f"launch.deepspeed={name}", "give a DeepSpeed configuration"
+    read_json(content, _LaunchFile, source, remedy)
+    return read_json(content, dict[str, Any], source, remedy)
 
 
 def run_deepspeed(config: "Config") -> dict[str, Any]:
@@ -124,7 +174,7 @@ def merged_deepspeed(
 
     Raises ValueError when the file cannot be read, or sets something that the recipe owns.
     """
-    machine = _read_launch_file(launch_file) if launch_file else {}
+    machine = read_launch_file(launch_file) if launch_file else {}
     for key, setting in NUMERICS.items():
         if key in machine:
             raise ValueError(

@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from opd.config.schema import Config
 
 
+LEAST_TEMPERATURE = 0.01
+"""Of sampling; vLLM silently uses this one for smaller ones, and the learner would score another."""
+
+
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:
     """What generates, and how."""
 
     n: int = bounded(1, least=1)
     """Completions per prompt."""
-    temperature: float = bounded(1.0, above=0)
+    temperature: float = bounded(1.0, least=LEAST_TEMPERATURE)
     """Sampling temperature; learner and teacher are scored at the same one."""
     top_p: float = bounded(1.0, above=0, most=1)
     """Nucleus sampling; below 1 the learner cannot reproduce the engine's log-probs exactly."""
@@ -76,6 +80,8 @@ class ServerRolloutConfig(VllmEngineConfig, RolloutConfig):
     """Seconds before a request, a whole generation, times out; after three in a row it is given up."""
     retries: int = bounded(8, least=0)
     """Retries of a failed request, with exponential back-off; 8 take about 90 seconds."""
+    restarts: int = bounded(2, least=0)
+    """How often each server started with the run is started again when it dies or does not answer."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -23,6 +23,8 @@ class RunConfig:
     """Folder of the run; by default runs/<name>, and in a sweep runs/<name>/<overrides>."""
     resume: Resume = Resume.auto
     """auto resumes from the newest checkpoint in run.dir; never refuses a folder with a checkpoint."""
+    allow_changed_inputs: bool = False
+    """Resume although the prompts, the student or a teacher have other contents than when the run began."""
 
 
 def names_are_printable(config: "Config") -> str | None:

@@ -16,6 +16,8 @@ from opd.config import (
     reward,
     rollout,
     run,
+    save,
+    schedule,
     sources,
     teacher,
     tracking,
@@ -35,6 +37,7 @@ from opd.config.reward import RewardConfig
 from opd.config.rollout import RolloutConfig
 from opd.config.run import RunConfig
 from opd.config.save import SaveConfig
+from opd.config.schedule import ScheduleConfig
 from opd.config.student import StudentConfig
 from opd.config.sync import SyncConfig
 from opd.config.teacher import TeacherConfig
@@ -67,6 +70,7 @@ class Config:
     save: SaveConfig = field(default_factory=SaveConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    schedule: ScheduleConfig = MISSING
     record: RecordConfig = MISSING
     tracking: TrackingConfig = MISSING
     dry_run: bool = False
@@ -81,6 +85,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "optim": optim.CHOICES,
     "adapter": adapter.CHOICES,
     "mask": mask.CHOICES,
+    "schedule": schedule.CHOICES,
     "record": record.CHOICES,
     "tracking": tracking.CHOICES,
 }
@@ -88,6 +93,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 
 RULES = (
     *run.RULES,
+    *save.RULES,
     *sources.RULES,
     *adapter.RULES,
     *loss.RULES,
@@ -96,6 +102,7 @@ RULES = (
     *rollout.RULES,
     *teacher.RULES,
     *record.RULES,
+    *schedule.RULES,
     *mask.RULES,
     *launch.RULES,
     *optim.RULES,

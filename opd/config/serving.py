@@ -14,6 +14,8 @@ class ServingConfig:
 
     host: str = "127.0.0.1"
     """Address to bind; anything but loopback needs a token in the environment."""
+    allowed_hosts: list[str] = bounded([])
+    """Names in the Host header that a service without a token accepts besides those of loopback."""
     port: int = bounded(0, least=0, most=65535)
     """Port to bind; 0 takes a free one."""
     port_file: str | None = None

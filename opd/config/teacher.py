@@ -96,6 +96,8 @@ class ServedTeacherConfig(TeacherEngineConfig, TeacherConfig):
     """GPUs of the servers started with the run, comma separated; by default those free of ranks."""
     replicas: int = bounded(1, least=1)
     """Servers started with the run for each model; if one dies, the others take over its requests."""
+    restarts: int = bounded(2, least=0)
+    """How often each server started with the run is started again when it dies or does not answer."""
 
 
 @dataclass(kw_only=True, slots=True)

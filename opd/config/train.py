@@ -26,6 +26,13 @@ class MaskScores(StrEnum):
     first_gradient = "first_gradient"
 
 
+class OnNonfinite(StrEnum):
+    """What becomes of a step whose loss or gradient norm is not finite."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     """Steps, batches and precision."""
@@ -35,11 +42,15 @@ class TrainConfig:
     prompts_per_step: int = bounded(64, least=1)
     """Prompts in one optimizer step, over all processes."""
     max_tokens_per_micro_batch: int = bounded(8192, least=1)
-    """Padded tokens in one forward and backward pass of one process; the result does not depend on it."""
+    """Tokens and padding in one forward and backward pass of a process; the result does not depend on it."""
+    packing: bool = True
+    """Lay several sequences into a row instead of padding, where the model's own code keeps them apart."""
     precision: Precision = Precision.bf16
     """bf16 keeps fp32 master weights; pure_bf16 does not and loses small updates."""
     dropout: bool = False
     """Train with the dropout of the student's config and adapter.lora_dropout; the engine never has any."""
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    """A loss or gradient norm that is not finite: stop, or skip the optimizer step (ten in a row stop)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     stop_after: int | None = bounded(None, least=1)

@@ -6,7 +6,6 @@ and back, exactly, for every bit pattern (NaN, -0.0 and infinities included). Ne
 need two arrays, and a difference of floats would be rounded.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Json, NonNegativeInt
 from safetensors import SafetensorError, safe_open
 
-from opd.checkpoint.tensors import digest, dtype_name
+from opd.checked_json import TensorShape, read_texts
+from opd.checkpoint.stored import DTYPES
+from opd.checkpoint.tensors import digest, dtype_name, torch_dtype
 from opd.mask.file import require_indices
 
 FORMAT = "opd-delta-1"
@@ -51,30 +53,57 @@ class ChangedParameter:
     digests: Mapping[Side, str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DeltaEntry:
+    """A changed parameter, as the header lists it."""
+
+    shape: TensorShape
+    dtype: str
+    count: NonNegativeInt
+    base: str
+    trained: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DeltaMetadata:
+    """What the header of a sparse checkpoint says besides its format."""
+
+    base: str
+    base_model: str
+    trained: str
+    trained_model: str
+    dtype: str
+    density: float
+    rule: str
+    command: str
+    tensors: Json[dict[str, _DeltaEntry]]
+
+
 class Delta:
     """A sparse checkpoint; ``changed`` lists the changed parameters, ``read`` reads one of them."""
 
     def __init__(self, path: Path, opened: Any) -> None:
-        found = opened.metadata()
+        found = read_texts(opened.metadata(), _DeltaMetadata, path, "fetch or export it again")
         self.path = path
         self.models = {
-            side: ModelIdentity(name=found[f"{side}_model"], fingerprint=found[side])
-            for side in Side
+            Side.base: ModelIdentity(name=found.base_model, fingerprint=found.base),
+            Side.trained: ModelIdentity(name=found.trained_model, fingerprint=found.trained),
         }
-        self.dtype: str = found["dtype"]
-        self.density = float(found["density"])
-        self.rule: str = found["rule"]
-        self.command: str = found["command"]
+        self.dtype = found.dtype
+        self.density = found.density
+        self.rule = found.rule
+        self.command = found.command
         self.changed = {
             name: ChangedParameter(
-                shape=tuple(entry["shape"]),
-                dtype=entry["dtype"],
-                count=entry["count"],
-                digests={side: entry[side] for side in Side},
+                shape=entry.shape,
+                dtype=entry.dtype,
+                count=entry.count,
+                digests={Side.base: entry.base, Side.trained: entry.trained},
             )
-            for name, entry in json.loads(found["tensors"]).items()
+            for name, entry in found.tensors.items()
         }
         self._opened = opened
+        _require_tensors(self, set(opened.keys()))
 
     @property
     def count(self) -> int:
@@ -88,6 +117,12 @@ class Delta:
         changed = self.changed[name]
         numel = torch.Size(changed.shape).numel()
         require_indices(indices, numel, f"{name} in {self.path}")
+        expected = _bits_dtype(changed.dtype)
+        if xor.ndim != 1 or xor.dtype != expected:
+            raise ValueError(
+                f"the values of {name} in {self.path} are {list(xor.shape)} {xor.dtype}, expected flat "
+                f"{expected}: export it again"
+            )
         if not len(indices) == len(xor) == changed.count:
             raise ValueError(
                 f"{name} in {self.path} holds {len(indices)} indices and {len(xor)} values, "
@@ -129,6 +164,29 @@ class Delta:
         if digest(name, result).hex() != changed.digests[_other(start)]:
             raise ValueError(f"{self.path} is damaged at {name}: fetch or export it again")
         return result
+
+
+def _require_tensors(delta: Delta, stored: set[str]) -> None:
+    """ValueError unless the header lists what the file holds, in number formats that there are."""
+    listed = {name + end for name in delta.changed for end in (INDICES, XOR)}
+    unlike = sorted(listed ^ stored)
+    if unlike:
+        where = "has" if unlike[0] in stored else "lacks"
+        raise ValueError(
+            f"{delta.path} {where} the tensor {unlike[0]}, against its header: fetch or export it again"
+        )
+    known = {dtype_name(dtype) for dtype in DTYPES.values()}
+    for name, changed in delta.changed.items():
+        if changed.dtype not in known:
+            raise ValueError(
+                f"{delta.path} changes {name} of number format {changed.dtype[:20]!r}, allowed are "
+                f"{', '.join(sorted(known))}: fetch or export it again"
+            )
+
+
+def _bits_dtype(dtype: str) -> torch.dtype:
+    """The integer type that shows the bits of a number format."""
+    return INTEGERS[torch_dtype(dtype).itemsize]
 
 
 def _other(side: Side) -> Side:

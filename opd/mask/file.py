@@ -1,5 +1,6 @@
 """The mask file: safetensors with one index tensor a parameter and the origin of the mask."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Json
 from safetensors import SafetensorError, safe_open
 
+from opd.checked_json import TensorShape, read_texts
 from opd.checkpoint.writer import write_tensors
 
 FORMAT = "opd-mask-1"
@@ -30,6 +33,19 @@ class Origin:
     model: str
     seed: int = 0
     command: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MaskMetadata:
+    """What the header of a mask file says besides its format."""
+
+    rule: str
+    base: str
+    model: str
+    seed: int
+    command: str
+    shapes: Json[dict[str, TensorShape]]
+    sha256: Json[dict[str, str]] | None = None
 
 
 class LazyIndices(Mapping[str, torch.Tensor]):
@@ -66,15 +82,17 @@ def write_mask(
     """Write a mask file from (name, sorted flat indices) in any order, one tensor at a time.
 
     The file is safetensors: one index tensor a parameter and, as metadata, the origin, every
-    parameter's shape and the density.
+    parameter's shape, the density and the checksum of each index tensor.
     """
     dtype = index_dtype(shapes)
     counts: dict[str, int] = {}
+    sums: dict[str, str] = {}
 
     def counted() -> Iterator[tuple[str, torch.Tensor]]:
         for name, index in indices:
-            counts[name] = len(index)
-            yield name, index.to(dtype)
+            counts[name], stored = len(index), index.to(dtype)
+            sums[name] = _checksum(stored)
+            yield name, stored
 
     def metadata() -> dict[str, str]:
         assert counts.keys() == shapes.keys(), "a mask lists every parameter once"
@@ -84,6 +102,7 @@ def write_mask(
             **{key: str(value) for key, value in asdict(origin).items()},
             "density": repr(sum(counts.values()) / total),
             "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
+            "sha256": json.dumps(sums),
         }
 
     write_tensors(path, counted(), metadata)
@@ -108,21 +127,34 @@ def read_mask_file(
             f"{path} is not an opd mask file (format {found.get('format')}, expected {FORMAT}): make "
             "one with `opd mask discover`"
         )
-    shapes = {name: tuple(shape) for name, shape in json.loads(found["shapes"]).items()}
+    about = read_texts(found, _MaskMetadata, path, "make the mask again with `opd mask discover`")
+    shapes, sums = about.shapes, about.sha256
+    unlike = sorted(shapes.keys() ^ set(opened.keys()))
+    if unlike:
+        raise ValueError(
+            f"{path} lists {unlike[0]} either as a shape or as a tensor, not as both: make it again"
+        )
 
     def read(name: str) -> torch.Tensor:
         index: torch.Tensor = opened.get_tensor(name)
         require_indices(index, torch.Size(shapes[name]).numel(), f"{name} in {path}")
+        if sums is not None and _checksum(index) != sums.get(name):
+            raise ValueError(f"{path} is damaged at {name}: fetch it again, or make it again")
         return index
 
     origin = Origin(
-        rule=found["rule"],
-        base=found["base"],
-        model=found["model"],
-        seed=int(found["seed"]),
-        command=found["command"],
+        rule=about.rule,
+        base=about.base,
+        model=about.model,
+        seed=about.seed,
+        command=about.command,
     )
     return LazyIndices(opened.keys(), read), shapes, origin
+
+
+def _checksum(index: torch.Tensor) -> str:
+    """Hexadecimal digest of an index tensor's bytes."""
+    return hashlib.sha256(index.contiguous().numpy().data).hexdigest()[:32]
 
 
 def require_indices(index: torch.Tensor, numel: int, source: str) -> None:

@@ -9,14 +9,17 @@ A response of R = S x n rollouts in the order of ``RolloutEngine.generate``, N t
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from opd.checked_json import read_json
+from opd.config.rollout import LEAST_TEMPERATURE
 from opd.types import FinishReason, Prompt, Rollout, Sampling
 
 FORMAT = "opd-rollout-1"
@@ -33,6 +36,29 @@ class GenerateRequest:
     sampling: Sampling
     run: str
     version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RolloutMetadata:
+    format: str
+    request: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RolloutHeader:
+    """The header of safetensors, whose numpy reader checks it but does not return the metadata."""
+
+    metadata: Annotated[_RolloutMetadata, Field(alias="__metadata__")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RolloutFields:
+    """The request in the metadata."""
+
+    uids: list[str]
+    sampling: dict[str, Any]
+    run: str
+    version: Annotated[int, Field(ge=-1, lt=1 << 62)]
 
 
 def request_bytes(request: GenerateRequest) -> bytes:
@@ -57,20 +83,17 @@ def read_request(body: bytes) -> GenerateRequest:
         raise ValueError(f"the header would be {size} bytes long, at most {HEADER_BYTES} are read")
     try:
         arrays = load(body)
-        metadata = json.loads(body[8 : 8 + size]).get("__metadata__", {})
-        fields = json.loads(metadata.get("request", "{}"))
-        found = metadata.get("format")
         token_ids, lengths = arrays["token_ids"], arrays["lengths"]
-        uids, run, version = fields["uids"], str(fields["run"]), _read_version(fields["version"])
-        sampling = _read_sampling(fields["sampling"])
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"the body is not an opd rollout request: {error!r}") from error
-    if found != FORMAT:
-        raise ValueError(f"format is {found!r}, this server reads {FORMAT!r}")
+    source, remedy = "the body", "send an opd rollout request"
+    header = read_json(body[8 : 8 + size], _RolloutHeader, source, remedy).metadata
+    if header.format != FORMAT:
+        raise ValueError(f"format is {header.format!r}, this server reads {FORMAT!r}")
+    fields = read_json(header.request, _RolloutFields, source, remedy)
+    uids, sampling = fields.uids, _read_sampling(fields.sampling)
     if token_ids.dtype != np.int32 or lengths.dtype != np.int32 or token_ids.ndim != 1:
         raise ValueError("token_ids and lengths must be flat int32")
-    if not isinstance(uids, list) or not all(isinstance(uid, str) for uid in uids):
-        raise ValueError("uids must be a list of texts")
     if lengths.ndim != 1 or len(lengths) == 0 or len(lengths) != len(uids) or lengths.min() < 1:
         raise ValueError(
             f"{len(lengths)} lengths and {len(uids)} uids must be as many, and positive"
@@ -79,7 +102,9 @@ def read_request(body: bytes) -> GenerateRequest:
         raise ValueError(f"lengths must add up to the {len(token_ids)} token_ids")
     parts = np.split(token_ids, np.cumsum(lengths)[:-1])
     prompts = [Prompt(uid=u, token_ids=part) for u, part in zip(uids, parts, strict=True)]
-    return GenerateRequest(prompts=prompts, sampling=sampling, run=run, version=version)
+    return GenerateRequest(
+        prompts=prompts, sampling=sampling, run=fields.run, version=fields.version
+    )
 
 
 def response_bytes(rollouts: Sequence[Rollout]) -> bytes:
@@ -99,11 +124,15 @@ def response_bytes(rollouts: Sequence[Rollout]) -> bytes:
 
 
 def read_response(body: bytes, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-    """The inverse of ``response_bytes``; ``prompts`` and ``sampling`` are those of the request."""
+    """The inverse of ``response_bytes``; ``prompts`` and ``sampling`` are those of the request.
+
+    ``ValueError`` unless it holds a completion for each sample of each prompt, of finite log-probs.
+    """
     arrays = load(body)
     rollouts, start = [], 0
     support = arrays.get("support_ids")
     rows = [prompt for prompt in prompts for _ in range(sampling.n)]
+    _require_completions(arrays, len(rows))
     for i, (prompt, length) in enumerate(zip(rows, arrays["lengths"].tolist(), strict=True)):
         span = slice(start, start := start + length)
         rollouts.append(
@@ -120,10 +149,29 @@ def read_response(body: bytes, prompts: Sequence[Prompt], sampling: Sampling) ->
     return rollouts
 
 
-def _read_version(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value < 1 << 62:
-        raise ValueError(f"version={value!r}: allowed is a whole number from -1 on")
-    return value
+PER_ROLLOUT = {"lengths": np.int32, "stopped": np.uint8, "samples": np.int32, "versions": np.int64}
+PER_TOKEN = {"token_ids": np.int32, "logps": np.float32}
+"""Number formats of the arrays of a response."""
+
+
+def _require_completions(arrays: Mapping[str, np.ndarray], count: int) -> None:
+    """ValueError unless these are the arrays of ``count`` completions."""
+    lengths = arrays["lengths"]
+    tokens = int(lengths.sum(dtype=np.int64))
+    for formats, size in ((PER_ROLLOUT, count), (PER_TOKEN, tokens)):
+        for name, dtype in formats.items():
+            found = arrays[name]
+            if found.dtype != dtype or found.shape != (size,):
+                raise ValueError(
+                    f"{name} is {found.dtype} {list(found.shape)}, expected {np.dtype(dtype)} [{size}]"
+                )
+    if lengths.min() < 1:
+        raise ValueError("a completion has no token")
+    if not np.isfinite(arrays["logps"]).all():
+        raise ValueError("a log-prob is not finite")
+    support = arrays.get("support_ids")
+    if support is not None and (support.ndim != 2 or len(support) != tokens):
+        raise ValueError(f"support_ids is {list(support.shape)}, expected [{tokens}, K]")
 
 
 SAMPLING_RANGES = {
@@ -142,10 +190,17 @@ def _read_sampling(fields: dict[str, Any]) -> Sampling:
     """Every field a number of its kind and within its range: an engine may die of any other."""
     defaults = asdict(Sampling())
     for name, value in fields.items():
+        if name not in defaults:
+            raise ValueError(f"there is no sampling.{name}: allowed are {', '.join(defaults)}")
         kinds = (int, float) if isinstance(defaults[name], float) else (int,)
         least, most = SAMPLING_RANGES[name]
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
             raise ValueError(f"sampling.{name}={value!r}: allowed is {least} to {most}")
+    if 0 < fields.get("temperature", 0) < LEAST_TEMPERATURE:
+        raise ValueError(
+            f"sampling.temperature={fields['temperature']}: allowed is 0 (greedy), or {LEAST_TEMPERATURE} "
+            "and more"
+        )
     if fields.get("top_k") == 0:
         raise ValueError("sampling.top_k=0: allowed is -1 (all) or 1 and more")
     return Sampling(**{name: type(defaults[name])(value) for name, value in fields.items()})

@@ -1,12 +1,12 @@
 """``opd eval`` in a separate process, which frees the GPU when it ends."""
 
-import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from opd.checked_json import read_json
 from opd.config.student import DType
 from opd.run.environment import child_environment
 from opd.run.recipe import Recipe
@@ -31,6 +31,17 @@ def teacher_accuracy(recipe: Recipe, logs: Path) -> float | None:
     return None if metrics is None else metrics[f"eval/{config.eval.task}/accuracy"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Evaluation:
+    """What is read of the file that ``opd eval`` writes."""
+
+    metrics: dict[str, float]
+
+
+def _metrics(file: Path) -> dict[str, float]:
+    return read_json(file.read_bytes(), _Evaluation, file, "run opd eval again").metrics
+
+
 def evaluate_apart(
     recipe: Recipe, model: str, overrides: list[str], log: Path
 ) -> dict[str, float] | None:
@@ -47,4 +58,4 @@ def evaluate_apart(
             stdin=subprocess.DEVNULL,
             check=False,
         )
-        return json.loads(out.read_text())["metrics"] if done.returncode == 0 else None
+        return _metrics(out) if done.returncode == 0 else None

@@ -10,15 +10,21 @@ from typing import Any
 import yaml
 
 from opd.checkpoint.whole_folder import write_whole
-from opd.config.launch import count_processes
 from opd.config.optim import LearningRateSchedule
 from opd.config.run import Resume
 from opd.mask.file import RUN_MASK
+from opd.run.inputs import INPUTS
 from opd.run.lock import LOCK
 from opd.run.recipe import Recipe
-from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
-from opd.tracking.runs import CONFIG
-from opd.train.checkpoints import checkpoints, newest_checkpoint, set_damaged_aside
+from opd.run.temporary import TEMPORARY
+from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, find_row_faults, read_lines
+from opd.tracking.runs import CONFIG, read_description
+from opd.train.checkpoints import (
+    checkpoints,
+    newest_checkpoint,
+    remove_partial,
+    set_damaged_aside,
+)
 
 DRY_RUN = "dry_run.yaml"
 COMMAND_LINE = tuple(sys.argv[1:])  # as typed; sys.argv is replaced for Hydra
@@ -30,6 +36,8 @@ MAY_CHANGE = (
     "eval.",
     "launch.cpu_processes",
     "launch.threads",
+    "launch.restarts",
+    "launch.deadlines.",
     "teacher.url",
     "teacher.timeout",
     "teacher.retries",
@@ -37,26 +45,33 @@ MAY_CHANGE = (
     "teacher.gpu_memory_utilization",
     "teacher.replicas",
     "teacher.tensor_parallel_size",
+    "teacher.restarts",
     "teacher.sleep",
     "train.stop_after",
+    "train.on_nonfinite",
     "rollout.urls",
     "rollout.servers",
     "rollout.devices",
     "rollout.gpu_memory_utilization",
     "rollout.timeout",
+    "rollout.restarts",
     "rollout.retries",
     "dry_run",
 )
 """Settings that a resumed run may change and still be the same run."""
+DIVISION = ("launch.processes", "launch.engine", "launch.deepspeed", "zero")
+"""Settings of how states are divided, which a resumed run may change; its sums then round otherwise."""
 BEFORE_THE_FIRST_STEP = {
     CONFIG,
     DRY_RUN,
     LOCK,
+    TEMPORARY,
     "logs",
     "checkpoints",
     METRICS,
     SAMPLES,
     WEIGHTS,
+    INPUTS,
     RUN_MASK,
     "wandb",
     "wandb_run_id.txt",
@@ -87,15 +102,32 @@ def open_folder(recipe: Recipe, folder: Path) -> int:
             "give another run.dir, or empty it"
         )
     if not recipe.config.dry_run:
+        remove_partial(folder)
         for warning in set_damaged_aside(folder):
             print(f"opd: warning: {warning}", file=sys.stderr)
-    newest = newest_checkpoint(folder, processes=count_processes(recipe.config))
+    newest = newest_checkpoint(folder)
     if newest is not None and recipe.config.run.resume == Resume.never:
         raise ValueError(
             f"the run {folder} has a checkpoint of step {newest[1]} and run.resume=never: "
             "give another run.dir, or run.resume=auto"
         )
-    return _finished_step(recipe, folder) if newest is None else newest[1]
+    if newest is None:
+        return _finished_step(recipe, folder)
+    faults = find_row_faults(read_lines(folder / METRICS), newest[1])
+    if faults:
+        print(
+            f"opd: warning: of the rows of {folder / METRICS} up to step {newest[1]}, {'; '.join(faults)}: "
+            "its curves are not whole, and the weights are not affected",
+            file=sys.stderr,
+        )
+    changed = _changed_division(recipe, written)
+    if changed:
+        print(
+            f"opd: note: the checkpoint of step {newest[1]} was written with {', '.join(changed)}: its "
+            "states are divided anew, sums round otherwise from here on, dropout draws other numbers",
+            file=sys.stderr,
+        )
+    return newest[1]
 
 
 def _finished_step(recipe: Recipe, folder: Path) -> int:
@@ -137,7 +169,7 @@ def description(recipe: Recipe) -> str:
 
 
 def _is_unused(folder: Path) -> bool:
-    return all(p.name in ("logs", DRY_RUN, LOCK) for p in folder.iterdir())
+    return all(p.name in ("logs", DRY_RUN, LOCK, TEMPORARY) for p in folder.iterdir())
 
 
 def took_a_step(folder: Path) -> bool:
@@ -151,15 +183,21 @@ def _may_be_corrected(folder: Path) -> bool:
     return names <= BEFORE_THE_FIRST_STEP and not took_a_step(folder)
 
 
+def _changed_division(recipe: Recipe, written: Path) -> list[str]:
+    """The former values of changed settings of ``DIVISION``."""
+    old, new = _flat(yaml.safe_load(written.read_text())["config"]), _flat(recipe.plain)
+    return [f"{key}={old.get(key)}" for key in DIVISION if old.get(key) != new.get(key)]
+
+
 def _changed_setting(recipe: Recipe, written: Path) -> tuple[str, Any, Any] | None:
     """(name, value in ``written``, value in the recipe) of a setting that makes it another run."""
     try:
-        before = yaml.safe_load(written.read_text())
-        old = _flat(before["config"]) | _flat(before["choices"], "choice of ")
-    except (yaml.YAMLError, KeyError, TypeError):
+        before = read_description(written)
+        old = _flat(before["config"]) | _flat(before.get("choices") or {}, "choice of ")
+    except ValueError:
         raise ValueError(f"{written} is not readable: give another run.dir") from None
     new = _flat(recipe.plain) | _flat(recipe.choices, "choice of ")
-    may_change = MAY_CHANGE
+    may_change = (*MAY_CHANGE, *DIVISION)
     if recipe.config.optim.schedule == LearningRateSchedule.constant:
         may_change = (*may_change, "train.steps")
     for key in sorted(old.keys() | new.keys()):

@@ -43,6 +43,8 @@ def plan_table(recipe: Recipe, checked: Preflight, folder: Path) -> Table:
         "steps": f"{config.train.steps}, starting from step {checked.start}",
         "folder": str(folder),
     }
+    if checked.disk is not None:
+        rows["disk"] = checked.disk
     if checked.prompts is not None and checked.tokenizer is not None:
         rows["prompts"] = (
             f"{len(checked.prompts.train)} to learn from, {len(checked.prompts.eval)} held out, "

@@ -2,8 +2,8 @@
 
 import importlib.util
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -27,10 +27,12 @@ from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
 from opd.evaluate.reward import reward_function
 from opd.rollout.client import require_servers_fit
 from opd.run.devices import find_cards, needs_vllm, require_devices
+from opd.run.disk import check_space
 from opd.run.findings import findings
 from opd.run.folder import open_folder
 from opd.run.gradable import require_gradable
 from opd.run.hub import hub_answers
+from opd.run.inputs import fingerprint_inputs, require_same_inputs
 from opd.run.mask import require_mask_fits
 from opd.run.model_check import check_student_model
 from opd.run.place import place
@@ -39,7 +41,7 @@ from opd.run.plan import fits_on, read_models
 from opd.run.recipe import Recipe
 from opd.teacher.connect import describe_transport, scored_vocabulary, teacher_infos
 from opd.teacher.vocabulary import read_vocabulary
-from opd.types import Prompt
+from opd.types import Prompt, TeacherInfo
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -51,11 +53,14 @@ class Preflight:
     ``unseen`` names the settings whose models and data sets are on a hub that cannot be reached. A dry
     run then skips their checks and has no ``tokenizer``, ``prompts`` and ``transport`` (how the
     teacher's responses are sent). ``findings`` are likely errors; they do not stop the run. ``placement``
-    says on which GPUs the processes of the run sit.
+    says on which GPUs the processes of the run sit, ``disk`` what the run writes, ``inputs`` the
+    fingerprints of what it reads.
     """
 
     start: int
     placement: Placement
+    disk: str | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
     tokenizer: StudentTokenizer | None = None
     prompts: PromptSets | None = None
     transport: str | None = None
@@ -84,6 +89,7 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     prompts = read_prompt_sets(config, tokenizer)
     placement = _placed(config, cards, prompts)
+    disk = check_space(config, folder, start)
     ShuffledPrompts(
         prompts.train, config.train.prompts_per_step, config.seed, groups=prompts.groups
     )
@@ -97,9 +103,12 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
         *check_student_model(config),
         *findings(config, tokenizer, prompts),
     ]
-    transport = None
+    transport, infos = None, []
     if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
-        transport = _check_teacher(config, tokenizer, prompts)
+        transport, infos = _check_teacher(config, tokenizer, prompts)
+    inputs = fingerprint_inputs(config, prompts, infos)
+    if 0 < start < config.train.steps:
+        require_same_inputs(folder, inputs, allow_changed=config.run.allow_changed_inputs)
     if isinstance(config.teacher, SelfTeacherConfig):
         _require_teacher_prompts_fit(prompts, config.teacher.max_model_len or tokenizer.max_length)
     _require_functions(config)
@@ -109,6 +118,8 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     return Preflight(
         start=start,
         placement=placement,
+        disk=disk,
+        inputs=inputs,
         tokenizer=tokenizer,
         prompts=prompts,
         transport=transport,
@@ -199,8 +210,13 @@ def _require_launch_file(config: Config) -> None:
     )
 
 
-def _check_teacher(config: Config, tokenizer: StudentTokenizer, prompts: PromptSets) -> str:
-    """How the teacher's responses are sent; ValueError when a teacher does not fit student or prompts."""
+def _check_teacher(
+    config: Config, tokenizer: StudentTokenizer, prompts: PromptSets
+) -> tuple[str, list[TeacherInfo]]:
+    """How the teacher's responses are sent, and the infos of the teachers.
+
+    ValueError when a teacher does not fit student or prompts.
+    """
     student = scored_vocabulary(
         config.teacher, read_vocabulary(tokenizer.tokenizer, tokenizer.vocab_size)
     )
@@ -217,7 +233,7 @@ def _check_teacher(config: Config, tokenizer: StudentTokenizer, prompts: PromptS
             )
     sampling = training_sampling(config)
     request = config.loss.request(sampling.temperature)
-    return describe_transport(config.teacher, infos, student, request, sampling.support_k)
+    return describe_transport(config.teacher, infos, student, request, sampling.support_k), infos
 
 
 def _require_teacher_prompts_fit(prompts: PromptSets, max_length: int) -> None:

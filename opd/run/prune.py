@@ -11,6 +11,7 @@ from omegaconf import MISSING
 
 from opd.analysis.prune import ChangedWeights, Order, wilson_interval
 from opd.analysis.report import PRUNE_FIGURE
+from opd.checked_json import read_json
 from opd.checkpoint.tensors import dtype_name, open_checkpoint, torch_dtype
 from opd.config.arguments import parse_arguments, split_arguments
 from opd.config.fields import bounded
@@ -53,6 +54,22 @@ class PruneCall:
     arguments: PruneArguments
     recipe: Recipe
     overrides: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Point:
+    """A point of a curve, as prune.json holds it."""
+
+    reverted: int
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Earlier:
+    """What an earlier call found, as prune.json holds it."""
+
+    moved: int
+    curves: dict[str, list[_Point]]
 
 
 def parse_prune(words: Sequence[str]) -> PruneCall:
@@ -136,14 +153,17 @@ def _known(file: Path, settings: Mapping[str, Any]) -> dict[tuple[str, int], flo
     """Accuracies of an earlier call with the same settings."""
     if not file.is_file():
         return {}
-    before = json.loads(file.read_text())
-    if any(before[key] != settings[key] for key in settings if key != "curves"):
+    remedy = "remove it, or give another out="
+    content = file.read_bytes()
+    before = read_json(content, dict[str, Any], file, remedy)
+    if any(before.get(key) != settings[key] for key in settings if key != "curves"):
         return {}
+    earlier = read_json(content, _Earlier, file, remedy)
     found = {}
-    for order, points in before["curves"].items():
+    for order, points in earlier.curves.items():
         for point in points:
-            some = 0 < point["reverted"] < before["moved"]
-            found[(order if some else "any", point["reverted"])] = point["accuracy"]
+            some = 0 < point.reverted < earlier.moved
+            found[(order if some else "any", point.reverted)] = point.accuracy
     return found
 
 

@@ -3,8 +3,8 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,19 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.overrides_parser import OverrideParseException, OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.config.schema import GROUPS, Config, register
-from opd.run.recipe_errors import explain, require_present_names
+from opd.run.recipe_errors import (
+    explain,
+    require_present_names,
+    unknown_setting,
+    unreadable,
+)
 from opd.run.recipe_limits import read_variable, require_own_targets
 
 CONF = "pkg://opd.conf"
@@ -91,6 +96,8 @@ def composed(recipe: Path, overrides: Sequence[str]) -> Recipe:
     try:
         cfg = _compose(recipe, overrides)
         return _typed(cfg, cfg.hydra.runtime.choices, recipe, overrides)
+    except OverrideParseException as error:
+        raise ValueError(unreadable(str(error.override))) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
     finally:
@@ -128,6 +135,8 @@ def sweep(recipe: Path, overrides: Sequence[str], job: Callable[[Recipe, str], N
         _compose(recipe, hydra_overrides)
         GlobalHydra.instance().clear()
         hydra.main(version_base="1.3", config_path=CONF)(one)()
+    except OverrideParseException as error:
+        raise ValueError(unreadable(str(error.override))) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
     finally:
@@ -238,6 +247,9 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
         raise ValueError(
             "; ".join(f"{k} is not set: give it in the recipe or as {k}=..." for k in unset)
         )
+    added = next(_added_keys(bare, ""), None)
+    if added is not None:
+        raise ValueError(unknown_setting(added))
     config = OmegaConf.to_object(bare)
     if not isinstance(config, Config):
         raise ValueError(
@@ -252,6 +264,19 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
         path=recipe,
         overrides=list(overrides),
     )
+
+
+def _added_keys(node: Any, path: str) -> Iterator[str]:
+    """Keys that the dataclass of their group does not have; Hydra lets ``++`` add them."""
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    kind = OmegaConf.get_type(node)
+    known = {field.name for field in fields(kind)} if is_dataclass(kind) else set(node)
+    for key in node:
+        if key not in known:
+            yield f"{path}{key}"
+        elif not OmegaConf.is_interpolation(node, key):
+            yield from _added_keys(node._get_node(key), f"{path}{key}.")
 
 
 def _yaml_ready(value: Any) -> Any:

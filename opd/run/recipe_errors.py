@@ -10,11 +10,20 @@ from opd.config.fields import expected
 from opd.config.schema import FORMER_NAMES, GROUPS, Config
 
 UNKNOWN = re.compile(r"Key '([^']+)' (?:is )?not in '")
-UNKNOWN_CHOICE = re.compile(r"Could not find '(\w+)/([^']+)'")
+UNKNOWN_CHOICE = re.compile(r"Could not find '(\w+)/([^']*)'")
 BAD_VALUE = re.compile(r"(?:Invalid value|Value) '(.*?)'(?:,| of type)")
 FULL_KEY = re.compile(r"full_key: (\S+)")
 OVERRIDE = re.compile(r"Could not override '([^']+)'")
-NOISE = ("full_key", "object_type", "reference_type", "Set the environment", "To append")
+NOISE = (
+    "full_key",
+    "object_type",
+    "reference_type",
+    "Set the environment",
+    "To append",
+    "See http",
+    "^",
+)
+CLASS_NAME = re.compile(r"^\w+(?:Exception|Error): ")
 
 
 def require_present_names(overrides: Sequence[str]) -> None:
@@ -44,7 +53,8 @@ def explain(error: BaseException) -> str:
     if explained is not None:
         return explained
     kept = text.split("Config search path:")[0].splitlines()
-    return "\n".join(k.rstrip() for k in kept if k.strip() and not k.strip().startswith(NOISE))
+    lines = (k.strip() for k in kept if k.strip() and not k.strip().startswith(NOISE))
+    return CLASS_NAME.sub("", " ".join(dict.fromkeys(lines)))
 
 
 def _unknown_choice(text: str) -> str | None:
@@ -67,7 +77,19 @@ def _bad_value(text: str) -> str | None:
 def _unknown_key(text: str) -> str:
     named = OVERRIDE.search(text) or FULL_KEY.search(text) or UNKNOWN.search(text)
     assert named is not None
-    key = named.group(1)
+    return unknown_setting(named.group(1))
+
+
+def unreadable(override: str) -> str:
+    """The message for an override that Hydra's grammar does not allow."""
+    return (
+        f"{override!r} cannot be read as key=value: put quotes around a value with blanks, brackets or "
+        """signs, as in "key='a b'\""""
+    )
+
+
+def unknown_setting(key: str) -> str:
+    """The message for a setting that there is not, or not with the choice that was made."""
     if key in FORMER_NAMES:
         return now_called(key)
     known = sorted(set(known_keys()))

@@ -65,7 +65,7 @@ def compare_at_start(config: Config, training: Training) -> list[str]:
     gap = training.check_sync()
     if gap is not None:
         lines.append(f"the engine after a push of changed weights: gap {gap:.2g} nats")
-    return lines
+    return [*lines, training.layout]
 
 
 def compare_alone(config: Config) -> list[str] | None:

@@ -9,15 +9,22 @@ from typing import NoReturn
 import yaml
 from rich.console import Console
 
-from opd.config.launch import count_processes
 from opd.config.mask import StudyMaskConfig
 from opd.config.schema import problems
 from opd.config.teacher import has_teacher
 from opd.data.preview import preview
 from opd.run.commands import engine_settings
-from opd.run.devices import find_cards, require_devices, require_running_servers, resolved
+from opd.run.devices import (
+    count_processes,
+    find_cards,
+    require_devices,
+    require_running_servers,
+    resolved,
+)
 from opd.run.evaluate_apart import teacher_accuracy
 from opd.run.folder import DRY_RUN, describe, description
+from opd.run.hang import leave_on_hang
+from opd.run.inputs import write_inputs
 from opd.run.launch import run_processes
 from opd.run.lock import hold, locked
 from opd.run.mask import prepare_mask
@@ -28,7 +35,10 @@ from opd.run.recipe import Recipe, composed, find_recipe, run_folder, sweep
 from opd.run.results import Run
 from opd.run.stop import STOP
 from opd.run.study import run_study
+from opd.run.temporary import temporary_folder
 from opd.tracking.report import REPORT, compare_runs, write_report
+from opd.tracking.runs import read_started_run
+from opd.tracking.signs import run_warnings
 from opd.tracking.terminal import comparison_table, summary_table
 from opd.train.checkpoints import newest_checkpoint
 
@@ -83,7 +93,7 @@ def run_one(recipe: Recipe, folder: Path) -> None:
     if recipe.config.dry_run:
         _dry_run(recipe, folder)
         return
-    with STOP.handle_signals(), locked(folder):
+    with STOP.handle_signals(), locked(folder), temporary_folder(folder):
         _run_locked(recipe, folder)
 
 
@@ -103,6 +113,7 @@ def _run_locked(recipe: Recipe, folder: Path) -> None:
     checked = check(recipe, folder)
     console.print(plan_table(recipe, checked, folder))
     describe(recipe, folder)
+    write_inputs(folder, checked.inputs)
     if isinstance(recipe.config.mask, StudyMaskConfig) and recipe.config.mask.arms:
         run_study(recipe, checked.placement, folder, run_one)
         return
@@ -148,11 +159,15 @@ def join(recipe: Recipe) -> NoReturn:
         raise SystemExit
     if first:
         hold(folder)
-        start = check(recipe, folder).start
-        if start and newest_checkpoint(folder, processes=count_processes(recipe.config)) is None:
+        checked = check(recipe, folder)
+        if checked.start and newest_checkpoint(folder) is None:
             raise ValueError(f"the run is complete and its checkpoints are gone: {folder}")
         describe(recipe, folder)
+        write_inputs(folder, checked.inputs)
         prepare_mask(recipe, folder, _cannot_run_first)
+    config = recipe.config
+    ranks = count_processes(config)
+    leave_on_hang(folder, int(os.environ["RANK"]), ranks, config.launch.deadlines)
     leave_after(recipe)
 
 
@@ -190,4 +205,7 @@ def compare(folders: Sequence[Path], out: Path) -> None:
     page, table = compare_runs(folders, out)
     console = Console(markup=False)
     console.print(comparison_table(folders))
+    for run in map(read_started_run, folders):
+        for sentence in run_warnings(run):
+            console.print(f"warning: {run.name}: {sentence}", soft_wrap=True)
     console.print(f"report: {page}\ntable:  {table}")

@@ -1,6 +1,8 @@
 """One training process: builds the rank, runs the loop, writes scores, final model and report."""
 
+import faulthandler
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -12,6 +14,8 @@ from opd.checkpoint.writer import write_tensors
 from opd.config.schema import Config
 from opd.config.train import MaskScores
 from opd.faults import RunError
+from opd.heartbeat import Heartbeat
+from opd.phases import RunPhase
 from opd.run.launch import TEACHER_ACCURACY
 from opd.run.mask import SCORES
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder
@@ -28,6 +32,8 @@ from opd.train.weights import export
 def run_rank(recipe: Recipe, terminal: TextIO) -> int:
     """Run this rank to its end and return its exit status; collective."""
     config, folder = recipe.config, run_folder(recipe)
+    faulthandler.register(signal.SIGUSR1)  # what the launcher wants to know of a run that hangs
+    heartbeat = Heartbeat(folder, int(os.environ.get("RANK", "0")))
     accuracy = os.environ.get(TEACHER_ACCURACY)
     try:
         training = build_training(
@@ -37,21 +43,26 @@ def run_rank(recipe: Recipe, terminal: TextIO) -> int:
             terminal,
             teacher_accuracy=None if accuracy is None else float(accuracy),
             stop=STOP,
+            heartbeat=heartbeat,
         )
         _describe_teacher(config, training)
         print("\n".join(compare_at_start(config, training)), file=sys.stderr)
     except ValueError as error:
         return _explained(error, USAGE_ERROR)
+    except (RunError, OSError) as error:
+        return _explained(error, FAILED)
     try:
         with STOP.handle_signals():
             STOP.finishes_step = True
             training.loop.run(training.start)
         training.loop.tracker.close()
+        heartbeat.enter(RunPhase.checkpoint, training.loop.steps)
         if config.train.mask_scores != MaskScores.none:
             _write_scores(config, training, folder)
         _export(training, folder)
     except (RunError, OSError) as error:
         return _explained(error, FAILED)
+    heartbeat.enter(RunPhase.done, training.loop.steps)
     return DONE
 
 
@@ -65,7 +76,7 @@ def _explained(error: Exception, status: int) -> int:
 
 def _describe_teacher(config: Config, training: Training) -> None:
     """Log how the teacher's responses are sent."""
-    teacher, sampling = training.teachers.whole, training.loop.sampling
+    teacher, sampling = training.teachers.whole, training.writer.sampling
     if not training.world.is_main or teacher is None:
         return
     vocabulary = read_vocabulary(training.tokenizer.tokenizer, training.tokenizer.vocab_size)

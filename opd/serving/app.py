@@ -2,8 +2,10 @@
 
 import asyncio
 import hmac
+from collections.abc import Callable
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 
 MEDIA_TYPE = "application/octet-stream"
@@ -20,17 +22,27 @@ class Refusal(Exception):
         self.status = status
 
 
-def bare_app(title: str) -> FastAPI:
-    """An application that sends refusals as plain text and has GET /health."""
+def bare_app(title: str, fault: Callable[[], str | None] = lambda: None) -> FastAPI:
+    """An application that sends refusals as plain text and has GET /health.
+
+    That has status 503 while ``fault`` names a reason why no other request would be answered.
+    """
     app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(Refusal)
     async def refuse(_: Request, refusal: Refusal) -> Response:
         return refusal_response(refusal)
 
+    @app.exception_handler(RequestValidationError)
+    async def refuse_parameters(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        return refusal_response(Refusal(400, f"{field}: {first['msg']}"))
+
     @app.get("/health")
     async def health() -> Response:
-        return PlainTextResponse("ok")
+        reason = fault()
+        return PlainTextResponse(reason or "ok", status_code=503 if reason else 200)
 
     return app
 

@@ -16,6 +16,8 @@ SILENT_S = 10.0
 """A connection without a request, or with an unfinished header, is closed after so long."""
 CROWDED_S = 1.0
 """The same where another connection waits for its place."""
+CLOSING_S = 30.0
+"""A closed connection whose client does not read what is left of its response ends after so long."""
 SWEEP_S = 0.25
 
 log = logging.getLogger("opd.serving")
@@ -43,6 +45,7 @@ class BoundedServer(uvicorn.Server):
         super().__init__(config)
         self._max_connections = max_connections
         self._silent_sweeps: dict[Any, int] = {}
+        self._closing_sweeps: dict[Any, int] = {}
         self._loops: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -86,6 +89,7 @@ class BoundedServer(uvicorn.Server):
         while True:
             is_crowded = len(self.server_state.connections) >= self._max_connections
             self._close_silent(CROWDED_S if is_crowded else SILENT_S)
+            self._close_unread(CROWDED_S if is_crowded else CLOSING_S)
             await asyncio.sleep(SWEEP_S)
 
     def _close_silent(self, seconds: float) -> None:
@@ -96,7 +100,19 @@ class BoundedServer(uvicorn.Server):
         """
         connections: set[Any] = self.server_state.connections  # uvicorn has a class for each parser
         silent = [c for c in connections if c.cycle is None or c.cycle.response_complete]
-        self._silent_sweeps = {c: self._silent_sweeps.get(c, 0) + 1 for c in silent}
-        for connection, sweeps in self._silent_sweeps.items():
-            if sweeps > seconds / SWEEP_S:
-                connection.transport.abort()
+        self._silent_sweeps = _abort_old(self._silent_sweeps, silent, seconds)
+
+    def _close_unread(self, seconds: float) -> None:
+        """Abort the connections that have been closed for so long and still hold a part of a response."""
+        connections: set[Any] = self.server_state.connections
+        closing = [c for c in connections if c.transport.is_closing()]
+        self._closing_sweeps = _abort_old(self._closing_sweeps, closing, seconds)
+
+
+def _abort_old(sweeps: dict[Any, int], found: list[Any], seconds: float) -> dict[Any, int]:
+    """Count a sweep for each connection, and end those of more than ``seconds``; the counts."""
+    counted = {connection: sweeps.get(connection, 0) + 1 for connection in found}
+    for connection, number in counted.items():
+        if number > seconds / SWEEP_S:
+            connection.transport.abort()
+    return counted

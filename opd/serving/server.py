@@ -1,6 +1,5 @@
 """Serve an application in a process of its own: address, token, end of the process."""
 
-import ipaddress
 import logging
 import os
 import signal
@@ -11,12 +10,16 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from opd.config.serving import ServingConfig
 from opd.serving.connections import MAX_CONNECTIONS, BoundedServer, allow_connections
+from opd.serving.hosts import HostCheck, is_loopback
 from opd.serving.parent import watch_parent
 from opd.serving.token import require_plain_token
 
+LISTENER = "OPD_LISTENER"
+"""Environment variable with the number of the inherited socket that a child listens on."""
 GRACE_S = 5  # for open responses when the process is asked to end
 
 log = logging.getLogger("opd.serving")
@@ -47,8 +50,11 @@ def serve(
         )
     most = allow_connections(max_connections)
     with _bind(config.host, config.port) as listener:
+        app: ASGIApp = make_app()
+        if not token:
+            app = HostCheck(app, config.allowed_hosts)
         server = uvicorn.Config(
-            make_app(),
+            app,
             log_config=None,
             log_level="warning",
             access_log=False,
@@ -64,22 +70,17 @@ def serve(
 
 
 def _require_token_beyond_loopback(host: str, token: str | None, variable: str) -> None:
-    loopback = host == "localhost" or _is_loopback(host)
-    if not (loopback or token):
+    if not (is_loopback(host) or token):
         raise ValueError(
             f"host {host} can be reached from other machines and no token is set; "
             f"set {variable} to a random secret here and where the trainer runs"
         )
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _bind(host: str, port: int) -> socket.socket:
+    inherited = os.environ.pop(LISTENER, None)
+    if inherited is not None:
+        return socket.socket(fileno=int(inherited))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

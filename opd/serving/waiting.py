@@ -12,7 +12,7 @@ timeout a load balancer between them has for idle connections. See ``receiving.p
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from fastapi import Response
 from starlette.requests import ClientDisconnect
@@ -87,6 +87,16 @@ class WaitingResponse(Response):
                 has_started = True
             await send(_part(b"ahead %d\n" % self._ahead()))
         return has_started
+
+
+class BoundedResponse(Response):
+    """A response that is given up when its client does not take it in time."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SEND_S):
+                await _send_whole(self, send, is_waiting=False)
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

@@ -20,6 +20,9 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
+from pydantic import NonNegativeInt
+
+from opd.checked_json import TensorShape, read_json
 
 FORMAT = "opd-weights-1"
 DIGEST_BYTES, LENGTH_BYTES = 32, 8
@@ -88,6 +91,21 @@ class Message:
     records: list[Record]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MessageFields:
+    """The JSON header."""
+
+    format: str
+    kind: Kind
+    run: str
+    version: int
+    records: NonNegativeInt
+    base_version: int | None = None
+    mask: str | None = None
+    dtype: str | None = None
+    table: tuple[tuple[str, TensorShape], ...] = ()
+
+
 def write_message(header: Header, records: Iterable[Record], table: list[TensorEntry]) -> bytes:
     """The bytes. ``table`` is read after the last record, so that a stream of tensors may fill it."""
     out, rows = io.BytesIO(), []
@@ -114,26 +132,25 @@ def read_message(data: bytes) -> Message:
     if hashlib.sha256(whole[DIGEST_BYTES:]).digest() != whole[:DIGEST_BYTES]:
         raise ValueError(f"the checksum of the message's {len(data)} bytes does not agree")
     size = int.from_bytes(whole[DIGEST_BYTES:PREFIX_BYTES], "little")
-    try:
-        fields = json.loads(bytes(whole[len(whole) - size :]))
-        if fields["format"] != FORMAT:
-            raise ValueError(f"format is {fields['format']!r}, read is {FORMAT!r}")
-        header = Header(
-            kind=Kind(fields["kind"]),
-            run=str(fields["run"]),
-            version=int(fields["version"]),
-            base_version=fields.get("base_version"),
-            mask=fields.get("mask"),
-            dtype=fields.get("dtype"),
-            table=tuple(
-                TensorEntry(name=name, shape=tuple(shape))
-                for name, shape in fields.get("table", ())
-            ),
-        )
-        records_end = len(whole) - size
-        start = records_end - int(fields["records"]) * RECORD.itemsize
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"the message's header cannot be read: {error!r}") from None
+    fields = read_json(
+        bytes(whole[max(0, len(whole) - size) :]),
+        _MessageFields,
+        "the message's header",
+        "send it again",
+    )
+    if fields.format != FORMAT:
+        raise ValueError(f"format is {fields.format!r}, read is {FORMAT!r}")
+    header = Header(
+        kind=fields.kind,
+        run=fields.run,
+        version=fields.version,
+        base_version=fields.base_version,
+        mask=fields.mask,
+        dtype=fields.dtype,
+        table=tuple(TensorEntry(name=name, shape=shape) for name, shape in fields.table),
+    )
+    records_end = len(whole) - size
+    start = records_end - fields.records * RECORD.itemsize
     if not PREFIX_BYTES <= start <= records_end:
         raise ValueError("the message announces more records than it holds")
     rows = np.frombuffer(whole[start:records_end], RECORD)

@@ -17,10 +17,12 @@ class WeightReceiver:
 
     ``load`` is called after the replica has changed and before the state says so. When it raises, the
     replica is forgotten, so that the next state asks for a snapshot, and the error propagates.
+    ``shapes`` are those of the engine's weights by name: a snapshot of others is refused, and what is held
+    stays. None: any are taken.
     """
 
-    def __init__(self, load: Load) -> None:
-        self._load = load
+    def __init__(self, load: Load, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        self._load, self._shapes = load, shapes
         self._replica = Replica()
         self._run: str | None = None
         self._version: int | None = None
@@ -49,6 +51,7 @@ class WeightReceiver:
             if (header.run, header.version) == (self._run, self._version):
                 return self.state()
             self._require_successor(header)
+            self._require_known(header)
             changes = self._replica.changes(message)
         except ValueError as error:
             return self.state(str(error))
@@ -75,6 +78,15 @@ class WeightReceiver:
                 raise ValueError(f"the patch refers to mask {header.mask}, which is not known here")
         elif same and self._version is not None and header.version < self._version:
             raise ValueError(f"version {header.version} is older than {self._version}, held here")
+
+    def _require_known(self, header: Header) -> None:
+        for entry in header.table if self._shapes is not None else ():
+            shape = self._shapes.get(entry.name)
+            if shape != entry.shape:
+                held = "no such weight" if shape is None else f"one of shape {list(shape)}"
+                raise ValueError(
+                    f"the snapshot holds {entry.name[:80]!r} {list(entry.shape)}, the engine has {held}"
+                )
 
     def _take_mask(self, message: Message) -> None:
         header = message.header

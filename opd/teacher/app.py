@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 import torch
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from safetensors.numpy import save
 
@@ -56,9 +56,11 @@ def teacher_app(work: WorkQueue, config: TeacherServerConfig, *, token: str | No
         require_token(request, token, TOKEN_VARIABLE)
         return JSONResponse(asdict(backend.info))
 
-    @app.get("/head")
-    async def head(request: Request, start: int, stop: int, bfloat16: bool = False) -> Response:
+    def admit(request: Request) -> None:
         require_token(request, token, TOKEN_VARIABLE)
+
+    @app.get("/head", dependencies=[Depends(admit)])  # checked before the parameters
+    async def head(start: int, stop: int, bfloat16: bool = False) -> Response:
         _require_rows(backend.info, start, stop, config.max_response_bytes)
         spec = replace(backend.spec, vocab_size=stop - start)
 

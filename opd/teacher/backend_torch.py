@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from opd.config.teacher import TeacherModelConfig
-from opd.head import HeadSpec
+from opd.head import HeadSpec, as_operand
 from opd.model_head import decoder
 from opd.reference import TOKENS, OwnForward, load_whole, use_faithful_attention
 from opd.teacher.model_info import max_positions, probe_text, read_info, read_spec
@@ -34,7 +34,9 @@ class TorchBackend:
         use_faithful_attention(network, range(TOKENS))
         self.spec: HeadSpec = read_spec(model)
         self.network = decoder(network)
-        self.head_VD: torch.Tensor = network.get_output_embeddings().weight.detach().float()
+        self.head_VD: torch.Tensor = as_operand(
+            network.get_output_embeddings().weight.detach(), self._device
+        )
         self.info: TeacherInfo = read_info(
             model, max_length=config.max_model_len or max_positions(model), dtype=network.dtype
         )

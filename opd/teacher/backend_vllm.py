@@ -17,7 +17,7 @@ import torch
 from opd.config.serving import ALONE
 from opd.config.student import DType
 from opd.config.teacher import TeacherEngineConfig
-from opd.head import HeadSpec
+from opd.head import HeadSpec, as_operand
 from opd.reference import OwnForward, load_whole
 from opd.teacher.model_info import (
     checkpoint_bytes,
@@ -54,7 +54,7 @@ CPU_ENVIRONMENT = {
 
 
 class VllmBackend:
-    """One vLLM engine; the float32 copy of the head lies on its first device.
+    """One vLLM engine; a copy of the head lies on its first device.
 
     Leave room for the head beside the engine's share of each GPU. Sequences longer than
     ``max_num_batched_tokens`` are prefilled in chunks.
@@ -110,7 +110,8 @@ class VllmBackend:
             dtype=self.engine.model_config.dtype,
         )
         self.spec: HeadSpec = read_spec(model)
-        self.head_VD: torch.Tensor = read_head(model).to("cuda" if cuda else "cpu")
+        device = torch.device("cuda" if cuda else "cpu")
+        self.head_VD: torch.Tensor = as_operand(read_head(model), device)
         _require_own_forward(self, model)
 
     def hidden(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from opd.teacher.wire import (
     read_head_rows,
     read_response,
     request_bytes,
+    require_answer,
     scored_rollouts,
     wire_request_from,
 )
@@ -144,7 +145,11 @@ class ServerTeacher:
             tokens=len(request.token_ids),
             max_bytes=len(request.targets()) * self._bytes_per_target(request) + HEADER_BYTES,
         )
-        scores = parsed(response, lambda r: read_response(r.content), "scores of an opd teacher")
+        scores = parsed(
+            response,
+            lambda r: require_answer(read_response(r.content), request),
+            "scores of an opd teacher",
+        )
         return scored_rollouts(rollouts, scores)
 
     def _bytes_per_target(self, request: WireRequest) -> int:

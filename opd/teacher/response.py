@@ -1,6 +1,5 @@
 """From a request to its response: one code path for the server and the local teacher."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +13,8 @@ from opd.teacher.scoring import ScoreOptions, Scores, score_hidden
 from opd.teacher.wire import Want, WireRequest, WireResponse
 from opd.types import BFloat16Bits, FloatArray, IntArray, TeacherInfo
 
+TEMPERATURES = (1e-3, 1e6)
+"""The range in which logits divided by a temperature stay float32 numbers."""
 WIRE_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
 
 
@@ -35,8 +36,9 @@ def require_answerable(request: WireRequest, info: TeacherInfo, spec: HeadSpec) 
         _require_ids("named_ids", request.named_ids, -1, request.vocab_size)
     if request.top_k > request.vocab_size:
         raise ValueError(f"top_k is {request.top_k}, more than vocab_size {request.vocab_size}")
-    if not (math.isfinite(request.temperature) and request.temperature > 0):
-        raise ValueError(f"temperature is {request.temperature}, must be a positive number")
+    least, most = TEMPERATURES
+    if not least <= request.temperature <= most:
+        raise ValueError(f"temperature is {request.temperature}, must be from {least} to {most}")
     if request.want is Want.hidden and spec.softcap is not None:
         raise ValueError(f"teacher {info.model} caps its logits: request full_logps, not hidden")
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from opd.faults import RunError
 from opd.interfaces import Teacher
 from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo
 
@@ -24,7 +25,7 @@ class RewardedTeacher:
         self._scale = scale_rewards
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """See ``Teacher``. ValueError with the prompt's uid when a reward is not a finite number."""
+        """See ``Teacher``. RunError with the prompt's uid when a reward is not a finite number."""
         scored = self._teacher.score(rollouts)
         rewards = [_finite_reward(self._reward, rollout) for rollout in rollouts]
         groups: dict[str, list[float]] = {}
@@ -71,9 +72,9 @@ def _finite_reward(function: Reward, rollout: Rollout) -> float:
     try:
         reward = function(rollout)
     except ValueError as error:
-        raise ValueError(f"a completion of prompt {rollout.prompt.uid}: {error}") from error
+        raise RunError(f"a completion of prompt {rollout.prompt.uid}: {error}") from error
     if not math.isfinite(reward):
-        raise ValueError(
+        raise RunError(
             f"the reward of a completion of prompt {rollout.prompt.uid} is {reward}; expected a "
             "finite number"
         )

@@ -11,15 +11,17 @@ A response holds, for the N targets in the same order, float32 but for the ids:
 bfloat16 is sent as its bits in uint16, since numpy has no bfloat16.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from opd.checked_json import read_json
 from opd.config.student import DType
 from opd.types import (
     BFloat16Bits,
@@ -133,6 +135,11 @@ def scored_rollouts(rollouts: Sequence[Rollout], response: WireResponse) -> list
     return scored
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TeacherHeader:
+    metadata: Annotated[dict[str, str], Field(alias="__metadata__")]
+
+
 def request_bytes(request: WireRequest) -> bytes:
     """A request as safetensors."""
     arrays = {"token_ids": request.token_ids, "lengths": request.lengths, "starts": request.starts}
@@ -203,6 +210,29 @@ def read_response(body: bytes) -> WireResponse:
     return WireResponse(**_tensors(body))
 
 
+def require_answer(response: WireResponse, request: WireRequest) -> WireResponse:
+    """The response; ``ValueError`` unless it holds what was requested, a row for each target."""
+    rows, width = len(request.targets()), request.support_width()
+    expected: dict[str, tuple[int, ...]] = {"logps": (rows,)}
+    if width:
+        expected |= dict.fromkeys(("support_ids", "support_logps"), (rows, width))
+        expected["support_tail"] = (rows,)
+    if request.want is Want.full_logps:
+        expected["full_logps"] = (rows, request.vocab_size)
+    if response.outside is not None:
+        expected["outside"] = (rows,)
+    for name, shape in expected.items():
+        found = getattr(response, name)
+        if found is None or found.shape != shape:
+            held = "absent" if found is None else list(found.shape)
+            raise ValueError(f"{name} is {held}, expected {list(shape)}")
+    hidden = response.hidden
+    if request.want is Want.hidden and (hidden is None or hidden.ndim != 2 or len(hidden) != rows):
+        held = "absent" if hidden is None else list(hidden.shape)
+        raise ValueError(f"hidden is {held}, expected [{rows}, D]")
+    return response
+
+
 def _require_shapes(request: WireRequest) -> None:
     lengths, starts = request.lengths, request.starts
     if len(lengths) == 0 or len(lengths) != len(starts):
@@ -216,8 +246,10 @@ def _require_shapes(request: WireRequest) -> None:
         raise ValueError("every start must be at least 1 and below the length of its sequence")
     targets = int((lengths - starts).sum(dtype=np.int64))
     named = request.named_ids
-    if named is not None and (named.ndim != 2 or len(named) != targets):
-        raise ValueError(f"named_ids is {list(named.shape)}, must be [{targets}, K]")
+    if named is not None and (named.ndim != 2 or len(named) != targets or named.shape[1] < 1):
+        raise ValueError(
+            f"named_ids is {list(named.shape)}, must be [{targets}, K] with K from 1 on"
+        )
 
 
 def _named_ids(rollouts: Sequence[Rollout], vocab_size: int) -> IntArray:
@@ -252,7 +284,9 @@ def _tensors(body: bytes) -> dict[str, np.ndarray]:
 def _metadata(body: bytes) -> Mapping[str, str]:
     """The header's strings; safetensors' numpy reader checks the header but does not return it."""
     size = int.from_bytes(body[:8], "little")
-    return json.loads(body[8 : 8 + size]).get("__metadata__", {})
+    return read_json(
+        body[8 : 8 + size], _TeacherHeader, "the body", "send an opd teacher request"
+    ).metadata
 
 
 def _read_want(metadata: Mapping[str, str]) -> Want:

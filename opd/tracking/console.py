@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from rich.console import Console
@@ -16,9 +17,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from opd.interfaces import Progress as ShownProgress
 from opd.tracking.formatting import evaluation_tasks, number
 
 _HEADER_EVERY = 20
+SKIPPED = "optim/skipped_steps"
+_NOT_FINITE = "  skipped: its loss or gradient norm is not finite (the log names the sample)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,8 @@ class ConsoleTracker:
                 self._print_heading()
             self._lines_since_heading += 1
             self._print(self._line(step, metrics))
+            if SKIPPED in metrics and "loss/total" not in metrics:
+                self._print(Text(_NOT_FINITE, style="yellow"))
         for task in evaluation_tasks(metrics):
             self._print(self._evaluation(step, task, metrics))
 
@@ -147,25 +153,39 @@ class ConsoleTracker:
 class ConsoleProgress:
     """A ``Progress``: bars with the remaining time, removed when done; nothing without a terminal.
 
-    Contexts may be nested (steps outside, phases inside); the outermost starts the display.
+    Contexts may be nested (steps outside, phases inside) and in several threads; the first starts the
+    display, the last ends it.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._lock = Lock()
         self._bars: Progress | None = None
+        self._open = 0
 
     @contextmanager
     def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar named ``what`` of ``total`` units."""
-        if self._bars is not None:
-            with _bar(self._bars, what, total) as advance:
+        bars = self._enter()
+        try:
+            with _bar(bars, what, total) as advance:
                 yield advance
-            return
-        with _bars(self._console) as self._bars:
-            try:
-                with _bar(self._bars, what, total) as advance:
-                    yield advance
-            finally:
+        finally:
+            self._leave()
+
+    def _enter(self) -> Progress:
+        with self._lock:
+            if self._bars is None:
+                self._bars = _bars(self._console)
+                self._bars.start()
+            self._open += 1
+            return self._bars
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._bars is not None and not self._open:
+                self._bars.stop()
                 self._bars = None
 
 
@@ -176,6 +196,25 @@ class SilentProgress:
     def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """No bar."""
         yield lambda amount: None
+
+
+class CountedProgress:
+    """A ``Progress`` that calls ``moved`` whenever the bar of another one might have advanced."""
+
+    def __init__(self, shown: ShownProgress, moved: Callable[[], None]) -> None:
+        self._shown, self._moved = shown, moved
+
+    @contextmanager
+    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """The bar of the other."""
+        with self._shown.track(what, total) as advance:
+
+            def count(amount: int) -> None:
+                self._moved()
+                advance(amount)
+
+            self._moved()
+            yield count
 
 
 def _bars(console: Console) -> Progress:

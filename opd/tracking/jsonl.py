@@ -3,9 +3,14 @@
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from opd.checked_json import read_json
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -54,51 +59,74 @@ class WeightRecord:
         _append(self._path, [{"step": step, **row}])
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, shape: type = dict[str, Any]) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; an incomplete last line is ignored, an absent file has none.
 
-    Raises ``ValueError`` naming file and line when another line is not an object with a ``step``.
+    Raises ``ValueError`` naming file, line and field when another line is not an object with a ``step``,
+    or does not have ``shape`` (see ``read_json``).
     """
     if not path.exists():
         return []
     *complete, rest = path.read_bytes().split(b"\n")
     rows = [
-        _row(path, number, line) for number, line in enumerate(complete, start=1) if line.strip()
+        _row(path, number, line, shape)
+        for number, line in enumerate(complete, start=1)
+        if line.strip()
     ]
     if rest.strip():
         try:
-            rows.append(_row(path, len(complete) + 1, rest))
+            rows.append(_row(path, len(complete) + 1, rest, shape))
         except ValueError:
             return rows
     return rows
 
 
-def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(
-            f"{path}:{number}: found malformed JSON ({error}); expected one object a line; "
-            "restore the file or remove that line"
-        ) from error
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise ValueError(
-            f"{path}:{number}: found {line[:60].decode(errors='replace')!r}; expected an object "
-            'with an integer "step"; restore the file or remove that line'
-        )
-    return row
+def find_row_faults(rows: Sequence[Mapping[str, Any]], last: int) -> list[str]:
+    """What is wrong with the rows of metrics.jsonl up to step ``last``: it has one a step, from 0 on."""
+    steps = [row["step"] for row in rows if row["step"] <= last]
+    counts = Counter(steps)
+    faults = {
+        "are missing": [step for step in range(last + 1) if step not in counts],
+        "occur more than once": sorted(step for step, count in counts.items() if count > 1),
+        "are out of order": [b for a, b in pairwise(steps) if b < a],
+    }
+    return [f"steps {_ranges(those)} {what}" for what, those in faults.items() if those]
+
+
+def _ranges(steps: Sequence[int]) -> str:
+    """Rising numbers in short: 3-5, 9."""
+    found: list[list[int]] = []
+    for step in steps:
+        if found and step == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], step]
+        else:
+            found.append([step])
+    return ", ".join("-".join(map(str, each)) for each in found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    step: int
+
+
+def _row(path: Path, number: int, line: bytes, shape: type) -> dict[str, Any]:
+    place, remedy = f"{path}:{number}", "restore the file or remove that line"
+    for required in (_Step, shape):
+        read_json(line, required, place, remedy)
+    return read_json(line, dict[str, Any], place, remedy)
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Rewrite ``path`` without the lines of later steps, atomically."""
+    """Rewrite ``path`` without the lines of later steps, atomically; metrics get one line a step."""
     if not path.exists():
         return
     scratch = path.with_name(f"{path.name}.part")
     with scratch.open("w", encoding="utf-8") as file:
         if step >= 0:
-            for row in read_lines(path):
-                if row["step"] <= step:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rows = [row for row in read_lines(path) if row["step"] <= step]
+            if path.name == METRICS:
+                rows = [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)

@@ -13,6 +13,7 @@ from opd.tracking.compare import RunComparison, compare, conclusions, table, wri
 from opd.tracking.formatting import duration, number
 from opd.tracking.panels import comparison_panels, other_panels, run_line, run_panels
 from opd.tracking.runs import RunRecord, read_started_run
+from opd.tracking.signs import run_warnings
 from opd.tracking.weight_panels import weight_panels
 
 REPORT = "report.html"
@@ -34,6 +35,7 @@ def write_report(run_folder: str | Path) -> Path:
         run=run,
         title=run.name,
         facts=_facts(run),
+        warnings=run_warnings(run),
         panels=run_panels(run),
         weights=weight_panels(run.recorded),
         others=other_panels(run),

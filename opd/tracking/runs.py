@@ -10,6 +10,7 @@ import yaml
 
 from opd.tracking.formatting import evaluation_tasks
 from opd.tracking.jsonl import METRICS, SAMPLES, WEIGHTS, read_lines
+from opd.tracking.line_shapes import Metrics, SampleLine, WeightLine
 
 CONFIG = "config.yaml"
 
@@ -161,10 +162,10 @@ def read_run(folder: str | Path) -> RunRecord:
         config=about["config"],
         choices=about.get("choices") or {},
         about={name: about.get(name) for name in ("command", "git", "versions")},
-        rows=read_lines(root / METRICS),
-        samples=read_lines(root / SAMPLES),
+        rows=read_lines(root / METRICS, Metrics),
+        samples=read_lines(root / SAMPLES, SampleLine),
         has_final=(root / "final").is_dir(),
-        recorded=read_lines(root / WEIGHTS),
+        recorded=read_lines(root / WEIGHTS, WeightLine),
     )
 
 
@@ -179,6 +180,8 @@ def read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not readable as YAML ({error}); restore it") from error
     if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
         raise ValueError(f"{path}: found no `config` section; give a folder that `opd train` wrote")
+    if not isinstance(about.get("choices") or {}, dict):
+        raise ValueError(f"{path}: `choices` is no mapping of groups to names; restore it")
     return about
 
 

@@ -80,7 +80,7 @@ def _ranks(rows: Sequence[Row]) -> Panel:
         _line(rows, "all, bf16", 1, lambda r: rank(r["all"], "bf16")),
     ]
     for colour, block in enumerate(_BLOCKS, start=2):
-        if rows and block in rows[0]["blocks"]:
+        if rows and all(block in row["blocks"] for row in rows):
             lines.append(
                 _line(
                     rows, f"{block}, fp32", colour, lambda r, b=block: rank(r["blocks"][b], "fp32")
@@ -154,7 +154,10 @@ def _stack(
 
 
 def _bins(rows: Sequence[Row]) -> list[str]:
-    return [name for name in rows[0]["all"]["ulps"] if name != "0"] if rows else []
+    if not rows:
+        return []
+    shared = set.intersection(*(set(row["all"]["ulps"]) for row in rows))
+    return [name for name in rows[0]["all"]["ulps"] if name in shared - {"0"}]
 
 
 def _known(*lines: Line) -> list[Line]:

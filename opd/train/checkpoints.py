@@ -1,15 +1,29 @@
 """Checkpoints that are complete or absent: written to a partial folder, listed in a manifest, renamed."""
 
 import json
+import math
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from opd.checkpoint.whole_folder import PARTIAL, checksums, partial_path, put_in_place
+from opd.checked_json import read_json
+from opd.checkpoint.full_disk import full_disk_explained
+from opd.checkpoint.whole_folder import (
+    PARTIAL,
+    checksums,
+    partial_path,
+    put_in_place,
+    write_whole,
+)
+from opd.config.save import BestMetric
 from opd.world import World
 
 MANIFEST = "manifest.json"
+BEST = "best"
 DAMAGED = "damaged_"
 """Start of the name of a checkpoint that was set aside."""
 
@@ -24,18 +38,86 @@ class Manifest:
     checksums: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StoredManifest:
+    """A manifest as it is written; checkpoints of older versions have no checksums."""
+
+    step: int
+    processes: int
+    files: dict[str, int]
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
     """The folder of a step's checkpoint, such as checkpoints/step_000100."""
     return run_folder / "checkpoints" / f"step_{step:06d}"
 
 
+class BestCheckpoint:
+    """Which checkpoint is best by a metric: named in checkpoints/best.json, linked as checkpoints/best."""
+
+    def __init__(self, run_folder: Path, metric: BestMetric) -> None:
+        self._folder = run_folder / "checkpoints"
+        self._metric = metric
+
+    def needs_saving(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a step with ``metrics`` was evaluated, and is better than the best checkpoint."""
+        return self._metric.name.startswith("eval/") and self.improves(metrics)
+
+    def improves(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a step with ``metrics`` is better than the best checkpoint, or the first that has one."""
+        value, best = metrics.get(self._metric.name), self._read()
+        if value is None or not math.isfinite(value):
+            return False
+        if best is None or best["metric"] != self._metric.name:
+            return True
+        return value > best["value"] if self._metric.highest else value < best["value"]
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Make the checkpoint of ``step`` the best one, if it is."""
+        if not self.improves(metrics):
+            return
+        name = self._metric.name
+        best = {"step": step, "metric": name, "value": metrics[name]}
+        write_whole(self._folder / f"{BEST}.json", json.dumps(best) + "\n")
+        link = self._folder / BEST
+        if link.is_dir() and not link.is_symlink():  # a copy of the run that followed the link
+            shutil.rmtree(link)
+        partial = partial_path(link)
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(f"step_{step:06d}")
+        partial.replace(link)
+
+    @property
+    def folder(self) -> Path | None:
+        """The best checkpoint."""
+        best = self._read()
+        return None if best is None else checkpoint_folder(self._folder.parent, best["step"])
+
+    def _read(self) -> dict[str, Any] | None:
+        """None when there is none, or what is named is not there any more."""
+        try:
+            best = json.loads((self._folder / f"{BEST}.json").read_text())
+            is_there = checkpoint_folder(self._folder.parent, best["step"]).is_dir()
+            return {**best, "value": float(best["value"])} if is_there else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
 def write_checkpoint(
-    run_folder: Path, step: int, save: Callable[[str], None], *, keep: int, world: World
+    run_folder: Path,
+    step: int,
+    save: Callable[[str], None],
+    *,
+    keep: int,
+    world: World,
+    best: BestCheckpoint | None = None,
+    metrics: Mapping[str, float] = MappingProxyType({}),
 ) -> Path:
     """Call ``save`` with a partial folder, then rename that to the checkpoint; collective.
 
-    ``save`` is called on every rank. The ``keep`` newest checkpoints stay, older ones are removed.
-    Returns the checkpoint's folder.
+    ``save`` is called on every rank. The ``keep`` newest checkpoints and the best by the ``metrics`` of
+    their steps stay, older ones are removed. Returns the checkpoint's folder.
     """
     final = checkpoint_folder(run_folder, step)
     partial = partial_path(final)
@@ -43,15 +125,45 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     world.barrier()
-    save(str(partial))
-    world.barrier()
+    with _whole_or_nothing(run_folder, step, partial):
+        save(str(partial))
+        world.barrier()
+        if world.is_main:
+            _write_manifest(partial, step, world.size)
+            put_in_place(partial, final)
     if world.is_main:
-        _write_manifest(partial, step, world.size)
-        put_in_place(partial, final)
+        if best is not None:
+            best.record(step, metrics)
         for old in checkpoints(run_folder)[:-keep]:
-            shutil.rmtree(old)
+            if best is None or old != best.folder:
+                shutil.rmtree(old)
     world.barrier()
     return final
+
+
+@contextmanager
+def _whole_or_nothing(run_folder: Path, step: int, partial: Path) -> Iterator[None]:
+    """Inside, a checkpoint is written; a full disk is a RunError, and nothing of the checkpoint stays."""
+    earlier = checkpoints(run_folder)
+    needed = sum(read_manifest(earlier[-1]).sizes.values()) if earlier else None
+    kept = f"the checkpoint {earlier[-1].name} is whole" if earlier else "no step is saved"
+    remedy = f"{kept}: free some space, and the same command goes on from there"
+    what = f"the checkpoint of step {step}"
+    try:
+        with full_disk_explained(what, run_folder, needed=needed, remedy=remedy):
+            yield
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def remove_partial(run_folder: Path) -> None:
+    """Remove what checkpoints that were not finished have left."""
+    for partial in (run_folder / "checkpoints").glob(f"*{PARTIAL}"):
+        if partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
@@ -60,10 +172,10 @@ def checkpoints(run_folder: Path) -> list[Path]:
     return sorted(p for p in found if p.is_dir() and not p.name.endswith(PARTIAL))
 
 
-def newest_checkpoint(run_folder: Path, *, processes: int) -> tuple[Path, int] | None:
+def newest_checkpoint(run_folder: Path) -> tuple[Path, int] | None:
     """The checkpoint to resume from and its step; None when there is none.
 
-    Raises ValueError when it is cut short or was written by another number of processes.
+    Raises ValueError when it is cut short.
     """
     found = checkpoints(run_folder)
     if not found:
@@ -72,13 +184,7 @@ def newest_checkpoint(run_folder: Path, *, processes: int) -> tuple[Path, int] |
     fault = _incomplete(folder)
     if fault is not None:
         raise ValueError(f"the checkpoint {folder} is cut short: {fault}; {_advice(found)}")
-    manifest = read_manifest(folder)
-    if manifest.processes != processes:
-        raise ValueError(
-            f"the checkpoint {folder} was written by {manifest.processes} processes, "
-            f"found launch.processes={processes}: resume with as many, or use another run.dir"
-        )
-    return folder, manifest.step
+    return folder, read_manifest(folder).step
 
 
 def set_damaged_aside(run_folder: Path) -> list[str]:
@@ -115,15 +221,15 @@ def set_damaged_aside(run_folder: Path) -> list[str]:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint; ValueError when it has none that can be read."""
     try:
-        found = json.loads((folder / MANIFEST).read_text())
-        sizes, sums = dict(found["files"]), dict(found.get("sha256", {}))
-        step, processes = found["step"], found["processes"]
-        typed = [isinstance(n, int) for n in (step, processes, *sizes.values())]
-        if not all([*typed, folder.name == f"step_{step:06d}"]):
-            raise ValueError("it is not a manifest of this checkpoint")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = (folder / MANIFEST).read_bytes()
+    except OSError as error:
         raise ValueError(f"it has no readable {MANIFEST} ({error})") from None
-    return Manifest(step=step, processes=processes, sizes=sizes, checksums=sums)
+    found = read_json(content, _StoredManifest, f"its {MANIFEST}", "it cannot be used")
+    if folder.name != f"step_{found.step:06d}":
+        raise ValueError(f"its {MANIFEST} is of another checkpoint, step {found.step}")
+    return Manifest(
+        step=found.step, processes=found.processes, sizes=found.files, checksums=found.sha256
+    )
 
 
 def _write_manifest(folder: Path, step: int, processes: int) -> None:

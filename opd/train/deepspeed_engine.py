@@ -6,16 +6,20 @@ and ranks. DeepSpeed averages over ranks: the loss is multiplied by their number
 and the accumulation boundary is set by hand.
 """
 
+import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from opd.batch import Batch, LossOutput
 from opd.interfaces import Loss
-from opd.train.optimizers import create_states
+from opd.train.optimizers import create_states, named_groups
+from opd.train.saved_states import Layout, allowed_classes, open_states
 from opd.train.student import Student
 from opd.world import World
 
@@ -39,6 +43,7 @@ class DeepSpeedEngine:
 
         self._world = world
         self._zero: int = config["zero_optimization"]["stage"]
+        self._steps_on_any_gradient = self._zero == 0 and "bf16" not in config
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
@@ -51,6 +56,16 @@ class DeepSpeedEngine:
         self._optimizer = wrapped.optimizer
         self._create_states()
         self._linked = False
+        self._layout = {
+            "engine": "deepspeed",
+            "ranks": world.size,
+            "zero": self._zero,
+            "zero_optimization": json.dumps(config["zero_optimization"], sort_keys=True),
+        }
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
 
     def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
         total, sums, maxima, counts = self._engine(batch.to(self._world.device), loss)
@@ -64,7 +79,12 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         plain_norm = self._plain_grad_norm()
+        if self._steps_on_any_gradient and not math.isfinite(plain_norm):
+            self._engine.zero_grad()
+            return plain_norm
         self._engine.step()
+        if not self._engine.was_step_applied():  # DeepSpeed then keeps the norm of an earlier step
+            return math.nan
         norm = self._engine.get_global_grad_norm()
         return plain_norm if norm is None else float(norm)
 
@@ -97,11 +117,11 @@ class DeepSpeedEngine:
     def rewrite(
         self, parameter: torch.nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+        from deepspeed.utils import safe_get_full_fp32_param
 
         if self._zero:
             master: Any = safe_get_full_fp32_param(parameter)
-            safe_set_full_fp32_param(parameter, change(master))
+            self._set_state(parameter, "master", change(master).view(-1))
         with self.gathered([parameter]):
             changed = change(parameter.data).view(-1)
             for part, start in self.parts(parameter):
@@ -188,6 +208,62 @@ class DeepSpeedEngine:
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
         self._linked = False
 
+    @torch.no_grad()
+    def restore(self, folder: str, saved: Layout) -> None:
+        if any("nvme" in str(layout.get("zero_optimization")) for layout in (saved, self._layout)):
+            raise ValueError(
+                f"states on NVMe are not in the checkpoint {folder}: resume with the launch.deepspeed, "
+                "launch.processes and zero of the run, or use another run.dir"
+            )
+        read = open_states(folder, saved, named_groups(self._engine.module))
+        if self._zero in (1, 2):
+            self._link_states()
+        step = 0.0
+        for name, parameter in self._engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            states = dict(read(name))
+            step = max(step, float(states.pop("step", torch.zeros(1))))
+            for key, value in states.items():
+                self._set_state(parameter, key, value)
+            for part, start in self.parts(parameter):
+                part.copy_(states["master"][start : start + len(part)])
+        for state in self._engine.basic_optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(step)
+
+    def _set_state(self, parameter: Any, key: str, value: torch.Tensor) -> None:
+        """Set this rank's part of a master or an optimizer state to that of the whole, flat ``value``."""
+        optimizer = self._engine.optimizer
+        if self._zero == 0:
+            master = self._masters.get(id(parameter), parameter)
+            state = master if key == "master" else self._engine.basic_optimizer.state[master][key]
+            state.view(-1).copy_(value)
+        elif self._zero < 3:
+            mapping = parameter._hp_mapping
+            if mapping is not None:  # else all of it is on another rank
+                own = mapping.lp_fragment_address
+                part = mapping.get_hp_fragment(None if key == "master" else key)
+                part.copy_(value[own.start : own.start + own.numel])
+        else:
+            part, _ = optimizer._get_fp32_opt_state_partition(
+                parameter, False, None if key == "master" else key
+            )
+            start = self._world.rank * len(part)
+            own = value[start : start + len(part)]  # the last part is padded
+            part[: len(own)].copy_(own)
+
+    @cached_property
+    def _masters(self) -> dict[int, torch.Tensor]:
+        """id of a parameter -> its float32 master, where stage 0 has masters."""
+        if self._steps_on_any_gradient:
+            return {}
+        optimizer = self._engine.optimizer
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {
+            id(p): master for ps, masters in pairs for p, master in zip(ps, masters, strict=True)
+        }
+
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
@@ -195,14 +271,10 @@ def _weights_only() -> Iterator[None]:
 
     DeepSpeed would unpickle anything.
     """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        with allowed_classes():
             yield
     finally:
         if before is None:

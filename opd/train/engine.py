@@ -8,6 +8,7 @@ import torch
 
 from opd.batch import Batch, LossOutput
 from opd.interfaces import Loss
+from opd.train.saved_states import Layout
 
 
 class TrainingEngine(Protocol):
@@ -15,6 +16,11 @@ class TrainingEngine(Protocol):
 
     "collective" means that every rank calls the method, with the same parameters in the same order.
     """
+
+    @property
+    def layout(self) -> Layout:
+        """How the state is divided; ``load`` reads what an engine of an equal layout saved."""
+        ...
 
     def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
         """Run the student; without a loss, ``total`` holds the targets' log-probs [N]."""
@@ -25,7 +31,10 @@ class TrainingEngine(Protocol):
         ...
 
     def step(self, lr: float) -> float:
-        """Clip, take one optimizer step, clear gradients; returns the gradient norm before clipping."""
+        """Clip, take one optimizer step, clear gradients; returns the gradient norm before clipping.
+
+        Where the norm is not finite, on all ranks alike, no weight and no optimizer state changes.
+        """
         ...
 
     @contextmanager
@@ -65,5 +74,9 @@ class TrainingEngine(Protocol):
         ...
 
     def load(self, folder: str) -> None:
-        """Restore what ``save`` wrote, on as many ranks; collective."""
+        """Restore what ``save`` wrote in an engine of the same layout, bit for bit; collective."""
+        ...
+
+    def restore(self, folder: str, saved: Layout) -> None:
+        """Restore what ``save`` wrote in an engine of layout ``saved``, divided anew; collective."""
         ...

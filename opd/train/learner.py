@@ -4,31 +4,35 @@ Losses are sums over tokens; they are divided here, once, by a count over all ra
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from opd.batch import TOKEN_MEAN, Batch, LossOutput, LossReduction, collate, micro_batches
+from opd.batch import TOKEN_MEAN, Batch, LossReduction, collate
 from opd.checkpoint.tensors import Stored
 from opd.config.train import MaskScores, TrainConfig
 from opd.interfaces import Loss, Progress
+from opd.packing import Packing, micro_batches, padding
 from opd.train.checkpoint_layout import stored_buffers
 from opd.train.engine import TrainingEngine
-from opd.train.finite import (
-    require_finite_losses,
-    require_finite_norm,
-    require_finite_weights,
-)
+from opd.train.finite import SkippedSteps, find_loss_fault, require_finite_weights
 from opd.train.mask_scores import scores
 from opd.train.optimizers import LearningRate
 from opd.train.parameter_mask import ParameterMask
 from opd.train.record import NoRecord, Recorder
 from opd.train.routers import RouterLoad
+from opd.train.saved_states import (
+    RANK_FILE,
+    random_states,
+    read_rank_state,
+    set_random_states,
+)
 from opd.train.student import causal_lm
+from opd.train.totals import Totals
 from opd.train.weights import flip_bit, full_weights
 from opd.types import FloatArray, Rollout, ScoredRollout, StepReport
 from opd.world import World
@@ -46,6 +50,7 @@ class StudentLearner:
         reduction: which tokens count, and what a step's sum is divided by.
         teachers: names of teachers that prompts may give; each has metrics of its own.
         recorder: measures the weights before and after each optimizer step.
+        packing: how sequences become rows of micro-batches; changes no result.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class StudentLearner:
         reduction: LossReduction = TOKEN_MEAN,
         teachers: Sequence[str] = (),
         recorder: Recorder | None = None,
+        packing: Packing = Packing.off,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -75,44 +81,63 @@ class StudentLearner:
         self._discount = discount
         self._reduction = reduction
         self._teachers = teachers
+        self._packing = packing
         self._world = world
         self._progress = progress
         self._recorder = recorder or NoRecord()
         self._router_load = RouterLoad(causal_lm(model))
+        self._skipped = SkippedSteps(train.on_nonfinite, world)
         self.version = 0
 
     def step(self, scored: Sequence[ScoredRollout]) -> StepReport:
         """One optimizer step on this rank's ``scored``; metrics are per token over all ranks. Collective.
 
-        Raises RunError when a loss, the gradient norm or a weight is not finite.
+        Where a loss or the gradient norm is not finite, ``train.on_nonfinite`` decides: RunError, or a
+        version with the same bits, whose metrics lack what is not finite. RunError when a weight is not.
         """
         self._model.train()
         counts = self._token_counts(scored, self._reduction)
         totals = Totals(self._teachers)
         batches = self._batches(scored, self._reduction, discount=self._discount)
         losses: list[float] = []
+        fault = None
         with self._progress.track("learn", len(batches)) as advance, self._router_load.counting():
             for number, batch in enumerate(batches, start=1):
+                self._router_load.expect(batch.attention_mask_BT)
                 out = self._engine.forward(batch, self._loss)
-                total = out.total / counts["denominator"]
-                self._engine.backward(total, last=number == len(batches))
-                totals.add(out, batch)
                 losses.append(float(out.total.detach()))
+                totals.add(out, batch)
+                last = number == len(batches)
+                fault = self._find_loss_fault(losses, scored) if last else None
+                # gradients of NaN make every engine leave its step out
+                scale = math.nan if fault else 1.0
+                self._engine.backward(out.total / counts["denominator"] * scale, last=last)
                 advance(1)
-        self._require_finite(losses, scored)
         lr = self._learning_rate(self.version)
         self._recorder.before_step(self.version)
         norm = self._engine.step(lr)
-        require_finite_norm(norm, self.version + 1)
-        self._parameter_mask.write_back(self._engine)
         self.version += 1
-        require_finite_weights(self._model, self._engine, self._world, self.version)
+        if fault is None and not math.isfinite(norm):
+            fault = f"the gradient norm is {norm}"
+        self._skipped.take(self.version, fault)
         metrics = totals.per_token(self._world, **counts)
         metrics |= {"optim/grad_norm": norm, "optim/lr": lr, "tokens/trained": counts["tokens"]}
+        empty = {"tokens/padding": float(padding(self._groups(scored), self._packing))}
+        metrics |= self._world.sum(empty)
         metrics |= self._rewards(scored) | self._parameter_mask.metrics()
-        metrics |= self._router_load.metrics(self._world)
-        metrics |= self._recorder.after_step(self.version, lr=lr, norm=norm)
+        metrics |= self._router_load.metrics(self._world) | self._skipped.metrics()
+        if fault is None:
+            metrics |= self._finish_step(lr, norm)
+        else:
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         return StepReport(version=self.version, metrics=metrics)
+
+    def _finish_step(self, lr: float, norm: float) -> dict[str, float]:
+        """What follows an optimizer step that changed weights; metrics of their record. Collective."""
+        self._parameter_mask.write_back(self._engine)
+        require_finite_weights(self._model, self._engine, self._world, self.version)
+        taken = self.version - self._skipped.total
+        return self._recorder.after_step(self.version, taken=taken, lr=lr, norm=norm)
 
     def measure(self, scored: Sequence[ScoredRollout], loss: Loss) -> dict[str, float]:
         """The loss's metrics per token over all ranks; no weight changes. Collective."""
@@ -178,28 +203,38 @@ class StudentLearner:
         self._engine.save(folder)
         state = {
             "version": self.version,
-            "torch_rng": torch.get_rng_state(),
+            "random": random_states(self._world.device),
             "mask": self._parameter_mask.mask,
             "record": self._recorder.state(),
+            "skipped": self._skipped.state(),
+            "layout": dict(self._engine.layout),
         }
-        torch.save(state, f"{folder}/rank_{self._world.rank}.pt")
+        torch.save(state, Path(folder) / RANK_FILE.format(self._world.rank))
 
     def load(self, folder: str) -> None:
-        """Restore what ``save`` wrote, on as many ranks; collective.
+        """Restore what ``save`` wrote; collective.
 
-        Raises ValueError when another mask was trained.
+        With the same engine, ranks and ZeRO settings all bits are those of the saved learner. With others
+        states are the same numbers, divided anew, and dropout draws other numbers. Raises ValueError when
+        another mask was trained.
         """
-        state = torch.load(f"{folder}/rank_{self._world.rank}.pt", weights_only=True)
+        state = read_rank_state(folder, self._world)
         if state["mask"] != self._parameter_mask.mask:
             raise ValueError(
                 f"the checkpoint {folder} was trained with another mask: resume with the mask of the "
                 "run, or use another run.dir"
             )
         self._recorder.resume(state.get("record"), folder)
-        self._engine.load(folder)
-        self._parameter_mask.write_back(self._engine)
         self.version = state["version"]
-        torch.set_rng_state(state["torch_rng"])
+        layout = state.get("layout", self._engine.layout)
+        if layout == self._engine.layout:
+            self._engine.load(folder)
+        else:
+            self._engine.restore(folder, layout)
+        self._parameter_mask.write_back(self._engine)
+        self._skipped.load(state.get("skipped", self._skipped.state()))
+        seed = self.version * 1_000_003 + self._world.rank
+        set_random_states(state.get("random"), self._world.device, seed=seed)
 
     def _token_counts(
         self, scored: Sequence[ScoredRollout], reduction: LossReduction
@@ -208,11 +243,11 @@ class StudentLearner:
         own = float(sum(map(reduction.kept, scored)))
         return self._world.sum({"tokens": own, "denominator": reduction.denominator(scored)})
 
-    def _require_finite(self, losses: list[float], scored: Sequence[ScoredRollout]) -> None:
+    def _find_loss_fault(self, losses: list[float], scored: Sequence[ScoredRollout]) -> str | None:
         # dummy micro-batches have no group
         each = zip_longest(losses, self._groups(scored), fillvalue=[])
         pairs = [(loss, group) for loss, group in each if isinstance(loss, float)]
-        require_finite_losses(pairs, self._model, self._engine, self._world, self.version + 1)
+        return find_loss_fault(pairs, self._model, self._engine, self._world, self.version + 1)
 
     def _rewards(self, scored: Sequence[ScoredRollout]) -> dict[str, float]:
         """The mean over all ranks, if any rollout has a reward."""
@@ -221,7 +256,8 @@ class StudentLearner:
         return {"reward/mean": sums["reward"] / sums["count"]} if sums["count"] else {}
 
     def _groups(self, scored: Sequence[ScoredRollout]) -> list[list[ScoredRollout]]:
-        return micro_batches(scored, tokens=self._train.max_tokens_per_micro_batch)
+        tokens = self._train.max_tokens_per_micro_batch
+        return micro_batches(scored, tokens=tokens, packing=self._packing)
 
     def _batches(
         self, scored: Sequence[ScoredRollout], reduction: LossReduction, *, discount: float = 0.0
@@ -238,47 +274,10 @@ class StudentLearner:
     def _collated(
         self, scored: Sequence[ScoredRollout], reduction: LossReduction, discount: float
     ) -> Batch:
-        return collate(scored, pad_id=self._pad_id, discount=discount, reduction=reduction)
-
-
-class Totals:
-    """Sums and maxima of metrics over the micro-batches of a rank; ranks are reduced at the end.
-
-    Sums of each of ``teachers`` are also kept separately, as ``teacher/<name>/<metric>``.
-    """
-
-    def __init__(self, teachers: Sequence[str] = ()) -> None:
-        self._teachers = teachers
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._counts: defaultdict[str, float] = defaultdict(float)
-        self._maxima: dict[str, float] = {}
-
-    def add(self, out: LossOutput, batch: Batch) -> None:
-        """Add a micro-batch."""
-        sums = {name: float(value) for name, value in out.sums.items()}
-        for name, value in {**sums, "loss/total": float(out.total.detach())}.items():
-            self._sums[name] += value
-        for name, value in out.counts.items():
-            self._counts[name] += float(value)
-        for name, value in out.maxima.items():
-            self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(value))
-        for teacher in self._teachers:
-            scored_it = batch.teacher == teacher
-            for name, value in sums.items():
-                if name.startswith(("loss/", "teacher/")):
-                    key = f"teacher/{teacher}/{name.rpartition('/')[2]}"
-                    self._sums[key] += value if scored_it else 0.0
-                    count = float(out.counts.get(name, batch.tokens))
-                    self._counts[key] += count if scored_it else 0.0
-
-    def per_token(self, world: World, *, tokens: float, denominator: float) -> dict[str, float]:
-        """Means over the tokens of all ranks, and maxima; metrics with a count of 0 are left out."""
-        counts = world.sum(self._counts)
-        sums = world.sum(self._sums)
-        total = sums.pop("loss/total")
-        means = {
-            name: value / counts.get(name, tokens)
-            for name, value in sums.items()
-            if counts.get(name, tokens)
-        }
-        return {"loss/total": total / denominator, **means, **world.max(self._maxima)}
+        return collate(
+            scored,
+            pad_id=self._pad_id,
+            discount=discount,
+            reduction=reduction,
+            packing=self._packing,
+        )

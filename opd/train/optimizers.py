@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 
 from opd.config.optim import AdamWConfig, LearningRateSchedule, OptimConfig, SGDConfig
-from opd.train.compact import matrices_and_vectors
+from opd.train.compact import full_shape, matrices_and_vectors
 
 
 def build_optimizer(student: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -31,6 +31,13 @@ def build_optimizer(student: torch.nn.Module, config: OptimConfig) -> torch.opti
                 groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov
             )
     raise AssertionError(f"no optimizer for {type(config).__name__}")
+
+
+def named_groups(student: torch.nn.Module) -> list[dict[str, int]]:
+    """Name and number of elements of each trained parameter, for each group of ``build_optimizer``."""
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    groups = [group for group in matrices_and_vectors(student) if group]
+    return [{names[id(p)]: math.prod(full_shape(p)) for p in group} for group in groups]
 
 
 def create_states(

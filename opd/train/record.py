@@ -44,8 +44,8 @@ class Recorder(Protocol):
         """Called when gradients are complete and ``version`` optimizer steps have been taken."""
         ...
 
-    def after_step(self, version: int, *, lr: float, norm: float) -> dict[str, float]:
-        """Metrics of step ``version``, just taken; ``norm`` is the gradient norm before clipping."""
+    def after_step(self, version: int, *, taken: int, lr: float, norm: float) -> dict[str, float]:
+        """Metrics of step ``version``, the ``taken``-th that was not skipped; ``norm`` is before clipping."""
         ...
 
     def state(self) -> dict[str, Any] | None:
@@ -66,7 +66,7 @@ class NoRecord:
     def before_step(self, version: int) -> None:
         """Nothing to do."""
 
-    def after_step(self, version: int, *, lr: float, norm: float) -> dict[str, float]:
+    def after_step(self, version: int, *, taken: int, lr: float, norm: float) -> dict[str, float]:
         return {}
 
     def state(self) -> None:
@@ -147,7 +147,7 @@ class WeightRecorder:
         self._seconds = time.perf_counter() - started
 
     @torch.no_grad()
-    def after_step(self, version: int, *, lr: float, norm: float) -> dict[str, float]:
+    def after_step(self, version: int, *, taken: int, lr: float, norm: float) -> dict[str, float]:
         if not self._due(version):
             return {"time/record": self._seconds} if version == 1 else {}
         started = time.perf_counter()
@@ -155,7 +155,7 @@ class WeightRecorder:
         if self._adam is not None:
             clip = self._adam.max_grad_norm
             factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
-            moments = Moments(config=self._adam, step=version, lr=lr, clipped=factor)
+            moments = Moments(config=self._adam, step=taken, lr=lr, clipped=factor)
         row = self._record(version, moments)
         self._seconds += time.perf_counter() - started
         return headline(row) | {"time/record": self._seconds}

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from opd.model_head import decoder
 from opd.world import World
 
 RECORDED = "router_logits"
@@ -77,8 +76,6 @@ class RouterLoad:
         found = routers(causal)
         for number, (router, place) in enumerate(found):
             router.register_forward_hook(partial(self._count, number, place))
-        if found:
-            decoder(causal).register_forward_pre_hook(self._keep_mask, with_kwargs=True)
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -87,6 +84,10 @@ class RouterLoad:
         self._counting = True
         yield
         self._counting = False
+
+    def expect(self, mask_BT: torch.Tensor) -> None:
+        """The mask of the next forward pass: 0 at padding."""
+        self._real = mask_BT.reshape(-1, 1)
 
     def metrics(self, world: World) -> dict[str, float]:
         """Loads relative to equal ones over all ranks: 1 is balanced; empty without experts. Collective.
@@ -109,19 +110,15 @@ class RouterLoad:
             "router/entropy": float(torch.stack(entropies).mean()),
         }
 
-    def _keep_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        mask_BT: torch.Tensor | None = kwargs.get("attention_mask")
-        self._real = None if mask_BT is None else mask_BT.reshape(-1, 1)
-
     def _count(self, number: int, place: int, router: nn.Module, args: Any, output: Any) -> None:
         chosen = [t for t in output if isinstance(t, torch.Tensor) and not t.is_floating_point()]
         if not self._counting or len(chosen) != 1:
             return
-        assert self._real is not None, "batches have an attention mask"
+        assert self._real is not None, "a batch has a mask"
         chosen_NK, experts = chosen[0], output[place].shape[-1]
         if number not in self._counts:
             self._counts[number] = torch.zeros(
                 experts, dtype=torch.float64, device=chosen_NK.device
             )
-        weights_NK = self._real.expand(chosen_NK.shape).double()
+        weights_NK = self._real.to(chosen_NK.device).expand(chosen_NK.shape).double()
         self._counts[number].scatter_add_(0, chosen_NK.reshape(-1), weights_NK.reshape(-1))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opd.batch import Batch, LossOutput
-from opd.head import HeadSpec, chunk_rows
+from opd.head import HeadSpec, as_operand, chunk_rows
 from opd.interfaces import Loss, Teacher
 from opd.model_head import decoder
 from opd.train.chunked import chunked_logps, chunked_loss
@@ -54,8 +54,14 @@ class Student(nn.Module):
     ) -> tuple[torch.Tensor, *tuple[dict[str, torch.Tensor], ...]]:
         """(total, sums, maxima, counts) of ``loss``; without a loss, total is the targets' log-probs [N]."""
         causal = causal_lm(self.model)
+        # transformers separates the sequences of a row by their positions where no mask is given
+        sequences = (
+            {"attention_mask": batch.attention_mask_BT}
+            if batch.position_ids_BT is None
+            else {"position_ids": batch.position_ids_BT}
+        )
         hidden_BTD = decoder(causal)(
-            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
+            input_ids=batch.input_ids_BT, use_cache=False, **sequences
         ).last_hidden_state
         hidden_ND = hidden_BTD.flatten(0, 1)[batch.positions_N]
         weight_VD = causal.get_output_embeddings().weight
@@ -120,7 +126,7 @@ class TeacherHeads:
         assert self._teacher is not None, "only a teacher sends hidden states"
         head_VD = self._kept.pop(name, None)
         if head_VD is None:
-            head_VD = torch.from_numpy(self._teacher.head(name)).to(self._device)
+            head_VD = as_operand(torch.from_numpy(self._teacher.head(name)), self._device)
         self._kept[name] = head_VD
         while len(self._kept) > self._most:
             del self._kept[next(iter(self._kept))]
@@ -139,13 +145,13 @@ def with_sequence_gaps(batch: Batch, logp_N: torch.Tensor) -> Batch:
     """
     assert batch.sequence_N is not None, "collate fills sequence_N"
     gap_N = (logp_N - batch.engine_logp_N).nan_to_num(nan=0.0).double()
-    zeros_B = gap_N.new_zeros(batch.input_ids_BT.shape[0])
-    sum_B = zeros_B.index_add(0, batch.sequence_N, gap_N)
-    count_B = zeros_B.index_add(0, batch.sequence_N, torch.ones_like(gap_N))
+    zeros_S = torch.zeros_like(gap_N)  # a sequence has at least one token
+    sum_S = zeros_S.index_add(0, batch.sequence_N, gap_N)
+    count_S = zeros_S.index_add(0, batch.sequence_N, torch.ones_like(gap_N))
     return replace(
         batch,
-        sequence_gap_N=sum_B[batch.sequence_N].to(logp_N.dtype),
-        sequence_mean_gap_N=(sum_B / count_B)[batch.sequence_N].to(logp_N.dtype),
+        sequence_gap_N=sum_S[batch.sequence_N].to(logp_N.dtype),
+        sequence_mean_gap_N=(sum_S / count_S)[batch.sequence_N].to(logp_N.dtype),
     )
 
 

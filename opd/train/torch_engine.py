@@ -1,5 +1,6 @@
 """The training engine on plain torch, in one process."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from opd.batch import Batch, LossOutput
 from opd.config.train import Precision
 from opd.interfaces import Loss
-from opd.train.optimizers import create_states
+from opd.train.optimizers import create_states, named_groups
+from opd.train.saved_states import Layout, open_states
 from opd.train.student import Student
 
 
@@ -37,6 +39,10 @@ class TorchEngine:
         self._device = device
         create_states(optimizer, (p for g in optimizer.param_groups for p in g["params"]))
 
+    @property
+    def layout(self) -> Layout:
+        return {"engine": "torch"}
+
     def forward(self, batch: Batch, loss: Loss | None) -> LossOutput:
         compute = (
             torch.autocast(self._device.type, torch.bfloat16) if self._autocast else nullcontext()
@@ -51,13 +57,15 @@ class TorchEngine:
     def step(self, lr: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = torch.nn.utils.get_total_norm(self._gradients())
-        if self._max_grad_norm:
-            parameters = self._student.parameters()
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
-        self._optimizer.step()
+        total = torch.nn.utils.get_total_norm(self._gradients())
+        norm = float(total)
+        if math.isfinite(norm):
+            if self._max_grad_norm:
+                parameters = self._student.parameters()
+                torch.nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, total)
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     @contextmanager
     def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
@@ -95,3 +103,13 @@ class TorchEngine:
         trained = {n for n, p in self._student.named_parameters() if p.requires_grad}
         assert not trained & set(absent), f"the checkpoint lacks {sorted(trained & set(absent))[0]}"
         self._optimizer.load_state_dict(state["optimizer"])
+
+    @torch.no_grad()
+    def restore(self, folder: str, saved: Layout) -> None:
+        read = open_states(folder, saved, named_groups(self._student))
+        for name, parameter in self._student.named_parameters():
+            if parameter.requires_grad:
+                states = dict(read(name))
+                parameter.view(-1).copy_(states.pop("master"))
+                for key, value in states.items():
+                    self._optimizer.state[parameter][key].view(-1).copy_(value)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 
+from opd.checkpoint.full_disk import full_disk_explained
 from opd.checkpoint.whole_folder import whole_folder
 from opd.config.adapter import LoraConfig
 from opd.config.student import AUTO_ATTENTION, StudentConfig
@@ -247,7 +248,12 @@ def export(
     """
     causal = causal_lm(model)
     state = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
-    with whole_folder(folder) as partial:
+    needed = sum(tensor.nbytes for tensor in state.values())
+    remedy = "free some space, and the same command writes it from the last checkpoint"
+    with (
+        full_disk_explained("the final model", folder, needed=needed, remedy=remedy),
+        whole_folder(folder) as partial,
+    ):
         save_torch_state_dict(state, partial)
         causal.config.dtype = next(iter(state.values())).dtype
         causal.config.save_pretrained(partial)

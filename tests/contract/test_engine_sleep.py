@@ -146,7 +146,7 @@ def test_without_that_check_the_engine_would_compute_nan(
     assert check is not None
     training.loop.sync.push(training.learner.weights(), 0)
     assert check.verify()["sync/gap"] < 1e-5
-    training.loop.engine.generate(training.loop.prompts.take(0), training.loop.sampling)
+    training.writer.engine.generate(training.writer.prompts.take(0), training.writer.sampling)
     monkeypatch.setattr(EngineSleep, "_require_weights", lambda self: None)
     with pytest.raises(SyncMismatch, match="nan"):
         check.verify()
@@ -159,7 +159,7 @@ def test_a_tensor_that_a_push_does_not_reach_is_seen_after_a_sleep(
     check, loop = training.sync_check, training.loop
     assert check is not None
     loop.sync.push(training.learner.weights(), 0)
-    loop.engine.generate(loop.prompts.take(0), loop.sampling)
+    training.writer.engine.generate(training.writer.prompts.take(0), training.writer.sampling)
     norm = "model.layers.0.input_layernorm.weight"
     weights = dict(training.learner.weights())
     assert weights.pop(norm) is not None

@@ -26,7 +26,6 @@ from opd.assembly.training import build_training
 from opd.checkpoint.chunks import quiet
 from opd.checkpoint.tensors import open_checkpoint
 from opd.config.mask import MaskRule, RuleConfig
-from opd.loop import timed
 from opd.mask.discover import discover_mask
 from opd.mask.file import RUN_MASK
 from opd.mask.mask import Mask
@@ -34,6 +33,7 @@ from opd.reference import load_whole, reference_logps
 from opd.run.recipe import load_recipe
 from opd.run.self_check import compare_at_start
 from opd.sync.verify import SyncMismatch
+from opd.timing import timed
 from opd.train.weights import export
 from opd.types import Rollout, Sampling
 from tests.families.models import FAMILIES, build
@@ -113,7 +113,7 @@ def _train(
         overrides += ["mask=file", f"mask.path={folder / RUN_MASK}"]
     recipe = load_recipe("quickstart", *overrides)
     training = build_training(recipe.config, folder, recipe.plain, io.StringIO(), None)
-    engine, prompts = training.loop.engine, training.prompts.train[:4]
+    engine, prompts = training.writer.engine, training.prompts.train[:4]
     outputs = {"loaded": engine.generate(prompts, GREEDY)}
     lines = compare_at_start(recipe.config, training)
     training.loop.run(training.start)

@@ -249,12 +249,34 @@ DEFAULT = (
 """One of each kind: plain, head tied to an embedding of vLLM's, transformers' module in vLLM, experts fused
 in memory, MLA with a stored buffer, experts written without a loader, hybrid, refused."""
 
+PADDED = {
+    "bloom",
+    "falcon_h1",
+    "gpt_oss",
+    "granite_hybrid",
+    "lfm2",
+    "nemotron_h",
+    "opt",
+    "qwen3_next",
+}
+"""Families whose code in transformers does not keep the sequences of a row apart by their positions."""
+NO_PLAIN_HEAD = {"phi"}
+
 
 def build(name: str, folder: Path, tokenizer: Path) -> None:
-    """Write the tiny model into ``folder``; with random weights large enough that a wrong factor shows."""
+    """Write the tiny model and its tokenizer into ``folder``."""
     words = AutoTokenizer.from_pretrained(tokenizer)
+    model = tiny_family(name, len(words))
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    if name == "gpt2_hub":
+        _leave_prefix_out(folder / "model.safetensors")
+
+
+def tiny_family(name: str, vocab_size: int) -> Any:
+    """The tiny model, with random weights large enough that a wrong factor shows."""
     family = FAMILIES[name]
-    settings = SIZES | family.settings | {"vocab_size": len(words)}
+    settings = SIZES | family.settings | {"vocab_size": vocab_size}
     config = CONFIG_MAPPING[family.kind](**settings)
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -264,10 +286,7 @@ def build(name: str, folder: Path, tokenizer: Path) -> None:
                 parameter.mul_(3)
         for _, buffer in stored_buffers(model):
             buffer.copy_(torch.randn_like(buffer) * 0.01)
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    if name == "gpt2_hub":
-        _leave_prefix_out(folder / "model.safetensors")
+    return model
 
 
 def _leave_prefix_out(file: Path) -> None:

@@ -5,7 +5,9 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,15 +15,16 @@ from opd.config.fields import require_bounds
 from opd.config.optim import AdamWConfig
 from opd.config.train import Precision
 from opd.faults import RunError
-from opd.run.launch import WorkerFailed, _raise_failure
+from opd.run.ranks import WorkerFailed, _raise_failure
 from opd.run.status import FAILED
 from opd.train.finite import (
+    find_bad_input,
+    find_loss_fault,
     first_nonfinite_weight,
-    require_finite_losses,
-    require_finite_norm,
     require_finite_weights,
 )
 from opd.train.torch_engine import TorchEngine
+from opd.types import FinishReason, Prompt, Rollout, ScoredRollout, SupportLogps
 from opd.world import World
 from tests.support.command import SMALL, opd
 
@@ -58,14 +61,58 @@ def test_the_first_weight_that_is_not_finite_is_named(value: float) -> None:
     with pytest.raises(RunError, match=r"step 4: the weight 1\.weight is not finite"):
         require_finite_weights(model, engine(model), ALONE, 4)
     with pytest.raises(RunError, match=r"the loss is nan .* the weight 1\.weight is not finite"):
-        require_finite_losses([(0.5, []), (math.nan, [])], model, engine(model), ALONE, 4)
+        find_loss_fault([(0.5, []), (math.nan, [])], model, engine(model), ALONE, 4)
 
 
-@pytest.mark.parametrize("norm", [math.nan, math.inf])
-def test_a_gradient_norm_that_is_not_finite_ends_the_run(norm: float) -> None:
-    require_finite_norm(1e30, 3)
-    with pytest.raises(RunError, match="step 3: the gradient norm is"):
-        require_finite_norm(norm, 3)
+def scored(**numbers: Any) -> ScoredRollout:
+    rollout = Rollout(
+        prompt=Prompt(uid="row 7", token_ids=np.ones(3, np.int32), teacher="maths"),
+        token_ids=np.ones(2, np.int32),
+        logps=np.full(2, np.nan, np.float32),  # as a data set gives them
+        finish_reason=FinishReason.stop,
+        version=0,
+    )
+    return ScoredRollout(rollout=rollout, **numbers)
+
+
+def rows(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def support(logp: float, tail: float) -> SupportLogps:
+    return SupportLogps(
+        ids=np.zeros((2, 1), np.int32), logps=rows(-1.0, logp)[:, None], tail_logp=rows(-1.0, tail)
+    )
+
+
+NAMED = "the teacher maths gave for token 1 of a completion of prompt row 7 is not finite"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"logps": rows(-1.0, math.nan)}, f"the log-prob that {NAMED}"),
+        ({"support": support(math.nan, -1.0)}, f"a log-prob of the support that {NAMED}"),
+        ({"support": support(-1.0, math.nan)}, f"the log-prob of the tail that {NAMED}"),
+        ({"full_logps": np.array([[-1, -1], [-1, np.nan]])}, f"the distribution that {NAMED}"),
+        ({"hidden": np.array([[1.0, 1.0], [np.inf, 1.0]])}, f"the hidden state that {NAMED}"),
+        ({"hidden": np.array([[1], [0x7F80]], np.uint16)}, f"the hidden state that {NAMED}"),
+        ({"reward": math.nan}, "the reward of a completion of prompt row 7 is nan"),
+        ({"advantage": math.inf}, "the advantage of a completion of prompt row 7 is inf"),
+    ],
+)
+def test_a_number_that_no_skipped_step_mends_ends_the_run_and_is_named(
+    numbers: dict[str, Any], words: str
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    fine, bad = scored(full_logps=np.array([[0, -np.inf], [-1, -1]])), scored(**numbers)
+    assert find_bad_input(fine) is None
+    assert find_bad_input(bad) == words
+    with pytest.raises(RunError, match=f"step 4: the loss is inf .* row 7, because {words}"):
+        find_loss_fault([(math.inf, [fine, bad])], model, engine(model), ALONE, 4)
+    fault = find_loss_fault([(1.0, [bad]), (math.nan, [fine])], model, engine(model), ALONE, 4)
+    assert fault == "the loss is nan in a micro-batch with prompt row 7"
+    assert find_loss_fault([(1.0, [bad])], model, engine(model), ALONE, 4) is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """A malformed request to a rollout server gets one sentence and hurts no other request."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,3 +129,51 @@ def test_a_malformed_request_gets_a_sentence(client: TestClient, name: str) -> N
     assert good.status_code == 200, good.text
     rollouts = read_response(good.content, [Prompt(uid="p", token_ids=IDS)], sampling)
     assert [r.token_ids.tolist() for r in rollouts] == [[4], [4]]
+
+
+class FailingEngine(OneTokenEngine):
+    """Raises where it is told to: ``broken`` for every prompt, or for those of one id."""
+
+    def __init__(self) -> None:
+        self.broken = False
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        if self.broken or any(p.token_ids[0] == 66 for p in prompts):
+            raise RuntimeError("an illegal memory access")
+        return super().generate(prompts, sampling)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_engine_that_failed_is_checked_and_a_broken_one_ends_its_server(broken: bool) -> None:
+    engine, sentences = FailingEngine(), list[str]()
+    state = ReceiverState(run="r", version=3)
+    host = EngineHost(
+        engine=engine,
+        model=ServedModel(
+            model="m", dtype="float32", max_length=64, vocab_size=VOCAB, stop_ids=[1]
+        ),
+        take=lambda body: state,
+        state=lambda: state,
+    )
+    application = rollout_app(
+        lambda: host, token=None, max_request_bytes=1 << 20, leave=sentences.append
+    )
+    client = TestClient(application)
+    assert client.get("/health").status_code == 200
+    engine.broken = broken
+    bad = post(client, body(token_ids=np.array([66, 5, 6, 7], np.int32), max_tokens=9))
+    assert bad.status_code == 500
+    after = post(client, body(max_tokens=9))  # behind the check, in the engine's thread
+    assert after.status_code == (500 if broken else 200)
+    assert client.get("/health").status_code == (503 if broken else 200)
+    assert bool(sentences) == broken
+    for sentence in sentences:
+        assert "does not generate any more (RuntimeError: an illegal memory access)" in sentence
+        assert "\n" not in sentence
+
+
+def test_a_server_whose_engine_is_broken_leaves_with_1_and_one_sentence() -> None:
+    code = "from opd.rollout.app import leave_process; leave_process('the engine failed')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "opd rollout: the engine failed\n"

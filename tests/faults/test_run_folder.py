@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert "step_000004 is damaged" in sentence
     assert "resumes from step_000002" in sentence
     assert "\n" not in sentence
-    assert newest_checkpoint(tmp_path, processes=1) == (checkpoint_folder(tmp_path, 2), 2)
+    assert newest_checkpoint(tmp_path) == (checkpoint_folder(tmp_path, 2), 2)
     assert (tmp_path / "checkpoints" / "damaged_step_000004").is_dir(), "nothing is deleted"
     assert set_damaged_aside(tmp_path) == []
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from opd.batch import Batch
-from opd.head import HeadSpec
+from opd.head import HeadSpec, as_operand, head_logits
 from opd.losses.divergence import Divergence
 from opd.train.chunked import chunked_loss
 from tests.support.command import SMALL, environment, opd
@@ -62,6 +62,18 @@ def test_chunked_loss_on_cuda_is_the_dense_one_in_float64(dtype: torch.dtype) ->
     bound = 1e-4 if dtype == torch.float32 else 2e-2
     scale = exact_hidden.grad.abs().max()
     assert float((hidden_cuda.grad.cpu().double() - exact_hidden.grad).abs().max() / scale) < bound
+
+
+def test_a_bfloat16_head_gives_the_logits_of_its_float32_copy() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(64, 512).bfloat16()
+    weight = torch.randn(1000, 512).bfloat16()
+    operand = as_operand(weight.float(), torch.device("cuda"))
+    assert operand.dtype == torch.bfloat16
+    exact = hidden.double() @ weight.double().T
+    for states in (hidden, hidden.float()):
+        found = head_logits(states.cuda(), operand, 1000).cpu().double()
+        assert float((found - exact).abs().max() / exact.abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,25 @@ engines   zero/precision/optimizer/max_tokens               the quickstart's stu
 masks     trains/zero/precision/optimizer/max_grad_norm/steps    a tiny model
 record    the same, with a record of its weights
 experts   as masks, a tiny mixture of experts
+skips     a mask's case/FAULT                               its second step has a fault of ``FAULTS``
+moved     a mask's case@CASE                               goes on from the checkpoint that CASE left
 losses    loss/zero/ranks/max_tokens/chunk_rows             one step of a loss of ``LOSSES``
+
+A fault ``absent`` leaves that step out of the run altogether.
 
 ``zero`` is 0 to 3, or torch for the engine without DeepSpeed. ``trains`` is dense, compact or restore,
 or the name of scores: then everything is trained and the case leaves the scores. ``/resumed`` at the
 end of an engine's, a mask's or a record's case: saved, and loaded into another learner, on the way.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from opd.batch import Batch, LossOutput
 from opd.config.loss import (
     DivergenceLossConfig,
     LossConfig,
@@ -26,7 +32,8 @@ from opd.config.loss import (
 )
 from opd.config.mask import MaskTraining
 from opd.config.optim import AdamWConfig, OptimConfig, SGDConfig
-from opd.config.train import MaskScores, Precision
+from opd.config.train import MaskScores, OnNonfinite, Precision
+from opd.interfaces import Loss
 from opd.train.learner import StudentLearner
 from opd.types import (
     Correction,
@@ -53,6 +60,7 @@ from tests.support.learners import (
 )
 
 RESUMED = "/resumed"
+FAULTY_STEP = 1
 K = 4
 LOSSES: dict[str, LossConfig] = {
     "reverse_kl": DivergenceLossConfig(
@@ -99,13 +107,14 @@ LOSSES: dict[str, LossConfig] = {
 class Case:
     """A learner, its batches, and when another one takes over.
 
-    ``batch`` gives the global batch of a step.
+    ``batch`` gives the global batch of a step. ``goes_on`` names the case whose checkpoint it starts from.
     """
 
     setup: Setup
     batch: Callable[[StudentLearner, int], list[ScoredRollout]]
     resume_at: int | None = None
     records: bool = False
+    goes_on: str | None = None
 
 
 def engine_case(name: str) -> Case:
@@ -154,6 +163,44 @@ def mask_case(name: str) -> Case:
     )
 
 
+class FaultyLoss:
+    """A ``Loss`` that is infinite, or has gradients that are no numbers."""
+
+    def __init__(self, loss: Loss, fault: str) -> None:
+        self._loss = loss
+        self._fault = fault
+
+    def __call__(self, student_logp_NV: torch.Tensor, batch: Batch) -> LossOutput:
+        if self._fault == "norm" and student_logp_NV.requires_grad:
+            student_logp_NV.register_hook(lambda grad: grad * math.nan)
+        out = self._loss(student_logp_NV, batch)
+        # the gradient of this infinity is 0
+        return replace(out, total=out.total + math.inf) if self._fault == "loss" else out
+
+
+def skip_case(name: str) -> Case:
+    plain, fault = name.rsplit("/", 1)
+    case = mask_case(plain)
+    losses: list[Loss] = []
+
+    def batch(learner: StudentLearner, step: int) -> list[ScoredRollout]:
+        losses.append(learner._loss)
+        is_last_rank = learner._world.rank == learner._world.size - 1
+        learner._loss = losses[0]
+        if step == FAULTY_STEP and fault == "absent":
+            return []
+        if step == FAULTY_STEP and is_last_rank:
+            learner._loss = FaultyLoss(losses[0], fault)
+        return case.batch(learner, step)
+
+    return replace(case, setup=replace(case.setup, on_nonfinite=OnNonfinite.skip), batch=batch)
+
+
+def moved_case(name: str) -> Case:
+    own, _, before = name.partition("@")
+    return replace(mask_case(own), goes_on=before or None)
+
+
 def record_case(name: str) -> Case:
     return replace(mask_case(name), records=True)
 
@@ -183,6 +230,8 @@ KINDS: dict[str, Callable[[str], Case]] = {
     "engines": engine_case,
     "masks": mask_case,
     "record": record_case,
+    "skips": skip_case,
+    "moved": moved_case,
     "experts": experts_case,
     "losses": loss_case,
 }

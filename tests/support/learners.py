@@ -18,7 +18,7 @@ from opd.config.loss import DivergenceLossConfig, LossConfig
 from opd.config.mask import MaskTraining
 from opd.config.optim import AdamWConfig, OptimConfig
 from opd.config.student import StudentConfig
-from opd.config.train import MaskScores, Precision, TrainConfig
+from opd.config.train import MaskScores, OnNonfinite, Precision, TrainConfig
 from opd.head import HeadSpec
 from opd.mask.file import Origin
 from opd.mask.mask import Mask
@@ -74,6 +74,7 @@ class Setup:
     scores: MaskScores = MaskScores.none
     shards_all: bool = False
     chunk_rows: int = 7
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
 
 
 def build_learner(setup: Setup, world: World, write: Write | None = None) -> StudentLearner:
@@ -95,7 +96,7 @@ def build_learner(setup: Setup, world: World, write: Write | None = None) -> Stu
         engine,
         model,
         build_loss(setup.loss),
-        TrainConfig(max_tokens_per_micro_batch=setup.max_tokens),
+        TrainConfig(max_tokens_per_micro_batch=setup.max_tokens, on_nonfinite=setup.on_nonfinite),
         parameter_mask=parameter_mask,
         learning_rate=LearningRate(
             setup.optim, steps=setup.steps, warmup_steps=setup.optim.warmup_steps

@@ -21,7 +21,14 @@ from opd.train.record import Write
 from opd.world import World, join_world
 from tests.support.cases import KINDS, Case
 from tests.support.learners import Setup, build_learner, initial_weights
-from tests.support.results import REPORTS, ROWS, WEIGHTS, finish_case, partial_folder
+from tests.support.results import (
+    REPORTS,
+    ROWS,
+    WEIGHTS,
+    case_folder,
+    finish_case,
+    partial_folder,
+)
 
 
 def main(kind: str, out: Path, cases: list[str]) -> None:
@@ -48,10 +55,16 @@ def run_case(case: Case, folder: Path, world: World) -> None:
     setup, recorder = case.setup, write if case.records else None
     learner = fresh_learner(setup, world, recorder)
     reports = []
-    for step in range(setup.steps):
+    if case.goes_on is not None:
+        learner.load(str(case_folder(folder.parent, case.goes_on) / "checkpoint"))
+        saved_learner(learner, world, folder / "checkpoint")
+    for step in range(learner.version, setup.steps):
         if step == case.resume_at:
             learner = resumed_learner(learner, setup, world, recorder, folder / "checkpoint")
         share = case.batch(learner, step)[world.rank :: world.size]
+        if not share:
+            learner.version += 1
+            continue
         reports.append(learner.step(share).metrics)
         if case.records and world.size == 1:
             saved_learner(learner, world, folder / f"step_{step + 1}")

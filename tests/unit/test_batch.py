@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from opd.batch import Batch, LossReduction, collate, micro_batches
+from opd.batch import Batch, LossReduction, collate
+from opd.packing import Packing, arrange, micro_batches, padding
 from opd.types import FinishReason, Prompt, Reduction, Rollout, ScoredRollout, SupportLogps
 
 
@@ -85,6 +86,7 @@ def test_absent_teacher_fields_stay_absent() -> None:
     absent = {f.name for f in fields(Batch) if getattr(batch, f.name) is None}
     assert absent == {
         "teacher",
+        "position_ids_BT",
         "advantage_N",
         "engine_ids_NK",
         "sequence_gap_N",
@@ -175,3 +177,29 @@ def test_groups_have_one_teacher_and_fit() -> None:
     assert sorted(tags) == [["a"], ["a", "a"], ["b"]]
     for group in groups:
         assert len(group) * max(len(s.rollout.sequence) for s in group) <= 9
+
+
+def test_packed_sequences_lie_in_the_first_row_with_room_and_count_their_own_positions() -> None:
+    items = [scored([1, 2, 3], [4, 5]), scored([11], [12, 13]), scored([21], [22])]
+    batch = collate(items, pad_id=0, packing=Packing.rows)
+    assert batch.input_ids_BT.tolist() == [[1, 2, 3, 4, 5], [11, 12, 13, 21, 22]]
+    assert batch.position_ids_BT is not None
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]]
+    assert batch.attention_mask_BT.all()
+    assert batch.target_N.tolist() == [4, 5, 12, 13, 22]
+    assert batch.input_ids_BT.flatten()[batch.positions_N + 1].tolist() == batch.target_N.tolist()
+    one = collate(items, pad_id=0, packing=Packing.one_row)
+    assert one.input_ids_BT.shape == (1, 10)
+    assert one.input_ids_BT.flatten()[one.positions_N + 1].tolist() == batch.target_N.tolist()
+
+
+@pytest.mark.parametrize("packing", Packing)
+def test_micro_batches_stay_within_their_tokens_however_they_are_packed(packing: Packing) -> None:
+    lengths = [9, 8, 7, 5, 4, 4, 3, 2, 2, 2]
+    items = [scored([1], list(range(length - 1))) for length in lengths]
+    groups = micro_batches(items, tokens=20, packing=packing)
+    layouts = [arrange([len(i.rollout.sequence) for i in g], packing) for g in groups]
+    assert sorted(id(item) for group in groups for item in group) == sorted(map(id, items))
+    assert all(layout.height * layout.width <= 20 for layout in layouts)
+    empty = sum(layout.height * layout.width for layout in layouts) - sum(lengths)
+    assert padding(groups, packing) == empty == {"off": 8, "rows": 6, "one_row": 0}[packing]

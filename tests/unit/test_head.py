@@ -12,7 +12,15 @@ from transformers import (
     LlamaConfig,
 )
 
-from opd.head import HeadSpec, chunk_rows, head_logps, matmul_float32, vocab_blocks
+from opd.head import (
+    HeadSpec,
+    as_operand,
+    chunk_rows,
+    exact_half,
+    head_logps,
+    matmul_float32,
+    vocab_blocks,
+)
 from opd.model_head import head_spec
 
 TINY: dict[str, Any] = {
@@ -98,3 +106,13 @@ def test_chunks_fit_their_budget_and_are_never_empty() -> None:
     assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
     assert (blocks[0].start, blocks[-1].stop) == (0, 151_936)
     assert max(b.stop - b.start for b in blocks) * 896 * 4 <= 64 << 20
+
+
+def test_a_head_becomes_bfloat16_only_where_no_value_changes() -> None:
+    weight = torch.randn(5, 4)
+    assert exact_half(weight) is weight
+    halves = exact_half(weight.bfloat16().float())
+    assert halves.dtype == torch.bfloat16
+    assert torch.equal(halves.float(), weight.bfloat16().float())
+    on_cpu = as_operand(weight.bfloat16(), torch.device("cpu"))
+    assert on_cpu.dtype == torch.float32

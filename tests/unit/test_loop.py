@@ -8,6 +8,9 @@ import pytest
 
 from opd.faults import Interrupted
 from opd.loop import Loop
+from opd.phases import RunPhase
+from opd.schedule.synchronous import Synchronous
+from opd.schedule.writing import StepWriter
 from opd.types import (
     Evaluation,
     FinishReason,
@@ -27,7 +30,11 @@ class Everybody:
         self.calls: list[str] = []
         self.rows: dict[int, Mapping[str, float]] = {}
         self.seeds: list[int] = []
+        self.phases: list[str] = []
         self.version = 0
+
+    def enter(self, phase: RunPhase, step: int) -> None:
+        self.phases.append(f"{phase} {step}")
 
     def take(self, step: int) -> list[Prompt]:
         self.calls.append(f"take {step}")
@@ -85,7 +92,7 @@ class Everybody:
         assert metrics == {"loss/total": 1.0}
         self.calls.append("watch")
 
-    def save(self, step: Any) -> None:
+    def save(self, step: int, metrics: Mapping[str, float]) -> None:
         self.calls.append(f"save {step}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -98,12 +105,24 @@ class Everybody:
 
 
 def run(
-    everybody: Everybody, *, start: int, steps: int, every: int, stop_in: int | None = None
+    everybody: Everybody,
+    *,
+    start: int,
+    steps: int,
+    every: int,
+    stop_in: int | None = None,
+    best_in: int | None = None,
 ) -> list[str]:
     Loop(
-        prompts=everybody,
-        engine=everybody,
-        teacher=everybody,
+        schedule=Synchronous(
+            StepWriter(
+                prompts=everybody,
+                engine=everybody,
+                teacher=everybody,
+                sampling=Sampling(seed=3),
+            ),
+            everybody.enter,
+        ),
         learner=everybody,
         sync=everybody,
         evaluator=everybody,
@@ -111,9 +130,10 @@ def run(
         verify=everybody.verify,
         watch=everybody.watch,
         save=everybody.save,
+        is_best=lambda metrics: everybody.version == best_in,
         interrupted=lambda: everybody.version == stop_in,
         total=dict,
-        sampling=Sampling(seed=3),
+        enter=everybody.enter,
         steps=steps,
         eval_every=every,
         save_every=every,
@@ -186,3 +206,18 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in_once(
 def test_a_request_to_stop_in_the_last_step_changes_nothing() -> None:
     calls = run(Everybody(), start=0, steps=3, every=0, stop_in=3)
     assert calls[-1] == "save 3"
+
+
+def test_every_phase_is_entered_with_its_step() -> None:
+    everybody = Everybody()
+    run(everybody, start=0, steps=2, every=2)
+    one, two = (
+        [f"{phase} {n}" for phase in ("rollout", "teacher", "learn", "sync")] for n in (1, 2)
+    )
+    assert everybody.phases == ["sync 0", "evaluate 0", *one, *two, "evaluate 2", "checkpoint 2"]
+
+
+def test_a_step_that_is_the_best_so_far_is_saved_and_none_twice() -> None:
+    for best_in, saved in ((1, ["save 1", "save 2", "save 3"]), (2, ["save 2", "save 3"])):
+        calls = run(Everybody(), start=0, steps=3, every=2, best_in=best_in)
+        assert [call for call in calls if call.startswith("save")] == saved

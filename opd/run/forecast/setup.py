@@ -1,6 +1,5 @@
 """A recipe and its models as the numbers that memory and time depend on."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.config.adapter import LoraConfig
-from opd.config.launch import LaunchEngine
+from opd.config.launch import LaunchEngine, read_launch_file
 from opd.config.mask import (
     LIVE_RULES,
     DiscoverMaskConfig,
@@ -151,7 +150,7 @@ def read_learner(
         decays=config.optim.weight_decay > 0,
         offload_states=_device(zero, "offload_optimizer") != "none",
         offload_weights=config.zero == 3 and _device(zero, "offload_param") != "none",
-        bucket=int(zero.get("reduce_bucket_size", 5e8)),
+        bucket=int(zero.get("reduce_bucket_size") or 5e8),
         overlap=bool(zero.get("overlap_comm", config.zero == 3)),
         checkpointing=config.train.gradient_checkpointing,
         eager=config.student.attn_implementation == "eager"
@@ -205,7 +204,7 @@ def _states(config: Config) -> int:
 
 
 def _zero_file(path: str | None) -> dict[str, Any]:
-    return json.loads(Path(path).read_text()).get("zero_optimization", {}) if path else {}
+    return read_launch_file(path).get("zero_optimization", {}) if path else {}
 
 
 def _device(zero: Mapping[str, Any], key: str) -> str:

@@ -119,11 +119,14 @@ def test_numbered_shards_of_two_models_are_refused(tmp_path: Path) -> None:
             '{"weight_map": {"a": "s.safetensors", "b": "s.safetensors"}}',
             "lacks b, which the index",
         ),
-        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', r"lacks the shard \.\./elsewhere"),
-        ("{}", "has no weight_map"),
-        ('{"weight_map": ["s.safetensors"]}', "has no weight_map"),
+        (
+            '{"weight_map": {"a": "../elsewhere.safetensors"}}',
+            r"the shard '\.\./elsewhere\.safetensors', allowed are files beside it",
+        ),
+        ("{}", "field 'weight_map' is missing"),
+        ('{"weight_map": ["s.safetensors"]}', "field 'weight_map' should be an object"),
         ('{"weight_map": {"a":', "is not JSON"),
-        ("[]", "holds a list, expected an object"),
+        ("[]", "should be an object, found"),
     ],
 )
 def test_an_index_that_its_shards_do_not_keep_is_refused(

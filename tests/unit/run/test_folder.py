@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import opd
@@ -12,7 +13,10 @@ from opd.mask.file import RUN_MASK
 from opd.run.devices import find_cards, resolved
 from opd.run.folder import CONFIG, DRY_RUN, describe, open_folder
 from opd.run.recipe import Recipe, composed, find_recipe
+from opd.train.checkpoints import write_checkpoint
+from opd.world import World
 
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 QUICKSTART = find_recipe("quickstart")
 
 
@@ -157,12 +161,18 @@ def test_a_configuration_that_cannot_be_read_is_refused() -> None:
         open_folder(quickstart(), folder)
 
 
-def test_a_run_with_another_number_of_processes_is_refused_by_name() -> None:
+def test_a_run_may_go_on_with_another_division_which_is_noted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     folder = started()
     log_a_step(folder)
+    write_checkpoint(folder, 1, lambda partial: None, keep=1, world=ALONE)
     number = quickstart().config.launch.processes
-    with pytest.raises(ValueError, match=f"launch.processes={number}, found launch.processes=7"):
-        open_folder(quickstart("launch.processes=7"), folder)
+    assert open_folder(quickstart("launch.processes=7", "zero=3"), folder) == 1
+    noted = capsys.readouterr().err
+    assert f"of step 1 was written with launch.processes={number}, zero=1: its states" in noted
+    assert open_folder(quickstart(), folder) == 1
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

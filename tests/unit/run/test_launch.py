@@ -14,13 +14,13 @@ from opd.cli.main import run
 from opd.config.arguments import parse_arguments
 from opd.config.teacher import TeacherServerConfig
 from opd.run import launch, teacher_servers
+from opd.run import ranks as rank_processes
 from opd.run.devices import find_cards
-from opd.run.launch import WorkerFailed
 from opd.run.place import place
+from opd.run.ranks import WorkerFailed
 from opd.run.recipe import Recipe, composed, find_recipe
 from opd.run.study import run_study
 from opd.run.train import train
-from opd.serving.child import RunningService
 from tests.support.cuda import pretend_cards
 
 
@@ -34,9 +34,10 @@ class Children:
     @contextmanager
     def service(
         self, name: str, arguments: Sequence[str], *, environment: Mapping[str, str], **_: Any
-    ) -> Iterator[RunningService]:
+    ) -> Iterator[SimpleNamespace]:
         self.services.append((list(arguments), environment))
-        yield RunningService(url=f"http://127.0.0.1:{len(self.services)}", token="t", pid=0)
+        url = f"http://127.0.0.1:{len(self.services)}"
+        yield SimpleNamespace(url=url, token="t", pid=0, status=lambda: None, close=lambda: None)
 
     def rank(
         self, words: Sequence[str], *, env: Mapping[str, str], stderr: Any, **_: Any
@@ -50,14 +51,14 @@ class Children:
 def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Children:
     children = Children()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(teacher_servers, "running_service", children.service)
-    monkeypatch.setattr(launch, "running_service", children.service)
+    monkeypatch.setattr(teacher_servers, "started_service", children.service)
+    monkeypatch.setattr(launch, "started_service", children.service)
     pretended = SimpleNamespace(
         Popen=children.rank,
         DEVNULL=subprocess.DEVNULL,
         TimeoutExpired=subprocess.TimeoutExpired,
     )
-    monkeypatch.setattr(launch, "subprocess", pretended)
+    monkeypatch.setattr(rank_processes, "subprocess", pretended)
     return children
 
 

@@ -10,6 +10,7 @@ from opd.config.functions import load_function
 from opd.config.reward import FunctionRewardConfig
 from opd.evaluate.grade import grader
 from opd.evaluate.reward import RewardFunction, grade_reward, reward_function
+from opd.faults import RunError
 from opd.teacher.no_teacher import NoTeacher
 from opd.teacher.rewarded import RewardedTeacher, advantage
 from opd.types import FinishReason, Prompt, Rollout
@@ -82,7 +83,7 @@ def test_scaled_advantages_divide_by_the_samples_deviation_and_a_constant(
 
 def test_a_reward_that_is_no_number_is_refused_by_name() -> None:
     judge = RewardedTeacher(NO_TEACHER, lambda r: float("nan"), scale_rewards=True)
-    with pytest.raises(ValueError, match="prompt a is nan"):
+    with pytest.raises(RunError, match="prompt a is nan"):
         judge.score([rollout("a", 1)])
 
 
@@ -127,9 +128,7 @@ def test_a_function_that_gives_no_reward_is_named_with_the_prompt(
 ) -> None:
     function = _function_reward(tmp_path, name)
     judge = RewardedTeacher(NO_TEACHER, lambda r: function("abc", None), scale_rewards=True)
-    with pytest.raises(
-        ValueError, match=rf"prompt a: reward\.function=.*mine\.py:{name} .*{words}"
-    ):
+    with pytest.raises(RunError, match=rf"prompt a: reward\.function=.*mine\.py:{name} .*{words}"):
         judge.score([rollout("a", 1)])
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from opd.tracking.fanout import Trackers
-from opd.tracking.jsonl import JsonlTracker, read_lines
+from opd.tracking.jsonl import METRICS, JsonlTracker, read_lines
 
 
 def steps(folder, name="metrics.jsonl"):
@@ -54,10 +54,12 @@ def test_a_new_run_starts_with_empty_files(tmp_path):
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: found malformed JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: the content is not JSON"):
         read_lines(path)
     path.write_text('{"step": 0}\n[3]\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: found '\[3\]'; expected an object"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl:2: the content should be an object, found \[3\]"
+    ):
         read_lines(path)
 
 
@@ -80,3 +82,12 @@ def test_several_trackers_all_hear_everything(tmp_path):
     trackers.close()
     for name in "ab":
         assert steps(tmp_path / name) == steps(tmp_path / name, "samples.jsonl") == [0]
+
+
+def test_a_resume_leaves_one_row_a_step_in_order(tmp_path):
+    rows = [(0, 1), (2, 1), (1, 1), (2, 2), (3, 1)]
+    lines = [json.dumps({"step": step, "loss/total": value}) for step, value in rows]
+    (tmp_path / METRICS).write_text("\n".join(lines) + '\n{"step": 4, "lo')
+    JsonlTracker(tmp_path, 2)
+    found = [(row["step"], row["loss/total"]) for row in read_lines(tmp_path / METRICS)]
+    assert found == [(0, 1), (1, 1), (2, 2)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opd.batch import Batch, LossOutput
-from opd.train.learner import Totals
+from opd.train.totals import Totals
 from opd.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
