@@ -8,6 +8,7 @@ Numpy arrays up to ``ScoredRollout`` (they cross processes); tensors from ``Batc
 All log-probs are natural logarithms in float32, after the sampling temperature.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -103,6 +104,7 @@ class Prompt:
     ``teacher``: who scores it, of several teachers; ``teacher_ids``: its prompt, by default ``token_ids``.
     ``completion_ids``: the data set's completion, with its end. ``is_chat``: the chat template rendered it;
     ``has_answer_turn``: the assistant's turn followed it. ``remarks``: likely errors, which a check counts.
+    ``row``: the data set's row, where a reward function of the user's own reads it; else empty.
     """
 
     uid: str
@@ -115,6 +117,7 @@ class Prompt:
     teacher_ids: IntArray | None = None
     completion_ids: IntArray | None = None
     remarks: tuple[str, ...] = ()
+    row: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.token_ids.dtype == np.int32

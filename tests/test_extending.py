@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,14 +20,14 @@ from opd.config.functions import load_function
 from opd.config.loss import DivergenceLossConfig, FunctionLossConfig, TeacherInput
 from opd.config.reward import FunctionRewardConfig
 from opd.data.source_rows import source_rows
-from opd.evaluate.reward import reward_function
+from opd.evaluate.reward import Completion, reward_function
 from opd.head import HeadSpec
 from opd.losses.divergence import Divergence
 from opd.losses.with_reward import WithReward
 from opd.mask.mask import Mask
 from opd.run.recipe import load_recipe
 from opd.train.chunked import chunked_loss
-from opd.types import DivergenceKind
+from opd.types import DivergenceKind, Prompt
 from tests.conformance.loss_cases import CHOICES, N, V, case, logits, randn, token_settings
 from tests.support.command import SMALL, opd
 
@@ -153,9 +154,15 @@ def test_training_with_the_loss_of_the_page_is_training_with_forward_kl(home: Pa
 def test_the_reward_of_the_page_is_the_function_s_value() -> None:
     config = FunctionRewardConfig(function="my_reward.py:right_and_short")
     reward = reward_function(config, EvalConfig())
-    assert reward("3+8=11;1+4+7=12#121", "121") == pytest.approx(1 - 0.19)
-    assert reward("3+8=11;1+4+7=12#121", "122") == pytest.approx(-0.19)
-    assert reward("no", None) == pytest.approx(-0.02)
+    ids = np.array([1], np.int32)
+    judged = [("3+8=11;1+4+7=12#121", "121"), ("3+8=11;1+4+7=12#121", "122"), ("no", None)]
+    found = reward(
+        [
+            Completion(text=text, prompt=Prompt(uid="0", token_ids=ids, answer=answer))
+            for text, answer in judged
+        ]
+    )
+    assert found == pytest.approx([1 - 0.19, -0.19, -0.02])
 
 
 def test_training_with_the_reward_of_the_page_reports_it(home: Path) -> None:
