@@ -72,8 +72,14 @@ def ran(home: Path, name: str, *arguments: str) -> tuple[Path, list[dict[str, An
 
 
 def test_every_file_of_the_page_is_used_by_a_command_of_it() -> None:
-    assert FILES.keys() == {"my_loss.py", "my_reward.py", "my_scores.py", "my_rows.py"}
-    assert len(COMMANDS) == 5
+    assert FILES.keys() == {
+        "my_loss.py",
+        "my_reward.py",
+        "my_judge.py",
+        "my_scores.py",
+        "my_rows.py",
+    }
+    assert len(COMMANDS) == 6
     for name in FILES:
         assert any(f"={name}:" in word for command in COMMANDS for word in command), name
 
@@ -166,10 +172,16 @@ def test_the_reward_of_the_page_is_the_function_s_value() -> None:
 
 
 def test_training_with_the_reward_of_the_page_reports_it(home: Path) -> None:
-    _, rows = trained(home, "reward.function=", "rollout.n=4", "train.prompts_per_step=8")
+    _, rows = trained(home, "reward.function=my_reward", "rollout.n=4", "train.prompts_per_step=8")
     for row in rows[1:]:
         assert -0.48 <= row["reward/mean"] < 0.96, "at most 48 characters"
         assert row["reward/mean"] * 1e4 % 100 != 0, "lengths differ"
+
+
+def test_an_async_reward_of_the_page_reads_the_row_of_each_prompt(home: Path) -> None:
+    _, rows = trained(home, "reward.function=my_judge", "rollout.n=2", "train.prompts_per_step=8")
+    assert all(row["reward/mean"] * 16 % 1 == 0 for row in rows[1:]), "a share of 16 completions"
+    assert any(row["reward/mean"] > 0 for row in rows[1:])
 
 
 @pytest.mark.parametrize("command", ["train", "mask"])

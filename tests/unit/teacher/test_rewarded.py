@@ -104,7 +104,8 @@ def boom(c, a): raise KeyError("x")
 def refuses(c, a): raise ValueError("not a proof")
 def single(c, a): return np.float32(len(c))
 def right(c, a): return c == a
-def by_name(row, completion, prompt, answer=None): return [row["level"], completion, prompt, answer] == [2, "b", "2?", "b"]
+def by_name(row, completion, prompt, answer=None):
+    return [row["level"], completion, prompt, answer] == [2, "b", "2?", "b"]
 def rest(completion, weight=0.5): return weight
 async def later(completion, row):
     await asyncio.sleep(0.01 if completion == "a" else 0)
