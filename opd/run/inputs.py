@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -57,7 +57,7 @@ def require_same_inputs(folder: Path, found: dict[str, str], *, allow_changed: b
         )
 
 
-def write_inputs(folder: Path, found: dict[str, str]) -> None:
+def write_inputs(folder: Path, found: Mapping[str, str]) -> None:
     """Record the fingerprints in the run folder."""
     if found:
         write_whole(folder / INPUTS, json.dumps({**_read(folder), **found}, indent=1) + "\n")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
-from opd.config.launch import count_processes
 from opd.config.rollout import ServerRolloutConfig
 from opd.config.schema import Config
 from opd.faults import RunError
@@ -102,7 +101,7 @@ def _are_ready(servers: Sequence[Sequence[ServiceSupervisor]]) -> bool:
 def _announce_restart(error: WorkerLost, folder: Path, restart: int, config: Config) -> None:
     for warning in set_damaged_aside(folder):
         print(f"opd: warning: {warning}", file=sys.stderr)
-    newest = newest_checkpoint(folder, processes=count_processes(config))
+    newest = newest_checkpoint(folder)
     start = "the start" if newest is None else f"the checkpoint of step {newest[1]}"
     print(
         f"opd: {error}\nopd: restart {restart} of {config.launch.restarts}: the run goes on from {start}",

@@ -9,13 +9,13 @@ from typing import NoReturn
 import yaml
 from rich.console import Console
 
+from opd.config.launch import count_processes
 from opd.config.mask import StudyMaskConfig
 from opd.config.schema import problems
 from opd.config.teacher import has_teacher
 from opd.data.preview import preview
 from opd.run.commands import engine_settings
 from opd.run.devices import (
-    count_processes,
     find_cards,
     require_devices,
     require_running_servers,

@@ -80,7 +80,9 @@ class WeightReceiver:
             raise ValueError(f"version {header.version} is older than {self._version}, held here")
 
     def _require_known(self, header: Header) -> None:
-        for entry in header.table if self._shapes is not None else ():
+        if self._shapes is None:
+            return
+        for entry in header.table:
             shape = self._shapes.get(entry.name)
             if shape != entry.shape:
                 held = "no such weight" if shape is None else f"one of shape {list(shape)}"

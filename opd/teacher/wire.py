@@ -14,15 +14,13 @@ bfloat16 is sent as its bits in uint16, since numpy has no bfloat16.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from opd.checked_json import read_json
 from opd.config.student import DType
+from opd.teacher.metadata import read_count, read_hidden_dtype, read_metadata, read_number
 from opd.types import (
     BFloat16Bits,
     FloatArray,
@@ -135,11 +133,6 @@ def scored_rollouts(rollouts: Sequence[Rollout], response: WireResponse) -> list
     return scored
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _TeacherHeader:
-    metadata: Annotated[dict[str, str], Field(alias="__metadata__")]
-
-
 def request_bytes(request: WireRequest) -> bytes:
     """A request as safetensors."""
     arrays = {"token_ids": request.token_ids, "lengths": request.lengths, "starts": request.starts}
@@ -164,7 +157,7 @@ def read_request(body: bytes) -> WireRequest:
     size = int.from_bytes(body[:8], "little")
     if size > HEADER_BYTES:
         raise ValueError(f"the header would be {size} bytes long, at most {HEADER_BYTES} are read")
-    arrays, metadata = _tensors(body), _metadata(body)
+    arrays, metadata = _tensors(body), read_metadata(body)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"format is {metadata.get('format')!r}, this server reads {FORMAT!r}")
     for name in ("token_ids", "lengths", "starts"):
@@ -179,10 +172,10 @@ def read_request(body: bytes) -> WireRequest:
         starts=arrays["starts"],
         named_ids=arrays.get("named_ids"),
         want=_read_want(metadata),
-        top_k=_read_count(metadata, "top_k"),
-        temperature=_read_number(metadata, "temperature"),
-        vocab_size=_read_count(metadata, "vocab_size"),
-        hidden_dtype=_read_hidden_dtype(metadata),
+        top_k=read_count(metadata, "top_k"),
+        temperature=read_number(metadata, "temperature"),
+        vocab_size=read_count(metadata, "vocab_size"),
+        hidden_dtype=read_hidden_dtype(metadata),
     )
     _require_shapes(request)
     return request
@@ -281,38 +274,8 @@ def _tensors(body: bytes) -> dict[str, np.ndarray]:
         raise ValueError(f"the body is not safetensors of plain tensors: {error}") from error
 
 
-def _metadata(body: bytes) -> Mapping[str, str]:
-    """The header's strings; safetensors' numpy reader checks the header but does not return it."""
-    size = int.from_bytes(body[:8], "little")
-    return read_json(
-        body[8 : 8 + size], _TeacherHeader, "the body", "send an opd teacher request"
-    ).metadata
-
-
 def _read_want(metadata: Mapping[str, str]) -> Want:
     found = metadata.get("want")
     if found not in list(Want):
         raise ValueError(f"metadata 'want' is {found!r}, must be one of {', '.join(Want)}")
     return Want(found)
-
-
-def _read_hidden_dtype(metadata: Mapping[str, str]) -> DType:
-    found = metadata.get("hidden_dtype", DType.float32.value)
-    if found not in (DType.float32.value, DType.bfloat16.value):
-        raise ValueError(f"metadata 'hidden_dtype' is {found!r}, must be float32 or bfloat16")
-    return DType(found)
-
-
-def _read_number(metadata: Mapping[str, str], name: str) -> float:
-    try:
-        return float(metadata[name])
-    except (KeyError, ValueError) as error:
-        found = metadata.get(name)
-        raise ValueError(f"metadata {name!r} is {found!r}, must be a number") from error
-
-
-def _read_count(metadata: Mapping[str, str], name: str) -> int:
-    number = _read_number(metadata, name)
-    if not (number.is_integer() and 0 <= number < 2**31):
-        raise ValueError(f"metadata {name!r} is {metadata[name]!r}, must be a whole number from 0")
-    return int(number)

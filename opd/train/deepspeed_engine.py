@@ -237,7 +237,8 @@ class DeepSpeedEngine:
         optimizer = self._engine.optimizer
         if self._zero == 0:
             master = self._masters.get(id(parameter), parameter)
-            state = master if key == "master" else self._engine.basic_optimizer.state[master][key]
+            states: Any = self._engine.basic_optimizer
+            state: Any = master if key == "master" else states.state[master][key]
             state.view(-1).copy_(value)
         elif self._zero < 3:
             mapping = parameter._hp_mapping

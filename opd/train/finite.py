@@ -129,7 +129,7 @@ def _teacher_tensors(scored: ScoredRollout) -> Iterator[tuple[str, Any]]:
     if scored.full_logps is not None:
         yield "the distribution", np.isnan(scored.full_logps)
     if scored.hidden is not None:
-        hidden = scored.hidden
+        hidden: Any = scored.hidden
         is_bits = hidden.dtype == np.uint16
         bad = (hidden & BF16_EXPONENT) == BF16_EXPONENT if is_bits else ~np.isfinite(hidden)
         yield "the hidden state", bad
