@@ -20,7 +20,8 @@ from opd.world import join_world
 def export_checkpoint(config: Config, run_folder: Path, checkpoint: Path, out: Path) -> None:
     """Write the model of ``checkpoint`` as a Hugging Face folder, bit for bit what ``final/`` would be.
 
-    ``config``: the run's. Raises ValueError when the checkpoint holds the states of other parameters.
+    ``config``: the run's. Raises ValueError for a checkpoint of an older version, or with
+    the states of other parameters.
     """
     world = join_world()
     tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
@@ -29,7 +30,8 @@ def export_checkpoint(config: Config, run_folder: Path, checkpoint: Path, out: P
     model, parameter_mask, _ = build_model(config, mask, world, probe)
     trust = config.student.trust_remote_code
     spec = head_spec(causal_lm(model).config, tokenizer.vocab_size, trust_remote_code=trust)
-    student = Student(model, spec=spec, temperature=1.0, chunk_bytes=1, teacher_head=None)
+    head = causal_lm(model).get_output_embeddings().weight
+    student = Student(model, spec=spec, temperature=1.0, chunk_bytes=1, teacher_head=lambda _: head)
     engine = TorchEngine(
         student,
         torch.optim.SGD(student.parameters(), lr=0.0),
@@ -41,6 +43,11 @@ def export_checkpoint(config: Config, run_folder: Path, checkpoint: Path, out: P
     saved = torch.load(
         checkpoint / RANK_FILE.format(FIRST_RANK), map_location="cpu", weights_only=True
     )
+    if "layout" not in saved:
+        raise ValueError(
+            f"{checkpoint} was written by an older version, which did not say how states are divided: "
+            "resume the run, and its next checkpoint can be read"
+        )
     read = open_states(str(checkpoint), saved["layout"], named_groups(student))
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
