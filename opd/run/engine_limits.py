@@ -32,5 +32,5 @@ def _models(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "student.model", config.student.model, "rollout=transformers"
     teacher = config.teacher
     if isinstance(teacher, ServedTeacherConfig) and teacher.backend == TeacherBackend.vllm:
-        for model in started_models(teacher).values():
+        for model in started_models(teacher):
             yield "teacher.model", model, "teacher=local"
