@@ -9,12 +9,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from opd.cli.main import run
 from opd.run.model_names import base_of, resolved_model
 from tests.support.command import SMALL, opd
 
 LIGHT = [
     *SMALL, "rollout=transformers", "teacher=local", "launch.processes=1",
-    "data.eval_limit=8", "eval.kl_prompts=2", "train.steps=2", "save.every=1", "save.keep=5",
+    "eval.task=heldout", "data.eval_limit=8", "eval.kl_prompts=2", "train.steps=2", "save.every=1", "save.keep=5",
 ]  # fmt: skip
 MASKED = ["launch.engine=torch", "mask=discover", "mask.rule=random", "mask.density=0.3"]
 DEEPSPEED = ["zero=1", "train.precision=bf16"]
@@ -25,14 +26,16 @@ DEEPSPEED = ["zero=1", "train.precision=bf16"]
     [pytest.param(MASKED, id="masked"), pytest.param(DEEPSPEED, id="zero", marks=pytest.mark.slow)],
 )
 def test_the_last_checkpoint_is_exported_as_the_final_model(
-    overrides: list[str], tmp_path: Path
+    overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     done = opd("train", "quickstart", *LIGHT, *overrides, "run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for step in (1, 2):
-        checkpoint = f"model=run/checkpoints/step_{step:06d}"
-        done = opd("export", checkpoint, f"out=step_{step}", cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert run(["export", f"model=run/checkpoints/step_{step:06d}", f"out=step_{step}"]) == 0
     one, two, final = (
         load_file(tmp_path / folder / "model.safetensors")
         for folder in ("step_1", "step_2", "run/final")
@@ -44,15 +47,15 @@ def test_the_last_checkpoint_is_exported_as_the_final_model(
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     accuracy = [r["eval/heldout/accuracy"] for r in rows if "eval/heldout/accuracy" in r]
     _check_card((tmp_path / "step_2/README.md").read_text(), accuracy)
-    done = opd(
+    evaluated = [
         "eval", "quickstart", "model=run/checkpoints/step_000002", "out=e.json",
-        "rollout=transformers", "data.eval_limit=8", cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+        "rollout=transformers", "eval.task=heldout", "data.eval_limit=8",
+    ]  # fmt: skip
+    assert run(evaluated) == 0
     metrics = json.loads((tmp_path / "e.json").read_text())["metrics"]
     assert metrics["eval/heldout/accuracy"] == pytest.approx(accuracy[-1])
-    again = opd("export", "model=run", "out=step_2", cwd=tmp_path)
-    assert (again.returncode, "already exists" in again.stderr) == (2, True)
+    assert run(["export", "model=run", "out=step_2"]) == 2
+    assert "already exists" in capsys.readouterr().err
     student = resolved_model("quickstart")
     for trained in ("run", "run/final", "run/checkpoints/step_000001"):
         assert base_of(str(tmp_path / trained), None) == student
