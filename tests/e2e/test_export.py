@@ -15,7 +15,8 @@ from tests.support.command import SMALL, opd
 
 LIGHT = [
     *SMALL, "rollout=transformers", "teacher=local", "launch.processes=1",
-    "eval.task=heldout", "data.eval_limit=8", "eval.kl_prompts=2", "train.steps=2", "save.every=1", "save.keep=5",
+    "eval.task=heldout", "data.eval_limit=8", "eval.kl_prompts=2", "train.steps=2",
+    "save.every=1",
 ]  # fmt: skip
 MASKED = ["launch.engine=torch", "mask=discover", "mask.rule=random", "mask.density=0.3"]
 DEEPSPEED = ["zero=1", "train.precision=bf16"]

@@ -133,7 +133,7 @@ def test_without_a_teacher_the_lines_show_the_reward():
     row = {key: value for key, value in ROW.items() if key != "teacher/nll"} | {"reward/mean": 0.25}
     lines = printed(lambda tracker, _: tracker.log(1, row)).splitlines()
     assert lines[0].split()[:3] == ["step", "loss", "reward"]
-    assert lines[-1].split()[2] == "0.25"
+    assert lines[-1].split()[2] == "0.2500"
     both = printed(lambda tracker, _: tracker.log(1, ROW | {"reward/mean": 0.25}))
     assert "teacher" in both.splitlines()[0]
 
