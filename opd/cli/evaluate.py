@@ -1,6 +1,7 @@
 """``opd eval``."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from opd.cli.grammar import parse_command_line
 from opd.config.arguments import parse_arguments, split_arguments
 from opd.run.environment import restart_keeping_memory
 from opd.run.recipe import load_recipe
+from opd.run.status import FAILED
+from opd.serving.parent import PARENT, watch_parent
 from opd.types import Evaluation
 
 HELP = """usage: opd eval RECIPE [model=MODEL] [out=FILE] [key=value ...]
@@ -37,6 +40,8 @@ class EvalArguments:
 
 def main(argv: list[str]) -> None:
     """Parse, run and print."""
+    if PARENT in os.environ:  # a run evaluates its teacher
+        watch_parent(lambda: os._exit(FAILED))
     line = parse_command_line(argv, HELP, positionals=("RECIPE",))
     own, overrides = split_arguments(EvalArguments, line.settings)
     arguments = parse_arguments(EvalArguments, own)

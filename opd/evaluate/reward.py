@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.config.eval import EvalConfig
-from opd.config.functions import load_function
+from opd.config.functions import USER_ERRORS, describe_error, load_function
 from opd.config.reward import FunctionRewardConfig, GraderRewardConfig, RewardConfig
 from opd.evaluate.grade import Grade, grader
 from opd.types import Answer, Prompt
@@ -135,7 +135,7 @@ async def _gathered(name: str, values: Sequence[Any], those: Sequence[Completion
     async def one(value: Any, each: Completion) -> Any:
         try:
             return await value if inspect.isawaitable(value) else value
-        except Exception as error:  # the user's code may raise anything
+        except USER_ERRORS as error:
             raise _failed(name, error, _whose(each)) from error
 
     return await asyncio.gather(*(one(v, each) for v, each in zip(values, those, strict=True)))
@@ -144,13 +144,13 @@ async def _gathered(name: str, values: Sequence[Any], those: Sequence[Completion
 def _called(name: str, call: Callable[[Any], Any], argument: Any, whose: str) -> Any:
     try:
         return call(argument)
-    except Exception as error:  # the user's code may raise anything
+    except USER_ERRORS as error:
         raise _failed(name, error, whose) from error
 
 
-def _failed(name: str, error: Exception, whose: str) -> ValueError:
+def _failed(name: str, error: BaseException, whose: str) -> ValueError:
     return ValueError(
-        f"{whose}reward.function={name} failed ({type(error).__name__}: {error}); correct the function"
+        f"{whose}reward.function={name} failed ({describe_error(error)}); correct the function"
     )
 
 
@@ -162,11 +162,18 @@ def _number(name: str, returned: Any, whose: str) -> float:
     """The reward as a number. ValueError when it is none, or not finite."""
     try:
         number = math.nan if isinstance(returned, str | bytes) else float(returned)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except USER_ERRORS:  # whatever float() of a foreign object raises
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"{whose}reward.function={name} returned {str(returned)[:60]!r} of type "
+            f"{whose}reward.function={name} returned {_shown(returned)} of type "
             f"{type(returned).__name__}; expected a finite number"
         )
     return number
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(str(value)[:60])
+    except USER_ERRORS:
+        return "an object"

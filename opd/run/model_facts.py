@@ -140,8 +140,9 @@ def _from_pretrained(
         return AutoConfig.from_pretrained(
             model, trust_remote_code=trust_remote_code, local_files_only=local_files_only
         )
-    except (OSError, ValueError) as error:
-        raise _unknown(model, str(error).strip().splitlines()[0]) from None
+    except Exception as error:  # each family of models refuses its settings in its own way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _unknown(model, reason) from None
 
 
 def _unknown(model: str, reason: str) -> ValueError:

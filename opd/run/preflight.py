@@ -108,7 +108,6 @@ def _check(recipe: Recipe, folder: Path, errors: CollectedErrors) -> Preflight:
     with errors.each():
         require_gradable(config, prompts)
     placement = _placed(config, cards, prompts)
-    disk = check_space(config, folder, start)
     ShuffledPrompts(
         prompts.train, config.train.prompts_per_step, config.seed, groups=prompts.groups
     )
@@ -122,6 +121,7 @@ def _check(recipe: Recipe, folder: Path, errors: CollectedErrors) -> Preflight:
         *check_student_model(config),
         *findings(config, tokenizer, prompts),
     ]
+    disk = check_space(config, folder, start)
     transport, infos = None, []
     if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
         with errors.each():

@@ -277,7 +277,7 @@ def _added_keys(node: Any, path: str) -> Iterator[str]:
         assert isinstance(key, str), "settings have names"
         if key not in known:
             yield f"{path}{key}"
-        elif not OmegaConf.is_interpolation(node, key):
+        elif not OmegaConf.is_interpolation(node, str(key)):
             yield from _added_keys(node._get_node(key), f"{path}{key}.")
 
 

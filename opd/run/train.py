@@ -21,6 +21,7 @@ from opd.run.devices import (
     require_running_servers,
     resolved,
 )
+from opd.run.environment import trace_processes
 from opd.run.evaluate_apart import teacher_accuracy
 from opd.run.folder import DRY_RUN, describe, description
 from opd.run.hang import leave_on_hang
@@ -167,6 +168,7 @@ def join(recipe: Recipe) -> NoReturn:
         prepare_mask(recipe, folder, _cannot_run_first)
     config = recipe.config
     ranks = count_processes(config)
+    trace_processes(config, folder)
     leave_on_hang(folder, int(os.environ["RANK"]), ranks, config.launch.deadlines)
     leave_after(recipe)
 

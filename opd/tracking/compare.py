@@ -1,12 +1,12 @@
 """Compares runs: the settings in which they differ, and the best run by each metric."""
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opd.plain_text import write_csv
 from opd.tracking.formatting import number
 from opd.tracking.runs import RunRecord, flat, read_run
 
@@ -225,10 +225,7 @@ def _without_empty_columns(
     return [{name: row[name] for name in kept} for row in rows]
 
 
-def write_csv(comparison: RunComparison, path: Path) -> None:
+def write_table(comparison: RunComparison, path: Path) -> None:
     """The table as CSV with a header; a missing number is an empty cell."""
     rows = table(comparison)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, list(rows[0]), rows)

@@ -89,7 +89,7 @@ class ConsoleTracker:
                 self._print_heading()
             self._lines_since_heading += 1
             self._print(self._line(step, metrics))
-            if SKIPPED in metrics and "loss/total" not in metrics:
+            if SKIPPED in metrics and "optim/grad_norm" not in metrics:
                 self._print(Text(_NOT_FINITE, style="yellow"))
         for task in evaluation_tasks(metrics):
             self._print(self._evaluation(step, task, metrics))

@@ -9,7 +9,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from opd.tracking.compare import RunComparison, compare, conclusions, table, write_csv
+from opd.tracking.compare import RunComparison, compare, conclusions, table, write_table
 from opd.tracking.formatting import duration, number
 from opd.tracking.panels import comparison_panels, other_panels, run_line, run_panels
 from opd.tracking.runs import RunRecord, read_started_run
@@ -67,7 +67,7 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, 
     )
     Path(out).mkdir(parents=True, exist_ok=True)
     csv_path = Path(out) / COMPARISON_CSV
-    write_csv(comparison, csv_path)
+    write_table(comparison, csv_path)
     return _write_page(Path(out) / COMPARISON, page), csv_path
 
 

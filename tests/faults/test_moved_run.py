@@ -12,6 +12,8 @@ from tests.support.command import SMALL, opd
 COMMAND = [
     "train", "quickstart", *SMALL, "rollout=transformers", "teacher=local", "train.steps=4",
     "save.every=2", "eval.every=0", "train.precision=fp32", "optim=sgd", "rollout.n=1",
+    "train.prompts_per_step=8", "data.eval_limit=4", "eval.kl_prompts=0",
+    "rollout.batch_size=1",  # else the draws of a completion depend on its batch
 ]  # fmt: skip
 STUDENT = Path(__file__).parents[2] / "recipes" / "quickstart" / "student"
 ALONE = ["launch.engine=torch", "launch.processes=1"]
@@ -42,6 +44,6 @@ def test_a_moved_run_goes_on_with_the_same_bits_and_elsewhere_within_rounding(
     start, there = load_file(STUDENT / "model.safetensors"), weights(tmp_path / "elsewhere")
     for name in expected:
         moved_by = (expected[name] - start[name]).norm()
-        assert float((there[name] - expected[name]).norm() / moved_by) < 1e-2, name
+        assert float((there[name] - expected[name]).norm() / moved_by) < 1e-3, name
     rows = [json.loads(r) for r in (tmp_path / "elsewhere/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]

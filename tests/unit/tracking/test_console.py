@@ -146,3 +146,11 @@ def test_lines_have_no_blanks_at_their_end_and_no_color_means_no_escapes(monkeyp
     assert "\x1b" in printed(log, terminal=True)
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in printed(log, terminal=True)
+
+
+def test_a_skipped_step_is_marked_and_the_steps_after_it_are_not():
+    def log(tracker, _):
+        tracker.log(1, {"optim/lr": 0.1, "optim/skipped_steps": 1.0})
+        tracker.log(2, ROW | {"optim/skipped_steps": 1.0})
+
+    assert printed(log).count("skipped: its loss or gradient norm is not finite") == 1
