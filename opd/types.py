@@ -103,8 +103,7 @@ class Prompt:
 
     ``teacher``: who scores it, of several teachers; ``teacher_ids``: its prompt, by default ``token_ids``.
     ``completion_ids``: the data set's completion, with its end. ``is_chat``: the chat template rendered it;
-    ``has_answer_turn``: the assistant's turn followed it. ``remarks``: likely errors, which a check counts.
-    ``row``: the data set's row, where a reward function of the user's own reads it; else empty.
+    ``has_answer_turn``: the assistant's turn followed it. ``remarks``: likely errors. ``row``: for rewards.
     """
 
     uid: str

@@ -17,7 +17,7 @@ example: opd export model=runs/quickstart/checkpoints/step_000040 out=step_40
 
 
 @dataclass(kw_only=True, slots=True)
-class ExportArguments:
+class ExportModelArguments:
     """Keys of `opd export`."""
 
     model: str = MISSING
@@ -28,8 +28,8 @@ class ExportArguments:
 
 def main(argv: list[str]) -> None:
     """Parse, run and print."""
-    line = parse_command_line(argv, HELP, shown=ExportArguments)
-    arguments = parse_arguments(ExportArguments, line.settings)
+    line = parse_command_line(argv, HELP, shown=ExportModelArguments)
+    arguments = parse_arguments(ExportModelArguments, line.settings)
     from opd.run.export import write_model  # loads torch, which --help does not need
 
     out = write_model(arguments.model, Path(arguments.out))

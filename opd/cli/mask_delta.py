@@ -18,7 +18,7 @@ from opd.delta.format import Delta, Side, read_delta
 from opd.delta.rebuild import write_base, write_trained
 from opd.delta.shira import Adapter, UnsupportedParameters, export_shira
 from opd.mask.mask import Mask
-from opd.run.model_names import base_of, resolved_model
+from opd.run.model_names import find_base, resolved_model
 
 EXPORT = """usage: opd mask export trained=MODEL out=FILE [base=MODEL] [key=value ...]
 
@@ -150,7 +150,7 @@ def undo(argv: list[str]) -> None:
 
 def _export(arguments: ExportArguments, out: Path, argv: list[str]) -> tuple[Checkpoint, Delta]:
     base, trained = (
-        open_checkpoint(base_of(arguments.trained, arguments.base)),
+        open_checkpoint(find_base(arguments.trained, arguments.base)),
         open_checkpoint(resolved_model(arguments.trained)),
     )
     if arguments.dtype != CastTo.stored:

@@ -15,7 +15,7 @@ from opd.analysis.summary import summarize
 from opd.analysis.tables import flatten, write_tables
 from opd.analysis.walk import AnalysisInputs, measure_checkpoints
 from opd.checkpoint.chunks import Progress, quiet
-from opd.run.model_names import base_of, resolved_model
+from opd.run.model_names import find_base, resolved_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def analyze(
     if folder.is_file():
         raise ValueError(f"out={out} is a file: name a folder")
     inputs = AnalysisInputs(
-        base=base_of(trained, base),
+        base=find_base(trained, base),
         trained=resolved_model(trained),
         other=None if other is None else resolved_model(other),
         spectrum=Spectrum(spectrum),

@@ -28,7 +28,7 @@ def resolved_model(model: str) -> str:
     return str(folder / "final")
 
 
-def base_of(trained: str, base: str | None) -> str:
+def find_base(trained: str, base: str | None) -> str:
     """``base``; by default the student that the run ``trained`` started from.
 
     ValueError when ``trained`` is not the folder of a run, or of something in it.

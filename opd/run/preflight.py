@@ -111,11 +111,7 @@ def _check(recipe: Recipe, folder: Path, errors: CollectedErrors) -> Preflight:
     ShuffledPrompts(
         prompts.train, config.train.prompts_per_step, config.seed, groups=prompts.groups
     )
-    if prompts.divergence and len(prompts.divergence) < count_processes(config):
-        raise ValueError(
-            f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
-            f"launch.processes={config.launch.processes}: give every process one, or 0"
-        )
+    _require_divergence_prompts(config, prompts)
     found = [
         *_adjustments(config),
         *check_student_model(config),
@@ -143,6 +139,14 @@ def _check(recipe: Recipe, folder: Path, errors: CollectedErrors) -> Preflight:
         transport=transport,
         findings=tuple(found),
     )
+
+
+def _require_divergence_prompts(config: Config, prompts: PromptSets) -> None:
+    if prompts.divergence and len(prompts.divergence) < count_processes(config):
+        raise ValueError(
+            f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
+            f"launch.processes={config.launch.processes}: give every process one, or 0"
+        )
 
 
 def _placed(config: Config, cards: Cards, prompts: PromptSets) -> Placement:

@@ -22,7 +22,7 @@ from opd.data.tokenizer import read_student_tokenizer
 from opd.mask.figures import prune_curve
 from opd.mask.rules import trained_weights
 from opd.run.evaluate_apart import evaluate_apart
-from opd.run.model_names import base_of
+from opd.run.model_names import find_base
 from opd.run.recipe import Recipe, load_recipe
 
 CURVE = "prune.json"
@@ -90,7 +90,7 @@ def prune(call: PruneCall) -> dict[str, Any]:
     """
     arguments, recipe = call.arguments, call.recipe
     dtype = torch_dtype(engine_dtype(recipe.config).value)
-    base = base_of(arguments.trained, arguments.base)
+    base = find_base(arguments.trained, arguments.base)
     changed = ChangedWeights(
         base=open_checkpoint(base),
         trained=trained_weights(arguments.trained),

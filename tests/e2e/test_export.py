@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from opd.cli.main import run
-from opd.run.model_names import base_of, resolved_model
+from opd.run.model_names import find_base, resolved_model
 from tests.support.command import SMALL, opd
 
 LIGHT = [
@@ -59,7 +59,7 @@ def test_the_last_checkpoint_is_exported_as_the_final_model(
     assert "already exists" in capsys.readouterr().err
     student = resolved_model("quickstart")
     for trained in ("run", "run/final", "run/checkpoints/step_000001"):
-        assert base_of(str(tmp_path / trained), None) == student
+        assert find_base(str(tmp_path / trained), None) == student
 
 
 def _check_card(card: str, accuracy: list[float]) -> None:
@@ -73,5 +73,5 @@ def _check_card(card: str, accuracy: list[float]) -> None:
 
 def test_a_base_that_is_not_named_must_be_a_run_s(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"base=\.\.\. is missing, and trained="):
-        base_of(str(tmp_path), None)
-    assert base_of(str(tmp_path), "gpt2") == "gpt2"
+        find_base(str(tmp_path), None)
+    assert find_base(str(tmp_path), "gpt2") == "gpt2"
