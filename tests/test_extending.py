@@ -20,7 +20,7 @@ from opd.config.functions import load_function
 from opd.config.loss import DivergenceLossConfig, FunctionLossConfig, TeacherInput
 from opd.config.reward import FunctionRewardConfig
 from opd.data.source_rows import source_rows
-from opd.evaluate.reward import Completion, reward_function
+from opd.evaluate.reward import RewardInput, reward_function
 from opd.head import HeadSpec
 from opd.losses.divergence import Divergence
 from opd.losses.with_reward import WithReward
@@ -164,7 +164,7 @@ def test_the_reward_of_the_page_is_the_function_s_value() -> None:
     judged = [("3+8=11;1+4+7=12#121", "121"), ("3+8=11;1+4+7=12#121", "122"), ("no", None)]
     found = reward(
         [
-            Completion(text=text, prompt=Prompt(uid="0", token_ids=ids, answer=answer))
+            RewardInput(text=text, prompt=Prompt(uid="0", token_ids=ids, answer=answer))
             for text, answer in judged
         ]
     )

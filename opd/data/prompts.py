@@ -102,7 +102,6 @@ def load_prompts(
     max_prompt_tokens: the most that the model takes; ``data.max_prompt_tokens`` may be less.
     completions: reads the completions of the data set into ``Prompt.completion_ids``.
     teacher_tokenizer: its chat template renders the teacher's prompts; by default the student's.
-    keep_rows: each prompt keeps its row.
 
     Raises ``ValueError`` naming file, line, what was found and what is allowed: for unreadable rows,
     missing or empty prompts, wrong types, duplicate uids, prompts that are too long (unless
@@ -121,8 +120,7 @@ def load_prompts(
         uids.add(row.uid)
         reader = readers[row.source]
         prompt = reader.read(row)
-        if keep_rows:
-            prompt = replace(prompt, row=dict(row.row))
+        prompt = replace(prompt, row=dict(row.row)) if keep_rows else prompt
         loading.add(row, prompt, limits[row.source], reader.data.answer_field)
     uids.require(lambda: numbered_rows(sources))
     notes = _require_short(setting, loading, filtered=data.filter_overlong_prompts)

@@ -18,17 +18,17 @@ CompletionReward = Callable[[str, Answer | None], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
+class RewardInput:
     """What a reward function judges: the text of a completion, and its prompt."""
 
     text: str
     prompt: Prompt
 
 
-RewardFunction = Callable[[Sequence[Completion]], list[float]]
+RewardFunction = Callable[[Sequence[RewardInput]], list[float]]
 """completions [B] -> rewards [B]"""
 
-_ARGUMENTS: dict[str, Callable[[Completion], Any]] = {
+_ARGUMENTS: dict[str, Callable[[RewardInput], Any]] = {
     "completion": lambda each: each.text,
     "answer": lambda each: each.prompt.answer,
     "prompt": lambda each: each.prompt.text,
@@ -90,8 +90,8 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     return [p for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def _one_by_one(name: str, call: Callable[[Completion], Any]) -> RewardFunction:
-    def rewards(those: Sequence[Completion]) -> list[float]:
+def _one_by_one(name: str, call: Callable[[RewardInput], Any]) -> RewardFunction:
+    def rewards(those: Sequence[RewardInput]) -> list[float]:
         returned = [_called(name, call, each, _whose(each)) for each in those]
         if any(inspect.isawaitable(value) for value in returned):
             returned = asyncio.run(_gathered(name, returned, those))
@@ -103,11 +103,11 @@ def _one_by_one(name: str, call: Callable[[Completion], Any]) -> RewardFunction:
 
 
 def _batched(function: Callable[..., Any], name: str, keys: Sequence[str]) -> RewardFunction:
-    def call(those: Sequence[Completion]) -> Any:
+    def call(those: Sequence[RewardInput]) -> Any:
         returned = function(**{key: [_BATCHED[key](each) for each in those] for key in keys})
         return asyncio.run(_awaited(returned)) if inspect.isawaitable(returned) else returned
 
-    def rewards(those: Sequence[Completion]) -> list[float]:
+    def rewards(those: Sequence[RewardInput]) -> list[float]:
         if not those:
             return []
         returned = _called(name, call, those, "")
@@ -129,10 +129,10 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
-async def _gathered(name: str, values: Sequence[Any], those: Sequence[Completion]) -> list[Any]:
+async def _gathered(name: str, values: Sequence[Any], those: Sequence[RewardInput]) -> list[Any]:
     """All results of an async function; the calls run concurrently."""
 
-    async def one(value: Any, each: Completion) -> Any:
+    async def one(value: Any, each: RewardInput) -> Any:
         try:
             return await value if inspect.isawaitable(value) else value
         except USER_ERRORS as error:
@@ -154,7 +154,7 @@ def _failed(name: str, error: BaseException, whose: str) -> ValueError:
     )
 
 
-def _whose(completion: Completion) -> str:
+def _whose(completion: RewardInput) -> str:
     return f"a completion of prompt {completion.prompt.uid}: "
 
 

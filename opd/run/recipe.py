@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.config.schema import GROUPS, Config, register
@@ -28,6 +28,7 @@ from opd.run.recipe_errors import (
     unknown_setting,
     unreadable,
 )
+from opd.run.recipe_functions import find_functions
 from opd.run.recipe_limits import read_variable, require_own_targets
 
 CONF = "pkg://opd.conf"
@@ -250,7 +251,7 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
     added = next(_added_keys(bare, ""), None)
     if added is not None:
         raise ValueError(unknown_setting(added))
-    _find_functions(bare, recipe.parent)
+    find_functions(bare, recipe.parent)
     config = OmegaConf.to_object(bare)
     if not isinstance(config, Config):
         raise ValueError(
@@ -279,19 +280,6 @@ def _added_keys(node: Any, path: str) -> Iterator[str]:
             yield f"{path}{key}"
         elif not OmegaConf.is_interpolation(node, str(key)):
             yield from _added_keys(node._get_node(key), f"{path}{key}.")
-
-
-def _find_functions(settings: DictConfig | ListConfig, folder: Path) -> None:
-    """Make ``path.py:name`` absolute where the file lies beside the recipe, not in the working directory."""
-    keys = settings.keys() if isinstance(settings, DictConfig) else range(len(settings))
-    for key in list(keys):
-        value = settings[key]
-        if isinstance(value, DictConfig | ListConfig):
-            _find_functions(value, folder)
-        elif key in ("function", "path") and isinstance(value, str) and ".py:" in value:
-            file, _, name = value.rpartition(":")
-            if not Path(file).exists() and (folder / file).is_file():
-                settings[key] = f"{folder / file}:{name}"
 
 
 def _yaml_ready(value: Any) -> Any:

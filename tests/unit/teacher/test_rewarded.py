@@ -10,7 +10,7 @@ from opd.config.eval import EvalConfig
 from opd.config.functions import load_function
 from opd.config.reward import FunctionRewardConfig
 from opd.evaluate.grade import grader
-from opd.evaluate.reward import Completion, RewardFunction, grade_reward, reward_function
+from opd.evaluate.reward import RewardFunction, RewardInput, grade_reward, reward_function
 from opd.faults import RunError
 from opd.teacher.no_teacher import NoTeacher
 from opd.teacher.rewarded import RewardedTeacher, advantage
@@ -147,7 +147,7 @@ def test_a_function_that_gives_no_reward_is_named_with_the_prompt(
     function = _function_reward(tmp_path, name)
     judge = RewardedTeacher(
         NO_TEACHER,
-        lambda rs: function([Completion(text="abc", prompt=r.prompt) for r in rs]),
+        lambda rs: function([RewardInput(text="abc", prompt=r.prompt) for r in rs]),
         scale_rewards=True,
     )
     with pytest.raises(RunError, match=rf"prompt a: reward\.function=.*mine\.py:{name} .*{words}"):
@@ -157,13 +157,13 @@ def test_a_function_that_gives_no_reward_is_named_with_the_prompt(
 @pytest.mark.parametrize(("name", "reward"), [("single", 3.0), ("right", 1.0), ("tensor", 0.5)])
 def test_a_function_may_return_any_number(name: str, reward: float, tmp_path: Path) -> None:
     prompt = replace(rollout("a", 1).prompt, answer="abc")
-    (found,) = _function_reward(tmp_path, name)([Completion(text="abc", prompt=prompt)])
+    (found,) = _function_reward(tmp_path, name)([RewardInput(text="abc", prompt=prompt)])
     assert (found, type(found)) == (reward, float)
 
 
-def _two() -> list[Completion]:
+def _two() -> list[RewardInput]:
     return [
-        Completion(
+        RewardInput(
             text=text,
             prompt=replace(
                 rollout(f"p{level}", 1).prompt, answer="b", text=f"{level}?", row={"level": level}
