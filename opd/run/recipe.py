@@ -28,6 +28,7 @@ from opd.run.recipe_errors import (
     unknown_setting,
     unreadable,
 )
+from opd.run.recipe_functions import find_functions
 from opd.run.recipe_limits import read_variable, require_own_targets
 
 CONF = "pkg://opd.conf"
@@ -250,6 +251,7 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
     added = next(_added_keys(bare, ""), None)
     if added is not None:
         raise ValueError(unknown_setting(added))
+    find_functions(bare, recipe.parent)
     config = OmegaConf.to_object(bare)
     if not isinstance(config, Config):
         raise ValueError(
