@@ -118,8 +118,7 @@ class Prompt:
     row: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assert self.token_ids.dtype == np.int32
-        assert self.token_ids.ndim == 1
+        assert self.token_ids.dtype == np.int32 and self.token_ids.ndim == 1  # noqa: PT018
         assert len(self.token_ids) > 0, f"prompt {self.uid} is empty"
         for ids in (self.teacher_ids, self.completion_ids):
             assert ids is None or (ids.dtype == np.int32 and ids.ndim == 1 and len(ids) > 0)
