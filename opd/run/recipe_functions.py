@@ -1,12 +1,16 @@
 """Finds the files of the user's own functions beside the recipe that names them."""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
 
-def find_functions(settings: DictConfig | ListConfig, folder: Path) -> None:
-    """Make ``path.py:name`` absolute where the file lies beside the recipe, not in the working directory."""
+def find_functions(settings: Any, folder: Path) -> None:
+    """Make ``path.py:name`` absolute where the file lies beside the recipe, not in the working directory.
+
+    ``settings``: a DictConfig or ListConfig.
+    """
     keys = settings.keys() if isinstance(settings, DictConfig) else range(len(settings))
     for key in list(keys):
         value = settings[key]
