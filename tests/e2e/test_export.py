@@ -9,7 +9,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from opd.cli.main import run
 from opd.run.model_names import find_base, resolved_model
 from tests.support.command import SMALL, opd
 
@@ -27,16 +26,14 @@ DEEPSPEED = ["zero=1", "train.precision=bf16"]
     [pytest.param(MASKED, id="masked"), pytest.param(DEEPSPEED, id="zero", marks=pytest.mark.slow)],
 )
 def test_the_last_checkpoint_is_exported_as_the_final_model(
-    overrides: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    overrides: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     done = opd("train", "quickstart", *LIGHT, *overrides, "run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for step in (1, 2):
-        assert run(["export", f"model=run/checkpoints/step_{step:06d}", f"out=step_{step}"]) == 0
+        source = f"model=run/checkpoints/step_{step:06d}"
+        done = opd("export", source, f"out=step_{step}", cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
     one, two, final = (
         load_file(tmp_path / folder / "model.safetensors")
         for folder in ("step_1", "step_2", "run/final")
@@ -52,11 +49,13 @@ def test_the_last_checkpoint_is_exported_as_the_final_model(
         "eval", "quickstart", "model=run/checkpoints/step_000002", "out=e.json",
         "rollout=transformers", "eval.task=heldout", "data.eval_limit=8",
     ]  # fmt: skip
-    assert run(evaluated) == 0
+    done = opd(*evaluated, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
     metrics = json.loads((tmp_path / "e.json").read_text())["metrics"]
     assert metrics["eval/heldout/accuracy"] == pytest.approx(accuracy[-1])
-    assert run(["export", "model=run", "out=step_2"]) == 2
-    assert "already exists" in capsys.readouterr().err
+    done = opd("export", "model=run", "out=step_2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "already exists" in done.stderr
     student = resolved_model("quickstart")
     for trained in ("run", "run/final", "run/checkpoints/step_000001"):
         assert find_base(str(tmp_path / trained), None) == student
