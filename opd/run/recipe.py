@@ -3,8 +3,8 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd.config.schema import GROUPS, Config, register
 from opd.run.recipe_errors import (
+    added_keys,
     explain,
     require_present_names,
     unknown_setting,
@@ -260,7 +261,7 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
         raise ValueError(
             "; ".join(f"{k} is not set: give it in the recipe or as {k}=..." for k in unset)
         )
-    added = next(_added_keys(bare, ""), None)
+    added = next(added_keys(bare, ""), None)
     if added is not None:
         raise ValueError(unknown_setting(added))
     find_functions(bare, recipe.parent)
@@ -278,20 +279,6 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
         path=recipe,
         overrides=list(overrides),
     )
-
-
-def _added_keys(node: Any, path: str) -> Iterator[str]:
-    """Keys that the dataclass of their group does not have; Hydra lets ``++`` add them."""
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
-        return
-    kind = OmegaConf.get_type(node)
-    known = {field.name for field in fields(kind)} if is_dataclass(kind) else set(node)
-    for key in node:
-        assert isinstance(key, str), "settings have names"
-        if key not in known:
-            yield f"{path}{key}"
-        elif not OmegaConf.is_interpolation(node, str(key)):
-            yield from _added_keys(node._get_node(key), f"{path}{key}.")
 
 
 def _yaml_ready(value: Any) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from opd.config.fields import expected
 from opd.config.schema import FORMER_NAMES, GROUPS, Config
 
@@ -137,3 +139,17 @@ def _fields(node: Any, path: str) -> Iterator[tuple[str, Field[Any]]]:
             yield from _fields(field.type, f"{name}.")
         else:
             yield name, field
+
+
+def added_keys(node: Any, path: str) -> Iterator[str]:
+    """Keys that the dataclass of their group does not have; Hydra lets ``++`` add them."""
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    kind = OmegaConf.get_type(node)
+    known = {field.name for field in fields(kind)} if is_dataclass(kind) else set(node)
+    for key in node:
+        assert isinstance(key, str), "settings have names"
+        if key not in known:
+            yield f"{path}{key}"
+        elif not OmegaConf.is_interpolation(node, str(key)):
+            yield from added_keys(node._get_node(key), f"{path}{key}.")
