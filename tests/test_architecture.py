@@ -21,6 +21,7 @@ LAZY_IMPORTS = {
     ("cli/analyze.py", "opd.run.analyze"),
     ("cli/analyze.py", "opd.run.prune"),
     ("cli/doctor.py", "opd.run.doctor"),
+    ("cli/export.py", "opd.run.export"),
     ("cli/evaluate.py", "opd.run.evaluate"),
     ("cli/generate.py", "opd.run.generate"),
     ("cli/plan.py", "opd.run"),

@@ -21,11 +21,11 @@ HELP = """usage: opd eval RECIPE [model=MODEL] [out=FILE] [key=value ...]
 Evaluate a checkpoint on the recipe's held-out prompts, without training.
 
   RECIPE     path of a YAML file, or a bundled recipe (opd train --help lists them)
-  model=     folder, run folder or hub id (default: the recipe's student)
+  model=     folder, run folder, checkpoint of a run or hub id (default: the recipe's student)
   out=       JSON file for metrics and transcripts
   key=value  settings as in opd train
 
-example: opd eval quickstart model=runs/quickstart eval.k=8"""
+example: opd eval quickstart model=runs/quickstart/checkpoints/best eval.k=8"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,7 +33,7 @@ class EvalArguments:
     """Keys of `opd eval`; settings of the recipe may follow."""
 
     model: str | None = None
-    """Folder, run folder or hub id; by default the recipe's student."""
+    """Folder, run folder, checkpoint of a run, or hub id; by default the recipe's student."""
     out: str | None = None
     """JSON file for metrics and transcripts."""
 

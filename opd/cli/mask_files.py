@@ -28,6 +28,7 @@ from opd.mask.discover import discover_mask
 from opd.mask.figures import heat_map, overlap_bars
 from opd.mask.mask import Mask
 from opd.run.mask import score
+from opd.run.model_names import resolved_model
 from opd.run.recipe import load_recipe
 from opd.run.train import run_one
 
@@ -118,7 +119,7 @@ def discover(argv: list[str]) -> None:
                 f"{', '.join(LIVE_RULES)} without scores=FILE"
             )
         require_valid_rule(rule)
-        base = open_checkpoint(arguments.base)
+        base = open_checkpoint(resolved_model(arguments.base))
         like = None if rule.like is None else Mask.read(rule.like)
         summary = discover_mask(base, rule, out, like=like, command=command, progress=progress)
     Console(markup=False).print(discovery_table(summary))
@@ -136,7 +137,7 @@ def _live_scores(
             "or scores=FILE of such a run"
         )
     recipe = load_recipe(arguments.recipe, *overrides)
-    _require_same_model(arguments.base, recipe.config.student.model)
+    _require_same_model(resolved_model(arguments.base), recipe.config.student.model)
     return str(score(recipe, rule.rule, rule.steps, folder, run_one))
 
 
@@ -174,7 +175,7 @@ def compare(argv: list[str]) -> None:
     arguments = parse_arguments(CompareArguments, line.settings)
     a, b = (Mask.read(file) for file in line.positionals)
     with progress_bar() as progress:
-        base = None if arguments.base is None else open_checkpoint(arguments.base)
+        base = None if arguments.base is None else open_checkpoint(resolved_model(arguments.base))
         comparison = compare_masks(a, b, base, progress)
     first, second = line.positionals
     titles = (_title(first, a), _title(second, b))

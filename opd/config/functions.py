@@ -14,9 +14,9 @@ MOST_CHARACTERS = 200
 def load_function(setting: str, name: str) -> Any:
     """The function or class that ``path.py:name`` or ``module:name`` names.
 
-    A path is relative to the working directory. ``setting`` is named in errors. ValueError when the
-    file or module cannot be imported, or has nothing callable of that name. Importing
-    executes the user's code.
+    A path is relative to the working directory (a recipe's also to its folder, see ``opd.run.recipe``).
+    ``setting`` is named in errors. ValueError when the file or module cannot be imported, or has
+    nothing callable of that name. Importing executes the user's code.
     """
     source, colon, attribute = name.rpartition(":")
     if not colon or not source or not attribute:

@@ -1,7 +1,7 @@
 """The rows of data sets become tokenised prompts; every row is checked, and an error names its place."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -94,6 +94,7 @@ def load_prompts(
     completions: Completions | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     answers: RequiredAnswers | None = None,
+    keep_rows: bool = False,
 ) -> LoadedPrompts:
     """The prompts of ``source`` in the order of its rows; of each data set at most the first ``limit``.
 
@@ -118,7 +119,9 @@ def load_prompts(
     for row in numbered_rows(sources):
         uids.add(row.uid)
         reader = readers[row.source]
-        loading.add(row, reader.read(row), limits[row.source], reader.data.answer_field)
+        prompt = reader.read(row)
+        prompt = replace(prompt, row=dict(row.row)) if keep_rows else prompt
+        loading.add(row, prompt, limits[row.source], reader.data.answer_field)
     uids.require(lambda: numbered_rows(sources))
     notes = _require_short(setting, loading, filtered=data.filter_overlong_prompts)
     for each, kept in zip(sources, loading.kept, strict=True):

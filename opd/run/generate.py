@@ -13,7 +13,7 @@ from opd.config.sources import data_sources
 from opd.data.source_rows import numbered_rows
 from opd.data.tokenizer import StudentTokenizer
 from opd.evaluate.grade import grader
-from opd.evaluate.reward import RewardFunction, grade_reward
+from opd.evaluate.reward import CompletionReward, grade_reward
 from opd.run.engine import load_engine
 from opd.run.model_names import resolved_model
 from opd.run.recipe import Recipe
@@ -66,7 +66,7 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
     return counts
 
 
-def _reward(config: Config, only_correct: bool) -> RewardFunction:
+def _reward(config: Config, only_correct: bool) -> CompletionReward:
     if not only_correct:
         return lambda completion, answer: 1.0
     return grade_reward(grader(config.eval.grader.value, config.eval.marker))

@@ -26,8 +26,10 @@ from opd.data.stream import ShuffledPrompts
 from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
 from opd.evaluate.reward import reward_function
 from opd.rollout.client import require_servers_fit
+from opd.run.collected_errors import CollectedErrors
 from opd.run.devices import find_cards, needs_vllm, require_devices
 from opd.run.disk import check_space
+from opd.run.engine_limits import require_engines_run
 from opd.run.findings import findings
 from opd.run.folder import open_folder
 from opd.run.gradable import require_gradable
@@ -71,15 +73,25 @@ class Preflight:
 def check(recipe: Recipe, folder: Path) -> Preflight:
     """Raise ValueError for the first kind of error: settings, packages, GPUs, folder, model, data, teacher.
 
+    A dry run goes on after an error as far as it can, and the ValueError has a line for each.
     launch.processes is a number already (``resolved``).
     """
+    errors = CollectedErrors(collect=recipe.config.dry_run)
+    with errors.together():
+        return _check(recipe, folder, errors)
+    raise AssertionError("together() raises what it finds")
+
+
+def _check(recipe: Recipe, folder: Path, errors: CollectedErrors) -> Preflight:
     config = recipe.config
     found = [*problems(config), *_missing_packages(config)]
     if found:
         raise ValueError("\n".join(found))
     cards = find_cards()
     require_devices(config, cards)
-    start = open_folder(recipe, folder)
+    start = 0
+    with errors.each():
+        start = open_folder(recipe, folder)
     if config.launch.engine == LaunchEngine.deepspeed:
         _require_launch_file(config)
     unseen = hub_names(config)
@@ -87,16 +99,19 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
         placement = place(config, cards, read_shape=lambda model: None)
         return Preflight(start=start, placement=placement, unseen=tuple(unseen))
     tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
+    if not cards.count:
+        with errors.each():
+            require_engines_run(config)
+    with errors.each():
+        _require_functions(config)
     prompts = read_prompt_sets(config, tokenizer)
+    with errors.each():
+        require_gradable(config, prompts)
     placement = _placed(config, cards, prompts)
     ShuffledPrompts(
         prompts.train, config.train.prompts_per_step, config.seed, groups=prompts.groups
     )
-    if prompts.divergence and len(prompts.divergence) < count_processes(config):
-        raise ValueError(
-            f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
-            f"launch.processes={config.launch.processes}: give every process one, or 0"
-        )
+    _require_divergence_prompts(config, prompts)
     found = [
         *_adjustments(config),
         *check_student_model(config),
@@ -105,14 +120,13 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
     disk = check_space(config, folder, start)
     transport, infos = None, []
     if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
-        transport, infos = _check_teacher(config, tokenizer, prompts)
+        with errors.each():
+            transport, infos = _check_teacher(config, tokenizer, prompts)
     inputs = fingerprint_inputs(config, prompts, infos)
     if 0 < start < config.train.steps:
         require_same_inputs(folder, inputs, allow_changed=config.run.allow_changed_inputs)
     if isinstance(config.teacher, SelfTeacherConfig):
         _require_teacher_prompts_fit(prompts, config.teacher.max_model_len or tokenizer.max_length)
-    _require_functions(config)
-    require_gradable(config, prompts)
     require_mask_fits(recipe, folder)
     require_servers_fit(config, tokenizer.stop_ids, prompts.max_length)
     return Preflight(
@@ -125,6 +139,14 @@ def check(recipe: Recipe, folder: Path) -> Preflight:
         transport=transport,
         findings=tuple(found),
     )
+
+
+def _require_divergence_prompts(config: Config, prompts: PromptSets) -> None:
+    if prompts.divergence and len(prompts.divergence) < count_processes(config):
+        raise ValueError(
+            f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
+            f"launch.processes={config.launch.processes}: give every process one, or 0"
+        )
 
 
 def _placed(config: Config, cards: Cards, prompts: PromptSets) -> Placement:

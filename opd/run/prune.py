@@ -22,6 +22,7 @@ from opd.data.tokenizer import read_student_tokenizer
 from opd.mask.figures import prune_curve
 from opd.mask.rules import trained_weights
 from opd.run.evaluate_apart import evaluate_apart
+from opd.run.model_names import find_base
 from opd.run.recipe import Recipe, load_recipe
 
 CURVE = "prune.json"
@@ -31,8 +32,8 @@ CURVE = "prune.json"
 class PruneArguments:
     """Keys of `opd prune`; settings of the recipe may follow."""
 
-    base: str = MISSING
-    """Folder or Hub id of the model that training started from."""
+    base: str | None = None
+    """What training started from: folder, Hub id, run or recipe; by default that of the run `trained`."""
     trained: str = MISSING
     """The finished run (a run folder or a checkpoint)."""
     recipe: str = MISSING
@@ -89,20 +90,19 @@ def prune(call: PruneCall) -> dict[str, Any]:
     """
     arguments, recipe = call.arguments, call.recipe
     dtype = torch_dtype(engine_dtype(recipe.config).value)
+    base = find_base(arguments.trained, arguments.base)
     changed = ChangedWeights(
-        base=open_checkpoint(arguments.base),
+        base=open_checkpoint(base),
         trained=trained_weights(arguments.trained),
         dtype=dtype,
     )
     moved = changed.count()
     if not moved:
-        raise ValueError(
-            f"trained={arguments.trained} does not differ from base={arguments.base} in {dtype}"
-        )
+        raise ValueError(f"trained={arguments.trained} does not differ from base={base} in {dtype}")
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
-        "base": arguments.base,
+        "base": base,
         "trained": arguments.trained,
         "recipe": arguments.recipe,
         "overrides": call.overrides,

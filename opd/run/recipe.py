@@ -3,8 +3,8 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd.config.schema import GROUPS, Config, register
 from opd.run.recipe_errors import (
+    added_keys,
     explain,
     require_present_names,
     unknown_setting,
     unreadable,
 )
+from opd.run.recipe_functions import find_functions
 from opd.run.recipe_limits import read_variable, require_own_targets
 
 CONF = "pkg://opd.conf"
@@ -161,7 +163,7 @@ def _parsed(override: str) -> Override:
 
 
 def _prepare(recipe: Path) -> None:
-    """Register schema, group choices and the recipe, and resolve ``${here:x}`` to x beside the recipe.
+    """Register schema, group choices and the recipe, and resolve ``${here:x}`` (see ``_beside``).
 
     ``${choice:optim,{sgd:0.1,else:1e-3}}`` is the value for the group's choice (see ``_typed``), so
     that ``optim=sgd`` alone comes with a suitable learning rate.
@@ -177,7 +179,7 @@ def _prepare(recipe: Path) -> None:
     if {"config", "choices"} <= content.keys():
         content = _recipe_of_a_run(content)
     ConfigStore.instance().store(name=PRIMARY, node=content)
-    OmegaConf.register_new_resolver("here", lambda path: str(recipe.parent / path), replace=True)
+    OmegaConf.register_new_resolver("here", lambda path: _beside(recipe, path), replace=True)
     OmegaConf.register_new_resolver("oc.env", read_variable, replace=True)
 
 
@@ -193,9 +195,21 @@ def _recipe_of_a_run(description: DictConfig) -> DictConfig:
 
 
 def _search_path(recipe: Path) -> str:
-    """The override with which a recipe can name other files beside it in its defaults."""
-    folder = str(recipe.parent).replace("'", "\\'")
-    return f"hydra.searchpath=['file://{folder}']"
+    """The override with which a recipe can name files beside it, and bundled recipes, in its defaults."""
+    folders = (str(folder).replace("'", "\\'") for folder in _source_folders(recipe))
+    listed = ",".join(f"'file://{folder}'" for folder in folders)
+    return f"hydra.searchpath=[{listed}]"
+
+
+def _source_folders(recipe: Path) -> list[Path]:
+    """Where the files lie that a recipe may build on: its own folder, then those of bundled recipes."""
+    return [recipe.parent, *(f for f in RECIPE_FOLDERS if f.is_dir() and f != recipe.parent)]
+
+
+def _beside(recipe: Path, path: str) -> str:
+    """``path`` beside the recipe, or, if it is only there, beside a bundled recipe that it builds on."""
+    found = [folder / path for folder in _source_folders(recipe)]
+    return str(next((place for place in found if place.exists()), found[0]))
 
 
 def _hydra_arguments(recipe: Path) -> list[str]:
@@ -247,9 +261,10 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
         raise ValueError(
             "; ".join(f"{k} is not set: give it in the recipe or as {k}=..." for k in unset)
         )
-    added = next(_added_keys(bare, ""), None)
+    added = next(added_keys(bare, ""), None)
     if added is not None:
         raise ValueError(unknown_setting(added))
+    find_functions(bare, recipe.parent)
     config = OmegaConf.to_object(bare)
     if not isinstance(config, Config):
         raise ValueError(
@@ -264,20 +279,6 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
         path=recipe,
         overrides=list(overrides),
     )
-
-
-def _added_keys(node: Any, path: str) -> Iterator[str]:
-    """Keys that the dataclass of their group does not have; Hydra lets ``++`` add them."""
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
-        return
-    kind = OmegaConf.get_type(node)
-    known = {field.name for field in fields(kind)} if is_dataclass(kind) else set(node)
-    for key in node:
-        assert isinstance(key, str), "settings have names"
-        if key not in known:
-            yield f"{path}{key}"
-        elif not OmegaConf.is_interpolation(node, str(key)):
-            yield from _added_keys(node._get_node(key), f"{path}{key}.")
 
 
 def _yaml_ready(value: Any) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from opd.config.fields import expected
 from opd.config.schema import FORMER_NAMES, GROUPS, Config
 
@@ -99,7 +101,8 @@ def unknown_setting(key: str) -> str:
             "choice too, or remove the setting"
         )
     leaves = {k.split(".")[-1]: k for k in known}
-    near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
+    near = difflib.get_close_matches(key, GROUPS, n=1, cutoff=0.6)
+    near += difflib.get_close_matches(key, known, n=2, cutoff=0.6)
     near += [leaves[n] for n in difflib.get_close_matches(key.split(".")[-1], leaves, n=2)]
     siblings = [k for k in known if k.rsplit(".", 1)[0] == key.rsplit(".", 1)[0] and "." in key]
     meant = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
@@ -136,3 +139,17 @@ def _fields(node: Any, path: str) -> Iterator[tuple[str, Field[Any]]]:
             yield from _fields(field.type, f"{name}.")
         else:
             yield name, field
+
+
+def added_keys(node: Any, path: str) -> Iterator[str]:
+    """Keys that the dataclass of their group does not have; Hydra lets ``++`` add them."""
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    kind = OmegaConf.get_type(node)
+    known = {field.name for field in fields(kind)} if is_dataclass(kind) else set(node)
+    for key in node:
+        assert isinstance(key, str), "settings have names"
+        if key not in known:
+            yield f"{path}{key}"
+        elif not OmegaConf.is_interpolation(node, str(key)):
+            yield from added_keys(node._get_node(key), f"{path}{key}.")

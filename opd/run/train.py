@@ -34,6 +34,7 @@ from opd.run.plan_table import plan_table
 from opd.run.preflight import Preflight, check
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder, sweep
 from opd.run.results import Run
+from opd.run.revisions import pinned
 from opd.run.stop import STOP
 from opd.run.study import run_study
 from opd.run.temporary import temporary_folder
@@ -90,7 +91,7 @@ def train_all(recipe: str | Path, *overrides: str) -> list[Run]:
 
 def run_one(recipe: Recipe, folder: Path) -> None:
     """Check, train and report one run; with ``dry_run`` only check and print the plan."""
-    recipe = resolved(recipe, find_cards())
+    recipe = resolved(pinned(recipe), find_cards())
     if recipe.config.dry_run:
         _dry_run(recipe, folder)
         return
@@ -179,7 +180,7 @@ def joined_recipe(recipe: Recipe) -> Recipe:
     Raises ValueError where this run cannot be started in this way.
     """
     cards = find_cards()
-    recipe = resolved(recipe, cards)
+    recipe = resolved(pinned(recipe), cards)
     config = recipe.config
     found = problems(config)
     if found:

@@ -85,7 +85,8 @@ def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Setting -> its value in each run, for the settings in which the runs differ.
 
     A key that some runs lack because they chose another option of its group is left out, since the
-    choice explains it, unless the runs that have it differ in it.
+    choice explains it, unless the runs that have it differ in it; so is one that repeats the choice,
+    as ``loss.kind=jsd`` does beside ``loss=jsd``.
     """
     choices = {
         group: [str(run.choices.get(group, "")) for run in runs]
@@ -97,7 +98,10 @@ def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
         values = [_typed(each[key]) if key in each else "" for each in leaves]
         present = {_typed(each[key]) for each in leaves if key in each}
         is_missing = any(key not in each for each in leaves)
-        if len(present) > 1 or (is_missing and key.split(".")[0] not in differing):
+        chosen = differing.get(key.split(".")[0])
+        if chosen is not None and all(v in ("", c) for v, c in zip(values, chosen, strict=True)):
+            continue
+        if len(present) > 1 or (is_missing and chosen is None):
             differing[key] = values
     return differing
 
@@ -181,7 +185,10 @@ def _caveats(comparison: RunComparison) -> list[str]:
 
 
 def table(comparison: RunComparison) -> list[dict[str, str | float | int | None]]:
-    """The rows of the CSV file, one for each run; numbers stay numbers."""
+    """The rows of the CSV file, one for each run; numbers stay numbers.
+
+    A metric's name is none that a setting has (``loss`` is a setting, ``training loss`` a metric).
+    """
     rows = []
     for entry in comparison.entries:
         run = entry.run
@@ -201,7 +208,7 @@ def table(comparison: RunComparison) -> list[dict[str, str | float | int | None]
             }
         generated = run.series("tokens/generated").values
         row |= {
-            "loss": run.series("loss/total").last,
+            "training loss": run.series("loss/total").last,
             "teacher nll": run.series("teacher/nll").last,
             "length": run.series("rollout/length").last,
             "tokens generated": sum(generated) if generated else None,

@@ -1,5 +1,7 @@
 """Checks before a run: settings that are used otherwise than written are reported."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,8 @@ import pytest
 from opd.cli.main import run
 from opd.config.optim import clipped_warmup
 from opd.config.schema import problems
+from opd.run.engine_limits import require_engines_run
+from opd.run.placement import Cards
 from opd.run.preflight import check
 from opd.run.recipe import Recipe, composed, find_recipe
 from opd.train.optimizers import LearningRate
@@ -45,3 +49,53 @@ def test_the_plan_of_a_dry_run_shows_the_findings(
     assert run(["train", "quickstart", *arguments]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "optim.warmup_steps=40 is longer than train.steps=5" in printed
+
+
+def tiny_student(folder: Path, heads: int) -> Path:
+    """The quickstart's student with another number of heads; its weights are not read."""
+    shutil.copytree(find_recipe("quickstart").parent / "quickstart" / "student", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"head_dim": 16, "num_attention_heads": heads, "num_key_value_heads": heads}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.usefixtures("_without_gpus")
+def test_a_dry_run_reports_every_error_that_it_can_find(tmp_path: Path) -> None:
+    student = tiny_student(tmp_path / "student", 8)
+    occupied = tmp_path / "run"
+    occupied.mkdir()
+    (occupied / "notes.txt").write_text("mine")
+    overrides = [
+        f"student.model={student}",
+        "reward=function",
+        "reward.function=nowhere.py:f",
+        "loss.reward_weight=1.0",
+        "rollout.n=2",
+        "eval.grader=number",
+        "data.eval_answer_field=prompt",
+    ]
+    with pytest.raises(ValueError) as failure:
+        check(short_trial(*overrides, "dry_run=true"), occupied)
+    lines = str(failure.value).splitlines()
+    assert len(lines) == 4
+    assert "so it is not a run" in lines[0]
+    assert "attention heads of 16" in lines[1]
+    assert lines[1].endswith("use rollout=transformers")
+    assert "nowhere.py" in lines[2]
+    assert "the grader number compares" in lines[3]
+    with pytest.raises(ValueError, match="so it is not a run") as first:
+        check(short_trial(*overrides), occupied)
+    assert len(str(first.value).splitlines()) == 1
+
+
+@pytest.mark.usefixtures("_without_gpus")
+def test_transformers_runs_heads_that_vllm_does_not(tmp_path: Path) -> None:
+    student = tiny_student(tmp_path / "student", 8)
+    config = short_trial(f"student.model={student}", "rollout=transformers").config
+    require_engines_run(config)
+
+
+@pytest.fixture
+def _without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd.run.preflight.find_cards", lambda: Cards(count=0))

@@ -1,0 +1,36 @@
+"""What vLLM cannot run on CPUs, noticed before an engine is started."""
+
+from collections.abc import Iterator
+
+from transformers import AutoConfig
+
+from opd.config.rollout import VllmRolloutConfig
+from opd.config.schema import Config
+from opd.config.teacher import ServedTeacherConfig, TeacherBackend
+from opd.teacher.connect import started_models
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of vLLM 0.32, CPUAttentionBackend.get_supported_head_sizes."""
+
+
+def require_engines_run(config: Config) -> None:
+    """ValueError for a model whose attention heads vLLM has no kernel for on CPUs."""
+    for setting, model, remedy in _models(config):
+        trusted = config.student.trust_remote_code
+        text = AutoConfig.from_pretrained(model, trust_remote_code=trusted).get_text_config()
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if size not in CPU_HEAD_SIZES:
+            raise ValueError(
+                f"{setting}={model} has attention heads of {size}, and vLLM on CPUs runs "
+                f"{', '.join(map(str, CPU_HEAD_SIZES))}: use {remedy}"
+            )
+
+
+def _models(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(setting, model, remedy) of the models that vLLM engines of this run load."""
+    if isinstance(config.rollout, VllmRolloutConfig):
+        yield "student.model", config.student.model, "rollout=transformers"
+    teacher = config.teacher
+    if isinstance(teacher, ServedTeacherConfig) and teacher.backend == TeacherBackend.vllm:
+        for model in started_models(teacher):
+            yield "teacher.model", model, "teacher=local"
