@@ -156,6 +156,17 @@ def test_the_recipe_of_the_page_composes(tmp_path: Path) -> None:
     assert adamw.data.train == str(tmp_path / "prompts.jsonl")
 
 
+def test_the_recipe_of_the_page_that_builds_on_another_composes(tmp_path: Path) -> None:
+    blocks = [
+        c for language, c in FENCE.findall((DOCS / "recipes.md").read_text()) if language == "yaml"
+    ]
+    (code,) = (block for block in blocks if "[quickstart, _self_]" in block)
+    (tmp_path / "mine.yaml").write_text(code)
+    config = composed(tmp_path / "mine.yaml", []).config
+    assert (config.train.steps, config.train.prompts_per_step) == (20, 64)
+    assert Path(config.data.train).exists()
+
+
 def command_lines() -> Iterator[str]:
     """Lines that begin with ``opd`` in the code blocks of the pages, without comments."""
     for page in GUIDES:
