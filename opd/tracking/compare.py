@@ -3,10 +3,11 @@
 import csv
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from opd.config.schema import GROUPS
 from opd.tracking.formatting import number
 from opd.tracking.runs import RunRecord, flat, read_run
 
@@ -84,8 +85,9 @@ def _rank(run: RunRecord) -> tuple[bool, float, float, float]:
 def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Setting -> its value in each run, for the settings in which the runs differ.
 
-    A key that some runs lack because they chose another option of its group is left out, since the
-    choice explains it, unless the runs that have it differ in it.
+    Where the runs chose other options of a group, the choice explains a key of the group that some of them
+    lack, and one that has its option's own value in all of them (loss.kind=jsd of loss=jsd): both are left
+    out, the former unless the runs that have it differ in it.
     """
     choices = {
         group: [str(run.choices.get(group, "")) for run in runs]
@@ -97,9 +99,28 @@ def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
         values = [_typed(each[key]) if key in each else "" for each in leaves]
         present = {_typed(each[key]) for each in leaves if key in each}
         is_missing = any(key not in each for each in leaves)
+        if key.split(".")[0] in differing and _follow_from_choices(runs, key, values):
+            continue
         if len(present) > 1 or (is_missing and key.split(".")[0] not in differing):
             differing[key] = values
     return differing
+
+
+def _follow_from_choices(runs: Sequence[RunRecord], key: str, values: Sequence[str]) -> bool:
+    """Whether every run's value of a group's key is the one that its option of the group comes with."""
+    group, _, name = key.partition(".")
+    options = [GROUPS.get(group, {}).get(run.choices.get(group, "")) for run in runs]
+    own = [_own_value(option, name) for option in options if option is not None]
+    return own == list(values)
+
+
+def _own_value(option: Any, name: str) -> str | None:
+    """What an option of a group (a dataclass, or one with values) sets a field to; None if it does not."""
+    found = {
+        f.name: f.default if isinstance(option, type) else getattr(option, f.name)
+        for f in fields(option)
+    }
+    return _typed(found[name]) if name in found else None
 
 
 def _typed(value: object) -> str:
@@ -201,9 +222,9 @@ def table(comparison: RunComparison) -> list[dict[str, str | float | int | None]
             }
         generated = run.series("tokens/generated").values
         row |= {
-            "loss": run.series("loss/total").last,
+            "final loss": run.series("loss/total").last,
             "teacher nll": run.series("teacher/nll").last,
-            "length": run.series("rollout/length").last,
+            "final length": run.series("rollout/length").last,
             "tokens generated": sum(generated) if generated else None,
             "seconds": max(run.wall().values(), default=0.0) or None,
         }

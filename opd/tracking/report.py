@@ -22,7 +22,7 @@ COMPARISON_CSV = "comparison.csv"
 _TRANSCRIPTS = 8
 _FULL_COLOUR_NATS = 3.0
 _TASK_COLUMNS = ("before", "accuracy", "best", "teacher", "gap closed", "mean@k", "reverse KL")
-_LAST_COLUMNS = ("loss", "seconds")
+_LAST_COLUMNS = ("final loss", "seconds")
 
 
 def write_report(run_folder: str | Path) -> Path:

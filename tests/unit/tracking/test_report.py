@@ -107,6 +107,33 @@ def test_a_comparison_ranks_runs_and_names_what_differs(runs, tmp_path):
     assert "optim.betas" not in rows[0], "explained by the choice of optim"
 
 
+def test_a_loss_is_a_setting_and_a_figure_each_with_its_own_column(tmp_path):
+    folders = [
+        make_run(tmp_path / f"of {name}", steps=20, loss=name, kind=kind)
+        for name, kind in (("jsd", "jsd"), ("topk_reverse_kl", "reverse_kl"))
+    ]
+    page_path, csv_path = compare_runs(folders, tmp_path / "out")
+    rows = {row["run"]: row for row in csv.DictReader(csv_path.read_text().splitlines())}
+    assert {name: row["loss"] for name, row in rows.items()} == {
+        "of jsd": "jsd",
+        "of topk_reverse_kl": "topk_reverse_kl",
+    }
+    assert all(0 < float(row["final loss"]) < 1 for row in rows.values())
+    assert "loss.kind" not in rows["of jsd"], "the choice loss=jsd says it"
+    page = page_path.read_text()
+    assert page.count(">jsd</td>") == 1
+    assert "loss.kind" not in page
+    assert "final loss" in page
+
+
+def test_a_setting_that_is_not_its_choices_own_is_shown_beside_the_choice(tmp_path):
+    folders = [
+        make_run(tmp_path / loss, steps=20, loss=loss, kind=kind)
+        for loss, kind in (("jsd", "skew_kl"), ("topk_reverse_kl", "reverse_kl"))
+    ]
+    assert compare(folders).settings == ["loss", "loss.kind"]
+
+
 def test_conclusions_name_the_winner_its_settings_and_what_to_beware_of(runs):
     lines = conclusions(compare(list(runs.values())))
     assert lines[0] == (
