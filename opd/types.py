@@ -8,6 +8,7 @@ Numpy arrays up to ``ScoredRollout`` (they cross processes); tensors from ``Batc
 All log-probs are natural logarithms in float32, after the sampling temperature.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -102,7 +103,8 @@ class Prompt:
 
     ``teacher``: who scores it, of several teachers; ``teacher_ids``: its prompt, by default ``token_ids``.
     ``completion_ids``: the data set's completion, with its end. ``is_chat``: the chat template rendered it;
-    ``has_answer_turn``: the assistant's turn followed it. ``remarks``: likely errors, which a check counts.
+    ``has_answer_turn``: the assistant's turn followed it. ``row``: the data set's row, kept for a reward
+    function of the user's own. ``remarks``: likely errors, which a check counts.
     """
 
     uid: str
@@ -114,6 +116,7 @@ class Prompt:
     teacher: str | None = None
     teacher_ids: IntArray | None = None
     completion_ids: IntArray | None = None
+    row: Mapping[str, Any] | None = None
     remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

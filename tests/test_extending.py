@@ -19,7 +19,7 @@ from opd.config.functions import load_function
 from opd.config.loss import DivergenceLossConfig, FunctionLossConfig, TeacherInput
 from opd.config.reward import FunctionRewardConfig
 from opd.data.source_rows import source_rows
-from opd.evaluate.reward import reward_function
+from opd.evaluate.reward import Completed, reward_function
 from opd.head import HeadSpec
 from opd.losses.divergence import Divergence
 from opd.losses.with_reward import WithReward
@@ -153,9 +153,9 @@ def test_training_with_the_loss_of_the_page_is_training_with_forward_kl(home: Pa
 def test_the_reward_of_the_page_is_the_function_s_value() -> None:
     config = FunctionRewardConfig(function="my_reward.py:right_and_short")
     reward = reward_function(config, EvalConfig())
-    assert reward("3+8=11;1+4+7=12#121", "121") == pytest.approx(1 - 0.19)
-    assert reward("3+8=11;1+4+7=12#121", "122") == pytest.approx(-0.19)
-    assert reward("no", None) == pytest.approx(-0.02)
+    pairs = [("3+8=11;1+4+7=12#121", "121"), ("3+8=11;1+4+7=12#121", "122"), ("no", None)]
+    rewards = reward([Completed(completion=c, answer=a) for c, a in pairs])
+    assert rewards == pytest.approx([1 - 0.19, -0.19, -0.02])
 
 
 def test_training_with_the_reward_of_the_page_reports_it(home: Path) -> None:

@@ -23,7 +23,7 @@ from opd.config.teacher import (
     has_teacher,
 )
 from opd.data.tokenizer import StudentTokenizer
-from opd.evaluate.reward import reward_function
+from opd.evaluate.reward import Completed, reward_function
 from opd.interfaces import Progress, Teacher
 from opd.spans import CommonVocabulary
 from opd.sync.ema import EMAWeights
@@ -231,7 +231,18 @@ def _with_reward(config: Config, teacher: Teacher, tokenizer: StudentTokenizer) 
         return teacher
     function = reward_function(config.reward, config.eval)
 
-    def reward(rollout: Rollout) -> float:
-        return function(tokenizer.decode(rollout.token_ids.tolist()), rollout.prompt.answer)
+    def rewards(rollouts: Sequence[Rollout]) -> list[float]:
+        return function(
+            [
+                Completed(
+                    completion=tokenizer.decode(rollout.token_ids.tolist()),
+                    answer=rollout.prompt.answer,
+                    prompt=rollout.prompt.text,
+                    row=rollout.prompt.row,
+                    uid=rollout.prompt.uid,
+                )
+                for rollout in rollouts
+            ]
+        )
 
-    return RewardedTeacher(teacher, reward, scale_rewards=config.reward.scale_rewards)
+    return RewardedTeacher(teacher, rewards, scale_rewards=config.reward.scale_rewards)

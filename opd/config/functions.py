@@ -29,6 +29,15 @@ def load_function(setting: str, name: str) -> Any:
     return found
 
 
+def function_beside(folder: Path, name: str) -> str:
+    """``path.py:name`` with the path of the file in ``folder``, where only that one exists; else as it is."""
+    source, colon, attribute = name.rpartition(":")
+    beside = folder / source
+    if not source.endswith(".py") or Path(source).is_file() or not beside.is_file():
+        return name
+    return f"{beside}{colon}{attribute}"
+
+
 def _from_module(name: str) -> Any:
     return importlib.import_module(name)
 

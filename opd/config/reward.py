@@ -39,7 +39,7 @@ class FunctionRewardConfig(GroupRewardConfig):
     """The value of a user's own function."""
 
     function: str = MISSING
-    """path.py:name or module:name of a function (completion: str, answer: str | tuple | None) -> float."""
+    """path.py:name or module:name of a function of completion, answer, prompt, row; see docs/extending.md."""
 
 
 CHOICES = {"none": RewardConfig, "grader": GraderRewardConfig, "function": FunctionRewardConfig}

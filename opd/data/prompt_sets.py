@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.config.data import DataConfig
-from opd.config.reward import GraderRewardConfig
+from opd.config.reward import FunctionRewardConfig, GraderRewardConfig
 from opd.config.rollout import VllmEngineConfig
 from opd.config.schema import Config
 from opd.config.teacher import TeacherTokenizer
@@ -65,6 +65,7 @@ def read_prompt_sets(
         context - train_tokens,
         completions=_completions(config, student),
         answers=_training_answers(config, grades_training),
+        keeps_rows=isinstance(config.reward, FunctionRewardConfig),
     )
     held_out: LoadedPrompts | None = None
     if data.eval is not None:
@@ -107,6 +108,8 @@ class _SetReader:
         room: int,
         completions: Completions | None = None,
         answers: RequiredAnswers | None = None,
+        *,
+        keeps_rows: bool = False,
     ) -> LoadedPrompts:
         """The prompts of what ``setting`` names; each has at most ``room`` tokens."""
         if room < 1:
@@ -123,6 +126,7 @@ class _SetReader:
             completions=completions,
             teacher_tokenizer=self.teacher_tokenizer,
             answers=answers,
+            keeps_rows=keeps_rows,
         )
 
 

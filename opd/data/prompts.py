@@ -94,6 +94,7 @@ def load_prompts(
     completions: Completions | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     answers: RequiredAnswers | None = None,
+    keeps_rows: bool = False,
 ) -> LoadedPrompts:
     """The prompts of ``source`` in the order of its rows; of each data set at most the first ``limit``.
 
@@ -101,6 +102,7 @@ def load_prompts(
     max_prompt_tokens: the most that the model takes; ``data.max_prompt_tokens`` may be less.
     completions: reads the completions of the data set into ``Prompt.completion_ids``.
     teacher_tokenizer: its chat template renders the teacher's prompts; by default the student's.
+    keeps_rows: each prompt has its row beside it.
 
     Raises ``ValueError`` naming file, line, what was found and what is allowed: for unreadable rows,
     missing or empty prompts, wrong types, duplicate uids, prompts that are too long (unless
@@ -110,7 +112,9 @@ def load_prompts(
     sources = data_sources(setting, source, data)
     loading = _Loading(prompts=SpooledPrompts() if data.streaming else [], kept=[0] * len(sources))
     readers = [
-        RowReader.of_source(each.data, tokenizer, teacher_tokenizer, completions)
+        RowReader.of_source(
+            each.data, tokenizer, teacher_tokenizer, completions, keeps_row=keeps_rows
+        )
         for each in sources
     ]
     limits = [_least(max_prompt_tokens, each.data.max_prompt_tokens) for each in sources]

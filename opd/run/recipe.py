@@ -21,6 +21,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd.config.functions import function_beside
 from opd.config.schema import GROUPS, Config, register
 from opd.run.recipe_errors import (
     explain,
@@ -35,6 +36,7 @@ PRIMARY = (
     "opd recipe"  # the recipe's name for Hydra: whatever its file is called, it shadows nothing
 )
 METHODS = Path(__file__).parent.parent / "conf" / "method"
+FUNCTION_SETTINGS = ("reward.function", "loss.path", "data.function", "mask.function")
 RECIPE_FOLDERS = (
     Path(__file__).parent.parent / "recipes",  # installed
     Path(__file__).parent.parent.parent / "recipes",  # a clone
@@ -250,6 +252,10 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
     added = next(_added_keys(bare, ""), None)
     if added is not None:
         raise ValueError(unknown_setting(added))
+    for key in FUNCTION_SETTINGS:
+        name = OmegaConf.select(bare, key, default=None)
+        if isinstance(name, str):
+            OmegaConf.update(bare, key, function_beside(recipe.parent, name))
     config = OmegaConf.to_object(bare)
     if not isinstance(config, Config):
         raise ValueError(

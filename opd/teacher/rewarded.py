@@ -8,7 +8,7 @@ from opd.faults import RunError
 from opd.interfaces import Teacher
 from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo
 
-Reward = Callable[[Rollout], float]
+Rewards = Callable[[Sequence[Rollout]], list[float]]
 STD_EPSILON = 1e-4
 """Added to a group's standard deviation, as TRL does; it bounds an advantage by 1e4 times the distance."""
 
@@ -19,15 +19,15 @@ class RewardedTeacher:
     The group of a completion is the rollouts of its prompt in the same call.
     """
 
-    def __init__(self, teacher: Teacher, reward: Reward, *, scale_rewards: bool) -> None:
+    def __init__(self, teacher: Teacher, rewards: Rewards, *, scale_rewards: bool) -> None:
         self._teacher = teacher
-        self._reward = reward
+        self._rewards = rewards
         self._scale = scale_rewards
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """See ``Teacher``. RunError with the prompt's uid when a reward is not a finite number."""
+        """See ``Teacher``. RunError when a reward cannot be had or is not a finite number."""
         scored = self._teacher.score(rollouts)
-        rewards = [_finite_reward(self._reward, rollout) for rollout in rollouts]
+        rewards = _finite_rewards(self._rewards, rollouts)
         groups: dict[str, list[float]] = {}
         for rollout, reward in zip(rollouts, rewards, strict=True):
             groups.setdefault(rollout.prompt.uid, []).append(reward)
@@ -68,14 +68,15 @@ def advantage(reward: float, group: Sequence[float], *, scale_rewards: bool) -> 
     return (reward - mean) / (spread + STD_EPSILON)
 
 
-def _finite_reward(function: Reward, rollout: Rollout) -> float:
+def _finite_rewards(function: Rewards, rollouts: Sequence[Rollout]) -> list[float]:
     try:
-        reward = function(rollout)
+        rewards = function(rollouts)
     except ValueError as error:
-        raise RunError(f"a completion of prompt {rollout.prompt.uid}: {error}") from error
-    if not math.isfinite(reward):
-        raise RunError(
-            f"the reward of a completion of prompt {rollout.prompt.uid} is {reward}; expected a "
-            "finite number"
-        )
-    return float(reward)
+        raise RunError(str(error)) from error
+    for rollout, reward in zip(rollouts, rewards, strict=True):
+        if not math.isfinite(reward):
+            raise RunError(
+                f"the reward of a completion of prompt {rollout.prompt.uid} is {reward}; expected a "
+                "finite number"
+            )
+    return [float(reward) for reward in rewards]

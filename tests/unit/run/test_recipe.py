@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from opd.config.reward import FunctionRewardConfig
 from opd.run.folder import describe
 from opd.run.recipe import Recipe, composed, find_recipe, job_name, load_recipe, sweep
 
@@ -39,6 +40,30 @@ def test_a_recipe_builds_on_another_one_beside_it() -> None:
     Path("child.yaml").write_text("defaults: [mine, _self_]\ntrain: {steps: 7}\n")
     config = composed(find_recipe("child.yaml"), []).config
     assert (config.train.steps, config.student.model) == (7, "student")
+
+
+@pytest.mark.parametrize("given", ["mine.py:f", "./mine.py:f", "deeper/mine.py:f"])
+def test_a_function_may_lie_beside_the_recipe_or_in_the_working_directory(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, beside = tmp_path / "home", tmp_path / "recipes"
+    for folder in (home, beside / "deeper"):
+        folder.mkdir(parents=True)
+    (beside / "mine.yaml").write_text(OWN)
+    path = given.partition(":")[0]
+    (beside / path).write_text("def f(completion): return 2.0")
+    monkeypatch.chdir(home)
+
+    def function() -> str:
+        overrides = ["reward=function", f"reward.function={given}"]
+        reward = composed(find_recipe("../recipes/mine.yaml"), overrides).config.reward
+        assert isinstance(reward, FunctionRewardConfig)
+        return reward.function
+
+    assert function() == f"{beside / path}:f"
+    (home / path).parent.mkdir(exist_ok=True)
+    (home / path).write_text("def f(completion): return 1.0")
+    assert function() == given, "the working directory comes first"
 
 
 @pytest.mark.usefixtures("_names_of_ours")
