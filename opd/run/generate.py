@@ -1,7 +1,7 @@
 """Generates completions for the training prompts of a recipe; they become a data set."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from opd.config.sources import data_sources
 from opd.data.source_rows import numbered_rows
 from opd.data.tokenizer import StudentTokenizer
 from opd.evaluate.grade import grader
-from opd.evaluate.reward import RewardFunction, grade_reward
 from opd.run.engine import load_engine
 from opd.run.model_names import resolved_model
 from opd.run.recipe import Recipe
@@ -50,7 +49,7 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
     sampling = replace(training_sampling(config), support_k=0)
     rollouts = loaded.engine.generate(loaded.prompts.train, sampling)
     counts = {"generated": len(rollouts), "truncated": 0, "empty": 0, "wrong": 0, "kept": 0}
-    reward = _reward(config, only_correct)
+    is_right = _grade(config, only_correct)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with Path(out).open("w", encoding="utf-8") as file:
         for rollout in rollouts:
@@ -58,7 +57,7 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
                 counts["truncated"] += 1
             elif len(rollout.token_ids) == 1:  # nothing but the end token
                 counts["empty"] += 1
-            elif reward(tokenizer.decode(rollout.token_ids.tolist()), rollout.prompt.answer) == 0:
+            elif not is_right(rollout, tokenizer):
                 counts["wrong"] += 1
             else:
                 counts["kept"] += 1
@@ -66,10 +65,17 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
     return counts
 
 
-def _reward(config: Config, only_correct: bool) -> RewardFunction:
+def _grade(config: Config, only_correct: bool) -> Callable[[Rollout, StudentTokenizer], bool]:
+    """Whether a completion may be kept: any, or those that the recipe's grader finds correct."""
     if not only_correct:
-        return lambda completion, answer: 1.0
-    return grade_reward(grader(config.eval.grader.value, config.eval.marker))
+        return lambda rollout, tokenizer: True
+    grade = grader(config.eval.grader.value, config.eval.marker)
+
+    def is_right(rollout: Rollout, tokenizer: StudentTokenizer) -> bool:
+        answer = rollout.prompt.answer
+        return answer is not None and grade(tokenizer.decode(rollout.token_ids.tolist()), answer)
+
+    return is_right
 
 
 def _rows(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:

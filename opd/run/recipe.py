@@ -163,7 +163,7 @@ def _parsed(override: str) -> Override:
 
 
 def _prepare(recipe: Path) -> None:
-    """Register schema, group choices and the recipe, and resolve ``${here:x}`` to x beside the recipe.
+    """Register schema, group choices and the recipe, and resolve ``${here:x}`` (see ``_beside``).
 
     ``${choice:optim,{sgd:0.1,else:1e-3}}`` is the value for the group's choice (see ``_typed``), so
     that ``optim=sgd`` alone comes with a suitable learning rate.
@@ -179,7 +179,7 @@ def _prepare(recipe: Path) -> None:
     if {"config", "choices"} <= content.keys():
         content = _recipe_of_a_run(content)
     ConfigStore.instance().store(name=PRIMARY, node=content)
-    OmegaConf.register_new_resolver("here", lambda path: str(recipe.parent / path), replace=True)
+    OmegaConf.register_new_resolver("here", lambda path: _beside(recipe, path), replace=True)
     OmegaConf.register_new_resolver("oc.env", read_variable, replace=True)
 
 
@@ -195,9 +195,21 @@ def _recipe_of_a_run(description: DictConfig) -> DictConfig:
 
 
 def _search_path(recipe: Path) -> str:
-    """The override with which a recipe can name other files beside it in its defaults."""
-    folder = str(recipe.parent).replace("'", "\\'")
-    return f"hydra.searchpath=['file://{folder}']"
+    """The override with which a recipe can name files beside it, and bundled recipes, in its defaults."""
+    folders = (str(folder).replace("'", "\\'") for folder in _source_folders(recipe))
+    listed = ",".join(f"'file://{folder}'" for folder in folders)
+    return f"hydra.searchpath=[{listed}]"
+
+
+def _source_folders(recipe: Path) -> list[Path]:
+    """Where the files lie that a recipe may build on: its own folder, then those of bundled recipes."""
+    return [recipe.parent, *(f for f in RECIPE_FOLDERS if f.is_dir() and f != recipe.parent)]
+
+
+def _beside(recipe: Path, path: str) -> str:
+    """``path`` beside the recipe, or, if it is only there, beside a bundled recipe that it builds on."""
+    found = [folder / path for folder in _source_folders(recipe)]
+    return str(next((place for place in found if place.exists()), found[0]))
 
 
 def _hydra_arguments(recipe: Path) -> list[str]:
