@@ -22,12 +22,14 @@ LAZY_IMPORTS = {
     ("cli/analyze.py", "opd.run.prune"),
     ("cli/doctor.py", "opd.run.doctor"),
     ("cli/evaluate.py", "opd.run.evaluate"),
+    ("cli/export.py", "opd.run.export"),
     ("cli/generate.py", "opd.run.generate"),
     ("cli/plan.py", "opd.run"),
     ("cli/report.py", "opd.run.train"),
     ("cli/rollout.py", "opd.run"),
     ("cli/teacher.py", "opd.run"),
     ("cli/train.py", "opd.run"),
+    ("run/model_names.py", "opd.run.export"),
     ("run/train.py", "opd.run.worker"),
 }
 """Imports inside functions, so that --help needs no torch and the launcher loads no model code."""
@@ -101,6 +103,7 @@ def test_every_import_contract_is_kept() -> None:
                 "doctor",
                 "plan",
                 "evaluate",
+                "export",
                 "generate",
                 "report",
                 "teacher",

@@ -14,11 +14,11 @@ from opd.config.arguments import parse_arguments, split_arguments
 if TYPE_CHECKING:
     from opd.run.analyze import Analysis
 
-HELP = """usage: opd analyze base=MODEL trained=MODEL out=DIR [other=MODEL] [spectrum=fast] [prune=RECIPE]
+HELP = """usage: opd analyze trained=MODEL out=DIR [base=MODEL] [other=MODEL] [spectrum=fast] [prune=RECIPE]
 
 Compare two checkpoints: sparsity, spectra, placement, each beside its null model.
 
-example: opd analyze base=recipes/quickstart/student trained=runs/quickstart out=analysis
+example: opd analyze trained=runs/quickstart out=analysis
 """
 
 
@@ -26,8 +26,8 @@ example: opd analyze base=recipes/quickstart/student trained=runs/quickstart out
 class AnalyzeArguments:
     """Keys of `opd analyze`."""
 
-    base: str = MISSING
-    """Folder or Hub id of the model that training started from."""
+    base: str | None = None
+    """Folder, hub id, run folder or recipe (its student); by default the model that the run started from."""
     trained: str = MISSING
     """The trained model: a folder, a Hub id or a run folder (its final/)."""
     out: str = MISSING
@@ -68,7 +68,8 @@ def _pruned(arguments: AnalyzeArguments, others: list[str]) -> dict[str, Any]:
     from opd.cli.prune import print_curves  # loads torch, which --help does not need
     from opd.run.prune import parse_prune, prune
 
-    keys = [f"base={arguments.base}", f"trained={arguments.trained}", f"recipe={arguments.prune}"]
+    base = [] if arguments.base is None else [f"base={arguments.base}"]
+    keys = [*base, f"trained={arguments.trained}", f"recipe={arguments.prune}"]
     result = prune(parse_prune([*keys, f"out={arguments.out}", *others]))
     print_curves(result)
     return result

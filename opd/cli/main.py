@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": Command("opd.cli.doctor", "check a recipe before it costs anything"),
     "plan": Command("opd.cli.plan", "forecast memory, bytes and time of a run on given GPUs"),
     "eval": Command("opd.cli.evaluate", "evaluate a checkpoint on the recipe's held-out prompts"),
+    "export": Command("opd.cli.export", "write a run or a checkpoint as a plain model folder"),
     "generate": Command(
         "opd.cli.generate", "generate completions for the training prompts: a data set"
     ),

@@ -18,13 +18,13 @@ from opd.delta.format import Delta, Side, read_delta
 from opd.delta.rebuild import write_base, write_trained
 from opd.delta.shira import Adapter, UnsupportedParameters, export_shira
 from opd.mask.mask import Mask
-from opd.run.model_names import resolved_model
+from opd.run.model_names import given_base, resolved_model
 
-EXPORT = """usage: opd mask export base=MODEL trained=MODEL out=FILE [key=value ...]
+EXPORT = """usage: opd mask export trained=MODEL out=FILE [base=MODEL] [key=value ...]
 
 Write what training changed as one small file, or as a SHiRA adapter (format=shira).
 
-example: opd mask export base=MODEL trained=runs/x out=x.safetensors
+example: opd mask export trained=runs/x out=x.safetensors
 """
 APPLY = """usage: opd mask apply base=MODEL delta=FILE out=FOLDER
 
@@ -60,8 +60,8 @@ class CastTo(StrEnum):
 class ExportArguments:
     """Keys of `opd mask export`."""
 
-    base: str = MISSING
-    """Folder or Hub id of the model that training started from."""
+    base: str | None = None
+    """Folder, hub id, run folder or recipe (its student); by default the model that the run started from."""
     trained: str = MISSING
     """The trained model: a folder, a Hub id or a run folder (its final/)."""
     out: str = MISSING
@@ -81,7 +81,7 @@ class ApplyArguments:
     """Keys of `opd mask apply`."""
 
     base: str = MISSING
-    """Folder or Hub id of the base."""
+    """Folder, hub id, run folder or recipe (its student)."""
     delta: str = MISSING
     """File written by `opd mask export`."""
     out: str = MISSING
@@ -135,7 +135,7 @@ def apply(argv: list[str]) -> None:
     line = parse_command_line(argv, APPLY, shown=ApplyArguments)
     arguments = parse_arguments(ApplyArguments, line.settings)
     delta = read_delta(Path(arguments.delta))
-    write_trained(open_checkpoint(arguments.base), delta, Path(arguments.out))
+    write_trained(open_checkpoint(resolved_model(arguments.base)), delta, Path(arguments.out))
     _print_rebuilt(delta, Side.trained, arguments.out)
 
 
@@ -150,7 +150,7 @@ def undo(argv: list[str]) -> None:
 
 def _export(arguments: ExportArguments, out: Path, argv: list[str]) -> tuple[Checkpoint, Delta]:
     base, trained = (
-        open_checkpoint(arguments.base),
+        open_checkpoint(given_base(arguments.base, arguments.trained)),
         open_checkpoint(resolved_model(arguments.trained)),
     )
     if arguments.dtype != CastTo.stored:

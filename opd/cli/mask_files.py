@@ -28,6 +28,7 @@ from opd.mask.discover import discover_mask
 from opd.mask.figures import heat_map, overlap_bars
 from opd.mask.mask import Mask
 from opd.run.mask import score
+from opd.run.model_names import base_of, resolved_model
 from opd.run.recipe import load_recipe
 from opd.run.train import run_one
 
@@ -61,8 +62,8 @@ example: opd mask combine intersection a.safetensors b.safetensors out=both.safe
 class DiscoverArguments(RuleConfig):
     """Keys of `opd mask discover`."""
 
-    base: str = MISSING
-    """Folder or Hub id of the model whose weights are masked."""
+    base: str | None = None
+    """Folder, hub id, run or recipe (its student) whose weights are masked; by default the run's own."""
     out: str = MISSING
     """Mask file to write."""
     overwrite: bool = False
@@ -84,7 +85,7 @@ class CompareArguments:
     """Keys of `opd mask compare`."""
 
     base: str | None = None
-    """Folder or Hub id of the masks' base; adds chance at equal counts per binade of the weights."""
+    """The masks' base: folder, hub id, run or recipe; adds chance at equal counts per binade of weights."""
     out: str | None = None
     """Folder for bars, overlap.png."""
 
@@ -118,7 +119,7 @@ def discover(argv: list[str]) -> None:
                 f"{', '.join(LIVE_RULES)} without scores=FILE"
             )
         require_valid_rule(rule)
-        base = open_checkpoint(arguments.base)
+        base = open_checkpoint(_base(arguments))
         like = None if rule.like is None else Mask.read(rule.like)
         summary = discover_mask(base, rule, out, like=like, command=command, progress=progress)
     Console(markup=False).print(discovery_table(summary))
@@ -136,8 +137,20 @@ def _live_scores(
             "or scores=FILE of such a run"
         )
     recipe = load_recipe(arguments.recipe, *overrides)
-    _require_same_model(arguments.base, recipe.config.student.model)
+    if arguments.base is not None:
+        _require_same_model(resolved_model(arguments.base), recipe.config.student.model)
     return str(score(recipe, rule.rule, rule.steps, folder, run_one))
+
+
+def _base(arguments: DiscoverArguments) -> str:
+    """The given base, else that of the run ``trained``, else the student of ``recipe``."""
+    if arguments.base is not None:
+        return resolved_model(arguments.base)
+    if arguments.trained is not None:
+        return base_of(arguments.trained)
+    if arguments.recipe is not None:
+        return resolved_model(arguments.recipe)
+    raise ValueError("base=... is missing: give the model whose weights are masked")
 
 
 def _require_same_model(base: str, student: str) -> None:
@@ -174,7 +187,7 @@ def compare(argv: list[str]) -> None:
     arguments = parse_arguments(CompareArguments, line.settings)
     a, b = (Mask.read(file) for file in line.positionals)
     with progress_bar() as progress:
-        base = None if arguments.base is None else open_checkpoint(arguments.base)
+        base = None if arguments.base is None else open_checkpoint(resolved_model(arguments.base))
         comparison = compare_masks(a, b, base, progress)
     first, second = line.positionals
     titles = (_title(first, a), _title(second, b))

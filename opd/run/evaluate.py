@@ -7,7 +7,7 @@ from opd.assembly.evaluate import build_evaluator
 from opd.assembly.rollout import in_process
 from opd.config.schema import problems
 from opd.run.engine import load_engine
-from opd.run.model_names import resolved_model
+from opd.run.model_names import opened_model
 from opd.run.recipe import Recipe, load_recipe
 from opd.types import Evaluation
 
@@ -15,8 +15,8 @@ from opd.types import Evaluation
 def evaluate(recipe: Recipe | str | Path, *overrides: str, model: str | None = None) -> Evaluation:
     """Greedy accuracy and mean@k of ``model`` on data.eval, by the recipe's rollout engine.
 
-    ``model``: folder, run folder or hub id; by default the recipe's student. The engine runs in this
-    process. Raises ValueError for configuration errors.
+    ``model``: folder, hub id, run folder or a checkpoint in one, or a recipe (its student); by default the
+    recipe's student. The engine runs in this process. Raises ValueError for configuration errors.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, *overrides)
@@ -26,11 +26,11 @@ def evaluate(recipe: Recipe | str | Path, *overrides: str, model: str | None = N
         found.append("data.eval is not set: there is nothing to evaluate on")
     if found:
         raise ValueError("\n".join(found))
-    name = config.student.model if model is None else resolved_model(model)
     config = replace(config, rollout=in_process(config.rollout))
-    loaded = load_engine(config, name)
-    evaluator = build_evaluator(
-        config, loaded.prompts, loaded.tokenizer, loaded.engine, loaded.world
-    )
-    assert evaluator is not None
-    return evaluator.evaluate(1)
+    with opened_model(model or config.student.model) as name:
+        loaded = load_engine(config, name)
+        evaluator = build_evaluator(
+            config, loaded.prompts, loaded.tokenizer, loaded.engine, loaded.world
+        )
+        assert evaluator is not None
+        return evaluator.evaluate(1)

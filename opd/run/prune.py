@@ -20,8 +20,8 @@ from opd.config.schema import problems
 from opd.data.prompt_sets import read_prompt_sets
 from opd.data.tokenizer import read_student_tokenizer
 from opd.mask.figures import prune_curve
-from opd.mask.rules import trained_weights
 from opd.run.evaluate_apart import evaluate_apart
+from opd.run.model_names import given_base, recipe_of, resolved_model
 from opd.run.recipe import Recipe, load_recipe
 
 CURVE = "prune.json"
@@ -31,12 +31,12 @@ CURVE = "prune.json"
 class PruneArguments:
     """Keys of `opd prune`; settings of the recipe may follow."""
 
-    base: str = MISSING
-    """Folder or Hub id of the model that training started from."""
+    base: str | None = None
+    """Folder, hub id, run folder or recipe (its student); by default the model that the run started from."""
     trained: str = MISSING
     """The finished run (a run folder or a checkpoint)."""
-    recipe: str = MISSING
-    """The recipe whose held-out prompts are used for evaluation."""
+    recipe: str | None = None
+    """The recipe whose held-out prompts are used for evaluation; by default that of the run."""
     out: str = MISSING
     """Folder for prune.json, prune.png and the evaluations' logs."""
     shares: list[float] = bounded([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
@@ -76,7 +76,10 @@ def parse_prune(words: Sequence[str]) -> PruneCall:
     """Parse a call. Raises ValueError before any model is read."""
     own, overrides = split_arguments(PruneArguments, words)
     arguments = parse_arguments(PruneArguments, own)
-    recipe = load_recipe(arguments.recipe, *overrides)
+    if arguments.recipe is None:
+        recipe = recipe_of(arguments.trained, *overrides)
+    else:
+        recipe = load_recipe(arguments.recipe, *overrides)
     _require_valid(arguments, recipe)
     return PruneCall(arguments=arguments, recipe=recipe, overrides=overrides)
 
@@ -89,22 +92,21 @@ def prune(call: PruneCall) -> dict[str, Any]:
     """
     arguments, recipe = call.arguments, call.recipe
     dtype = torch_dtype(engine_dtype(recipe.config).value)
+    base = given_base(arguments.base, arguments.trained)
     changed = ChangedWeights(
-        base=open_checkpoint(arguments.base),
-        trained=trained_weights(arguments.trained),
+        base=open_checkpoint(base),
+        trained=open_checkpoint(resolved_model(arguments.trained)),
         dtype=dtype,
     )
     moved = changed.count()
     if not moved:
-        raise ValueError(
-            f"trained={arguments.trained} does not differ from base={arguments.base} in {dtype}"
-        )
+        raise ValueError(f"trained={arguments.trained} does not differ from base={base} in {dtype}")
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
-        "base": arguments.base,
+        "base": base,
         "trained": arguments.trained,
-        "recipe": arguments.recipe,
+        "recipe": arguments.recipe or str(recipe.path),
         "overrides": call.overrides,
         "seed": arguments.seed,
         "dtype": dtype_name(dtype),
