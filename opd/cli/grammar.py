@@ -34,8 +34,9 @@ def parse_command_line(
 ) -> CommandLine:
     """Positionals named ``positionals``, key=value settings, and flags.
 
-    The last ``optional`` positionals may be left out. --help prints ``help_text``, followed by the keys of ``shown``, and ends the process with status
-    0. ValueError for an unknown flag, and for positionals that are missing or too many.
+    The last ``optional`` positionals may be left out. --help prints ``help_text``, followed by the keys
+    of ``shown``, and ends the process with status 0. ValueError for an unknown flag, and for positionals
+    that are missing or too many.
     """
     if any(argument in HELP_FLAGS for argument in arguments):
         print(help_text if shown is None else f"{help_text}\n{describe_keys(shown)}")

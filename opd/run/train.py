@@ -14,6 +14,7 @@ from opd.config.mask import StudyMaskConfig
 from opd.config.schema import problems
 from opd.config.teacher import has_teacher
 from opd.data.preview import preview
+from opd.run.attempts import EveryError
 from opd.run.commands import engine_settings
 from opd.run.devices import (
     find_cards,
@@ -99,7 +100,7 @@ def run_one(recipe: Recipe, folder: Path) -> None:
 
 def _dry_run(recipe: Recipe, folder: Path) -> None:
     console = Console(markup=False)
-    checked = check(recipe, folder)
+    checked = check(recipe, folder, EveryError())
     console.print(plan_table(recipe, checked, folder))
     _print_first_prompt(console, recipe, checked)
     folder.mkdir(parents=True, exist_ok=True)
