@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STACK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-gpu check docs bench bench-gpu
+.PHONY: help setup demo test test-fast test-gpu check audit docs bench bench-gpu
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -44,6 +44,11 @@ check: setup  ## format, lint, types, floors
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+audit:  ## known vulnerabilities of the packages in constraints.txt (asks pypi.org)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet 'pip-audit>=2.10'
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 docs: setup  ## write docs/configuration.md from the schema
 	$(BIN)/python docs/make_configuration.py

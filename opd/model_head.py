@@ -9,13 +9,42 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils.generic import ModelOutput
 
 from opd.head import HeadSpec
 
 PROBES = 8
 """Output rows of the head that is measured."""
+
+
+def read_model_config(
+    model: str, *, setting: str = "model", trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The config of a model folder or hub id, which ``setting`` names in errors.
+
+    Raises ValueError when there is none, and when transformers refuses a value in it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        require_sizes(config)
+    except Exception as error:  # each family of models refuses its settings in its own way
+        raise unreadable_model(setting, model, error) from None
+    return config
+
+
+def unreadable_model(setting: str, model: str, error: Exception) -> ValueError:
+    """The error for a model whose files a library cannot read."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"{setting}={model} cannot be read as a model folder or hub id ({reason})")
+
+
+def require_sizes(config: PreTrainedConfig) -> None:
+    """ValueError unless a config says how many ids its text model has."""
+    text: Any = config.get_text_config()
+    size = text.vocab_size if isinstance(text, PreTrainedConfig) else None
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"vocab_size in its config.json is {size}")
 
 
 def decoder(causal: Any) -> nn.Module:
@@ -50,8 +79,8 @@ def skeleton(
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
             )
-    except (ImportError, ValueError, AttributeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # impossible sizes make constructors fail in many ways
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"transformers cannot build the model of type {config.model_type} ({first})"
         ) from None

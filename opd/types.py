@@ -4,11 +4,10 @@ Legend of shape suffixes, used in every room:
     B rows (sequences)      T positions of a row     N kept target tokens, packed
     K ids of a support      V vocabulary             D hidden width     C a chunk of N
 
-Numpy arrays up to ``ScoredRollout`` (they cross processes); tensors from ``Batch`` (see ``batch.py``) on.
+Numpy arrays up to ``ScoredRollout``; tensors from ``Batch`` (see ``batch.py``) on.
 All log-probs are natural logarithms in float32, after the sampling temperature.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -103,8 +102,7 @@ class Prompt:
 
     ``teacher``: who scores it, of several teachers; ``teacher_ids``: its prompt, by default ``token_ids``.
     ``completion_ids``: the data set's completion, with its end. ``is_chat``: the chat template rendered it;
-    ``has_answer_turn``: the assistant's turn followed it. ``row``: the data set's row, kept for a reward
-    function of the user's own. ``remarks``: likely errors, which a check counts.
+    ``has_answer_turn``: the assistant's turn followed it. ``remarks``: likely errors; ``row``: for rewards.
     """
 
     uid: str
@@ -116,12 +114,11 @@ class Prompt:
     teacher: str | None = None
     teacher_ids: IntArray | None = None
     completion_ids: IntArray | None = None
-    row: Mapping[str, Any] | None = None
     remarks: tuple[str, ...] = ()
+    row: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assert self.token_ids.dtype == np.int32
-        assert self.token_ids.ndim == 1
+        assert self.token_ids.dtype == np.int32 and self.token_ids.ndim == 1  # noqa: PT018
         assert len(self.token_ids) > 0, f"prompt {self.uid} is empty"
         for ids in (self.teacher_ids, self.completion_ids):
             assert ids is None or (ids.dtype == np.int32 and ids.ndim == 1 and len(ids) > 0)

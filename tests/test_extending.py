@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,14 +20,14 @@ from opd.config.functions import load_function
 from opd.config.loss import DivergenceLossConfig, FunctionLossConfig, TeacherInput
 from opd.config.reward import FunctionRewardConfig
 from opd.data.source_rows import source_rows
-from opd.evaluate.reward import Completed, reward_function
+from opd.evaluate.reward import RewardInput, reward_function
 from opd.head import HeadSpec
 from opd.losses.divergence import Divergence
 from opd.losses.with_reward import WithReward
 from opd.mask.mask import Mask
 from opd.run.recipe import load_recipe
 from opd.train.chunked import chunked_loss
-from opd.types import DivergenceKind
+from opd.types import DivergenceKind, Prompt
 from tests.conformance.loss_cases import CHOICES, N, V, case, logits, randn, token_settings
 from tests.support.command import SMALL, opd
 
@@ -71,8 +72,14 @@ def ran(home: Path, name: str, *arguments: str) -> tuple[Path, list[dict[str, An
 
 
 def test_every_file_of_the_page_is_used_by_a_command_of_it() -> None:
-    assert FILES.keys() == {"my_loss.py", "my_reward.py", "my_scores.py", "my_rows.py"}
-    assert len(COMMANDS) == 5
+    assert FILES.keys() == {
+        "my_loss.py",
+        "my_reward.py",
+        "my_judge.py",
+        "my_scores.py",
+        "my_rows.py",
+    }
+    assert len(COMMANDS) == 6
     for name in FILES:
         assert any(f"={name}:" in word for command in COMMANDS for word in command), name
 
@@ -153,16 +160,28 @@ def test_training_with_the_loss_of_the_page_is_training_with_forward_kl(home: Pa
 def test_the_reward_of_the_page_is_the_function_s_value() -> None:
     config = FunctionRewardConfig(function="my_reward.py:right_and_short")
     reward = reward_function(config, EvalConfig())
-    pairs = [("3+8=11;1+4+7=12#121", "121"), ("3+8=11;1+4+7=12#121", "122"), ("no", None)]
-    rewards = reward([Completed(completion=c, answer=a) for c, a in pairs])
-    assert rewards == pytest.approx([1 - 0.19, -0.19, -0.02])
+    ids = np.array([1], np.int32)
+    judged = [("3+8=11;1+4+7=12#121", "121"), ("3+8=11;1+4+7=12#121", "122"), ("no", None)]
+    found = reward(
+        [
+            RewardInput(text=text, prompt=Prompt(uid="0", token_ids=ids, answer=answer))
+            for text, answer in judged
+        ]
+    )
+    assert found == pytest.approx([1 - 0.19, -0.19, -0.02])
 
 
 def test_training_with_the_reward_of_the_page_reports_it(home: Path) -> None:
-    _, rows = trained(home, "reward.function=", "rollout.n=4", "train.prompts_per_step=8")
+    _, rows = trained(home, "reward.function=my_reward", "rollout.n=4", "train.prompts_per_step=8")
     for row in rows[1:]:
         assert -0.48 <= row["reward/mean"] < 0.96, "at most 48 characters"
         assert row["reward/mean"] * 1e4 % 100 != 0, "lengths differ"
+
+
+def test_an_async_reward_of_the_page_reads_the_row_of_each_prompt(home: Path) -> None:
+    _, rows = trained(home, "reward.function=my_judge", "rollout.n=2", "train.prompts_per_step=8")
+    assert all(row["reward/mean"] * 16 % 1 == 0 for row in rows[1:]), "a share of 16 completions"
+    assert any(row["reward/mean"] > 0 for row in rows[1:])
 
 
 @pytest.mark.parametrize("command", ["train", "mask"])

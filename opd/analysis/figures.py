@@ -14,6 +14,7 @@ from opd.analysis.counts import THRESHOLDS
 from opd.analysis.measure import RANK_KEYS, THRESHOLD_KEYS
 from opd.analysis.rows import Row
 from opd.mask.compare import LEVELS, Overlap
+from opd.plain_text import figure_text
 
 INK, GRID, OBSERVED, NULL = "#333333", "#dddddd", "#2563eb", "#d9600b"
 LEVEL_LABELS = {
@@ -87,7 +88,9 @@ def heat_map(
         image = axes[0].imshow(masked, aspect="auto", cmap="viridis")
         if around is not None:
             image.set(cmap="RdBu_r", norm=CenteredNorm(around))
-        axes[0].set_xticks(range(len(modules)), modules, rotation=35, ha="right")
+        axes[0].set_xticks(
+            range(len(modules)), [*map(figure_text, modules)], rotation=35, ha="right"
+        )
         step = max(1, len(layers) // 16)
         axes[0].set_yticks(range(0, len(layers), step), [str(n) for n in layers[::step]])
         axes[0].set(xlabel="module type", ylabel="layer")
@@ -141,7 +144,9 @@ def spectra(rows: Sequence[Row], path: Path) -> Path:
             top = max(curve["update"][0], spectrum["isotropic_edge"])
             panel.set(xscale="log", yscale="log", xlabel="rank", ylim=(top * 2e-3, top * 1.6))
             name = row["name"].removesuffix(".weight").removeprefix("model.")
-            panel.set_title(f"{name}\nstable rank {spectrum['stable_rank']:.3g}", fontsize=8.5)
+            panel.set_title(
+                f"{figure_text(name)}\nstable rank {spectrum['stable_rank']:.3g}", fontsize=8.5
+            )
             panel.grid(color=GRID, linewidth=0.5)
         axes[0].set_ylabel("singular value")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -226,7 +231,7 @@ def overlap_bars(bars: Sequence[Overlap], path: Path) -> Path:
                 zorder=3,
                 label=f"chance: {LEVEL_LABELS[level]}",
             )
-        axes[0].set_yticks(positions, [bar.name for bar in bars])
+        axes[0].set_yticks(positions, [figure_text(bar.name) for bar in bars])
         axes[0].invert_yaxis()
         axes[0].set_xlim(left=0)
         axes[0].grid(axis="x", color=GRID, linewidth=0.6)

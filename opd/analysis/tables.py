@@ -1,12 +1,12 @@
 """Rows of tensors as parquet and csv: a column for each figure, named by its path."""
 
-import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from opd.analysis.rows import Row
+from opd.plain_text import write_csv
 
 PARQUET, CSV = "tensors.parquet", "tensors.csv"
 
@@ -25,10 +25,7 @@ def write_tables(rows: Sequence[Row], out: Path) -> None:
     columns = list(dict.fromkeys(key for row in flat for key in row))
     table = {column: [row.get(column) for row in flat] for column in columns}
     parquet.write_table(pyarrow.table(table), out / PARQUET)
-    with (out / CSV).open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(flat)
+    write_csv(out / CSV, columns, flat)
 
 
 def _flat(node: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -1,14 +1,13 @@
 """The engine of a rollout server, and how weights reach it."""
 
 import torch
-from transformers import AutoConfig
 
 from opd.checkpoint.tensors import torch_dtype
 from opd.config.rollout import RolloutBackend, RolloutServerConfig
 from opd.config.student import StudentConfig
 from opd.data.tokenizer import StudentTokenizer, read_tokenizer
 from opd.interfaces import RolloutEngine
-from opd.model_head import skeleton
+from opd.model_head import read_model_config, skeleton
 from opd.rollout.app import EngineHost, ServedModel
 from opd.rollout.transformers import TransformersRollouts
 from opd.rollout.vllm import VllmRollouts, start_llm
@@ -43,7 +42,7 @@ def _weight_shapes(config: RolloutServerConfig) -> dict[str, tuple[int, ...]] | 
     """Shapes of the weights that a run sends, by name; None where transformers cannot tell beforehand."""
     trusted = config.trust_remote_code
     try:
-        settings = AutoConfig.from_pretrained(config.model, trust_remote_code=trusted)
+        settings = read_model_config(config.model, trust_remote_code=trusted)
         views = checkpoint_views(skeleton(settings, trust_remote_code=trusted))
     except (ValueError, RuntimeError):  # a layout of its own, or a computation without storage
         return None

@@ -23,7 +23,7 @@ from opd.config.teacher import (
     has_teacher,
 )
 from opd.data.tokenizer import StudentTokenizer
-from opd.evaluate.reward import Completed, reward_function
+from opd.evaluate.reward import RewardInput, reward_function
 from opd.interfaces import Progress, Teacher
 from opd.spans import CommonVocabulary
 from opd.sync.ema import EMAWeights
@@ -232,17 +232,9 @@ def _with_reward(config: Config, teacher: Teacher, tokenizer: StudentTokenizer) 
     function = reward_function(config.reward, config.eval)
 
     def rewards(rollouts: Sequence[Rollout]) -> list[float]:
+        texts = [tokenizer.decode(rollout.token_ids.tolist()) for rollout in rollouts]
         return function(
-            [
-                Completed(
-                    completion=tokenizer.decode(rollout.token_ids.tolist()),
-                    answer=rollout.prompt.answer,
-                    prompt=rollout.prompt.text,
-                    row=rollout.prompt.row,
-                    uid=rollout.prompt.uid,
-                )
-                for rollout in rollouts
-            ]
+            [RewardInput(text=t, prompt=r.prompt) for t, r in zip(texts, rollouts, strict=True)]
         )
 
     return RewardedTeacher(teacher, rewards, scale_rewards=config.reward.scale_rewards)

@@ -1,9 +1,9 @@
 """The back end of a teacher server."""
 
 import torch
-from transformers import AutoConfig
 
 from opd.config.teacher import TeacherBackend, TeacherServerConfig
+from opd.model_head import read_model_config
 from opd.teacher.backend import ServerBackend
 from opd.teacher.backend_torch import TorchBackend
 from opd.teacher.backend_vllm import VllmBackend
@@ -11,13 +11,7 @@ from opd.teacher.backend_vllm import VllmBackend
 
 def build_backend(config: TeacherServerConfig) -> ServerBackend:
     """Load the model. ValueError when it cannot be read as a model folder or Hub id."""
-    try:
-        AutoConfig.from_pretrained(config.model)
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model={config.model} cannot be read as a model folder or Hub id ({first})"
-        ) from None
+    read_model_config(config.model)
     match config.backend:
         case TeacherBackend.vllm:
             return VllmBackend(config.model, config)

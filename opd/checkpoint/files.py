@@ -70,8 +70,16 @@ class _AdapterConfig:
 
 
 def model_folder(model: str) -> Path:
-    """The folder of a model given as folder or Hub id; ValueError when it is neither."""
+    """The folder of a model given as folder or Hub id, ``name@revision`` too; ValueError for other names."""
     return Path(model) if Path(model).is_dir() else _download(model)
+
+
+def split_revision(model: str) -> tuple[str, str | None]:
+    """The name and the revision (branch, tag or commit) of a Hub id; a folder has no revision."""
+    name, mark, revision = model.partition("@")
+    if not mark or Path(model).is_dir():
+        return model, None
+    return name, revision
 
 
 def weight_files(folder: Path) -> WeightFiles:
@@ -202,7 +210,8 @@ def _download(model: str) -> Path:
 
 def _snapshot(model: str, patterns: Iterable[str]) -> Path:
     try:
-        return Path(snapshot_download(model, allow_patterns=list(patterns)))
+        name, revision = split_revision(model)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(

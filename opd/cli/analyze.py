@@ -27,7 +27,7 @@ class AnalyzeArguments:
     """Keys of `opd analyze`."""
 
     base: str | None = None
-    """Folder, hub id, run folder or recipe (its student); by default the model that the run started from."""
+    """What training started from: folder, Hub id, run or recipe; by default that of the run `trained`."""
     trained: str = MISSING
     """The trained model: a folder, a Hub id or a run folder (its final/)."""
     out: str = MISSING
@@ -68,8 +68,8 @@ def _pruned(arguments: AnalyzeArguments, others: list[str]) -> dict[str, Any]:
     from opd.cli.prune import print_curves  # loads torch, which --help does not need
     from opd.run.prune import parse_prune, prune
 
-    base = [] if arguments.base is None else [f"base={arguments.base}"]
-    keys = [*base, f"trained={arguments.trained}", f"recipe={arguments.prune}"]
+    keys = [f"trained={arguments.trained}", f"recipe={arguments.prune}"]
+    keys += [] if arguments.base is None else [f"base={arguments.base}"]
     result = prune(parse_prune([*keys, f"out={arguments.out}", *others]))
     print_curves(result)
     return result

@@ -1,30 +1,31 @@
 """``opd eval``."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from opd.cli.grammar import parse_command_line, usage
+from opd.cli.grammar import parse_command_line
 from opd.config.arguments import parse_arguments, split_arguments
 from opd.run.environment import restart_keeping_memory
-from opd.run.model_names import recipe_of
 from opd.run.recipe import load_recipe
+from opd.run.status import FAILED
+from opd.serving.parent import PARENT, watch_parent
 from opd.types import Evaluation
 
-HELP = """usage: opd eval [RECIPE] [model=MODEL] [out=FILE] [key=value ...]
+HELP = """usage: opd eval RECIPE [model=MODEL] [out=FILE] [key=value ...]
 
 Evaluate a checkpoint on the recipe's held-out prompts, without training.
 
-  RECIPE     path of a YAML file, or a bundled recipe (opd train --help lists them); with model= of a run
-             it may be left out: that run's settings
-  model=     folder, hub id, run folder, a checkpoint in one, or a recipe (default: the recipe's student)
+  RECIPE     path of a YAML file, or a bundled recipe (opd train --help lists them)
+  model=     folder, run folder, checkpoint of a run or hub id (default: the recipe's student)
   out=       JSON file for metrics and transcripts
   key=value  settings as in opd train
 
-example: opd eval model=runs/quickstart/checkpoints/step_000040 eval.k=8"""
+example: opd eval quickstart model=runs/quickstart/checkpoints/best eval.k=8"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,22 +33,19 @@ class EvalArguments:
     """Keys of `opd eval`; settings of the recipe may follow."""
 
     model: str | None = None
-    """Folder, hub id, run folder, a checkpoint in one, or a recipe; by default the recipe's student."""
+    """Folder, run folder, checkpoint of a run, or hub id; by default the recipe's student."""
     out: str | None = None
     """JSON file for metrics and transcripts."""
 
 
 def main(argv: list[str]) -> None:
     """Parse, run and print."""
-    line = parse_command_line(argv, HELP, positionals=("RECIPE",), optional=1)
+    if PARENT in os.environ:  # a run evaluates its teacher
+        watch_parent(lambda: os._exit(FAILED))
+    line = parse_command_line(argv, HELP, positionals=("RECIPE",))
     own, overrides = split_arguments(EvalArguments, line.settings)
     arguments = parse_arguments(EvalArguments, own)
-    if line.positionals:
-        recipe = load_recipe(line.positionals[0], *overrides)
-    elif arguments.model is not None:
-        recipe = recipe_of(arguments.model, *overrides)
-    else:
-        raise ValueError(f"RECIPE is missing: {usage(HELP)}")
+    recipe = load_recipe(line.positionals[0], *overrides)
     restart_keeping_memory()
     from opd.run.evaluate import evaluate  # loads torch, which --help does not need
 

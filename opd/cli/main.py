@@ -28,7 +28,7 @@ COMMANDS = {
     "doctor": Command("opd.cli.doctor", "check a recipe before it costs anything"),
     "plan": Command("opd.cli.plan", "forecast memory, bytes and time of a run on given GPUs"),
     "eval": Command("opd.cli.evaluate", "evaluate a checkpoint on the recipe's held-out prompts"),
-    "export": Command("opd.cli.export", "write a run or a checkpoint as a plain model folder"),
+    "export": Command("opd.cli.export", "write a checkpoint of a run as a model with a model card"),
     "generate": Command(
         "opd.cli.generate", "generate completions for the training prompts: a data set"
     ),
@@ -102,10 +102,13 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _report(message: str) -> None:
-    """Print an error; control characters in it are shown and not sent, and very long words are cut."""
+    print(f"opd: {readable(message)}", file=sys.stderr)
+
+
+def readable(message: str) -> str:
+    """A message for a terminal: control characters are shown and not sent, very long words are cut."""
     short = LONG_WORD.sub(lambda word: f"{word[0][:SHOWN_CHARACTERS]}...", message)
-    shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in short)
-    print(f"opd: {''.join(shown)}", file=sys.stderr)
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in short)
 
 
 def _sentence(error: OSError) -> str:

@@ -18,7 +18,7 @@ from opd.delta.format import Delta, Side, read_delta
 from opd.delta.rebuild import write_base, write_trained
 from opd.delta.shira import Adapter, UnsupportedParameters, export_shira
 from opd.mask.mask import Mask
-from opd.run.model_names import given_base, resolved_model
+from opd.run.model_names import find_base, resolved_model
 
 EXPORT = """usage: opd mask export trained=MODEL out=FILE [base=MODEL] [key=value ...]
 
@@ -61,7 +61,7 @@ class ExportArguments:
     """Keys of `opd mask export`."""
 
     base: str | None = None
-    """Folder, hub id, run folder or recipe (its student); by default the model that the run started from."""
+    """What training started from: folder, Hub id, run or recipe; by default that of the run `trained`."""
     trained: str = MISSING
     """The trained model: a folder, a Hub id or a run folder (its final/)."""
     out: str = MISSING
@@ -81,7 +81,7 @@ class ApplyArguments:
     """Keys of `opd mask apply`."""
 
     base: str = MISSING
-    """Folder, hub id, run folder or recipe (its student)."""
+    """Folder or Hub id of the base."""
     delta: str = MISSING
     """File written by `opd mask export`."""
     out: str = MISSING
@@ -150,7 +150,7 @@ def undo(argv: list[str]) -> None:
 
 def _export(arguments: ExportArguments, out: Path, argv: list[str]) -> tuple[Checkpoint, Delta]:
     base, trained = (
-        open_checkpoint(given_base(arguments.base, arguments.trained)),
+        open_checkpoint(find_base(arguments.trained, arguments.base)),
         open_checkpoint(resolved_model(arguments.trained)),
     )
     if arguments.dtype != CastTo.stored:

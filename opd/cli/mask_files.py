@@ -28,7 +28,7 @@ from opd.mask.discover import discover_mask
 from opd.mask.figures import heat_map, overlap_bars
 from opd.mask.mask import Mask
 from opd.run.mask import score
-from opd.run.model_names import base_of, resolved_model
+from opd.run.model_names import resolved_model
 from opd.run.recipe import load_recipe
 from opd.run.train import run_one
 
@@ -62,8 +62,8 @@ example: opd mask combine intersection a.safetensors b.safetensors out=both.safe
 class DiscoverArguments(RuleConfig):
     """Keys of `opd mask discover`."""
 
-    base: str | None = None
-    """Folder, hub id, run or recipe (its student) whose weights are masked; by default the run's own."""
+    base: str = MISSING
+    """Folder or Hub id of the model whose weights are masked."""
     out: str = MISSING
     """Mask file to write."""
     overwrite: bool = False
@@ -85,7 +85,7 @@ class CompareArguments:
     """Keys of `opd mask compare`."""
 
     base: str | None = None
-    """The masks' base: folder, hub id, run or recipe; adds chance at equal counts per binade of weights."""
+    """Folder or Hub id of the masks' base; adds chance at equal counts per binade of the weights."""
     out: str | None = None
     """Folder for bars, overlap.png."""
 
@@ -119,7 +119,7 @@ def discover(argv: list[str]) -> None:
                 f"{', '.join(LIVE_RULES)} without scores=FILE"
             )
         require_valid_rule(rule)
-        base = open_checkpoint(_base(arguments))
+        base = open_checkpoint(resolved_model(arguments.base))
         like = None if rule.like is None else Mask.read(rule.like)
         summary = discover_mask(base, rule, out, like=like, command=command, progress=progress)
     Console(markup=False).print(discovery_table(summary))
@@ -137,20 +137,8 @@ def _live_scores(
             "or scores=FILE of such a run"
         )
     recipe = load_recipe(arguments.recipe, *overrides)
-    if arguments.base is not None:
-        _require_same_model(resolved_model(arguments.base), recipe.config.student.model)
+    _require_same_model(resolved_model(arguments.base), recipe.config.student.model)
     return str(score(recipe, rule.rule, rule.steps, folder, run_one))
-
-
-def _base(arguments: DiscoverArguments) -> str:
-    """The given base, else that of the run ``trained``, else the student of ``recipe``."""
-    if arguments.base is not None:
-        return resolved_model(arguments.base)
-    if arguments.trained is not None:
-        return base_of(arguments.trained)
-    if arguments.recipe is not None:
-        return resolved_model(arguments.recipe)
-    raise ValueError("base=... is missing: give the model whose weights are masked")
 
 
 def _require_same_model(base: str, student: str) -> None:

@@ -9,12 +9,12 @@ from rich.table import Table
 from opd.cli.grammar import parse_command_line
 from opd.run.prune import PruneArguments, parse_prune, prune
 
-HELP = """usage: opd prune trained=RUN out=DIR [base=MODEL] [recipe=RECIPE] [key=value ...]
+HELP = """usage: opd prune trained=RUN recipe=RECIPE out=DIR [base=MODEL] [key=value ...]
 
 Revert part of what training changed, and evaluate the rest on the recipe's held-out prompts.
 Overrides of the recipe may follow.
 
-example: opd prune trained=runs/quickstart out=pruned
+example: opd prune trained=runs/quickstart recipe=quickstart out=pruned
 """
 
 

@@ -6,13 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+USER_ERRORS = (Exception, SystemExit)
+"""What code of the user's own may raise, and is then one sentence; an interrupt stays an interrupt."""
+MOST_CHARACTERS = 200
+
 
 def load_function(setting: str, name: str) -> Any:
     """The function or class that ``path.py:name`` or ``module:name`` names.
 
-    A path is relative to the working directory. ``setting`` is named in errors. ValueError when the
-    file or module cannot be imported, or has nothing callable of that name. Importing
-    executes the user's code.
+    A path is relative to the working directory (a recipe's also to its folder, see ``opd.run.recipe``).
+    ``setting`` is named in errors. ValueError when the file or module cannot be imported, or has
+    nothing callable of that name. Importing executes the user's code.
     """
     source, colon, attribute = name.rpartition(":")
     if not colon or not source or not attribute:
@@ -22,20 +26,22 @@ def load_function(setting: str, name: str) -> Any:
     try:
         module = _from_file(setting, source) if source.endswith(".py") else _from_module(source)
         found = getattr(module, attribute)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"{setting}={name} cannot be imported: {error}") from error
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
+    except USER_ERRORS as error:
+        raise ValueError(f"{setting}={name} cannot be imported: {describe_error(error)}") from error
     if not callable(found):
         raise ValueError(f"{setting}={name}: {attribute} is not a function or class")
     return found
 
 
-def function_beside(folder: Path, name: str) -> str:
-    """``path.py:name`` with the path of the file in ``folder``, where only that one exists; else as it is."""
-    source, colon, attribute = name.rpartition(":")
-    beside = folder / source
-    if not source.endswith(".py") or Path(source).is_file() or not beside.is_file():
-        return name
-    return f"{beside}{colon}{attribute}"
+def describe_error(error: BaseException) -> str:
+    """The kind and the words of an error that a user's code raised, in one line."""
+    try:
+        words = " ".join(str(error).split())[:MOST_CHARACTERS]
+    except Exception:  # its own __str__ may fail too
+        words = ""
+    return f"{type(error).__name__}: {words}".rstrip(": ")
 
 
 def _from_module(name: str) -> Any:
@@ -45,7 +51,9 @@ def _from_module(name: str) -> Any:
 def _from_file(setting: str, source: str) -> Any:
     path = Path(source).resolve()
     if not path.is_file():
-        raise ValueError(f"{setting}={source}: there is no file {path}; give an existing .py file")
+        raise FileNotFoundError(
+            f"{setting}={source}: there is no file {path}; give an existing .py file"
+        )
     module_name = f"opd_user_{path.stem}_{abs(hash(str(path))):x}"
     if module_name in sys.modules:
         return sys.modules[module_name]

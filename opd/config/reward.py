@@ -39,7 +39,9 @@ class FunctionRewardConfig(GroupRewardConfig):
     """The value of a user's own function."""
 
     function: str = MISSING
-    """path.py:name or module:name of a function of completion, answer, prompt, row; see docs/extending.md."""
+    """path.py:name or module:name of a function of some of completion, answer, prompt and row, by name.
+
+    With completions, answers, prompts, rows it gets lists and returns a list. It may be async."""
 
 
 CHOICES = {"none": RewardConfig, "grader": GraderRewardConfig, "function": FunctionRewardConfig}

@@ -73,6 +73,8 @@ class Config:
     schedule: ScheduleConfig = MISSING
     record: RecordConfig = MISSING
     tracking: TrackingConfig = MISSING
+    profile: bool = False
+    """Write trace.json, the spans of every process, for chrome://tracing or ui.perfetto.dev."""
     dry_run: bool = False
     """Check all that can be checked without training, print the plan, write dry_run.yaml, and stop."""
 

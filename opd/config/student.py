@@ -20,7 +20,7 @@ class StudentConfig:
     """The model that generates and learns."""
 
     model: str = MISSING
-    """Folder or hub id of a causal language model."""
+    """Folder or Hub id of a causal language model; name@revision fixes a commit, tag or branch."""
     trust_remote_code: bool = False
     """Execute code that comes with the model."""
     attn_implementation: str = AUTO_ATTENTION

@@ -77,7 +77,7 @@ class TeacherConfig(TeacherModelConfig):
     """The model that scores."""
 
     model: str | None = None
-    """Folder or hub id of the teacher."""
+    """Folder or Hub id of the teacher; name@revision fixes a commit, tag or branch."""
     tokenizer: TeacherTokenizer = TeacherTokenizer.shared
     """shared: teacher and student need one vocabulary; own: the teacher reads the text in its own tokens."""
     hidden_dtype: DType = DType.auto

@@ -37,7 +37,6 @@ class RowReader:
     teacher: PromptReader | None
     answer_regex: re.Pattern[str] | None
     completions: Completions | None
-    keeps_row: bool
 
     @classmethod
     def of_source(
@@ -46,8 +45,6 @@ class RowReader:
         tokenizer: PreTrainedTokenizerBase,
         teacher_tokenizer: PreTrainedTokenizerBase | None,
         completions: Completions | None,
-        *,
-        keeps_row: bool,
     ) -> "RowReader":
         """A reader for the settings of one source; ValueError for settings that cannot be used."""
         student = PromptReader.from_config(data, tokenizer)
@@ -59,7 +56,6 @@ class RowReader:
             teacher=student.for_teacher(data, teacher_tokenizer),
             answer_regex=compile_regex(data.answer_regex),
             completions=completions,
-            keeps_row=keeps_row,
         )
 
     def read(self, numbered: NumberedRow) -> Prompt:
@@ -73,7 +69,6 @@ class RowReader:
             text=rendered.text,
             is_chat=rendered.turns is not None,
             has_answer_turn=rendered.answer is not None,
-            row=row if self.keeps_row else None,
             remarks=_lost_turns(rendered, "student"),
         )
         if self.data.teacher_field is not None:

@@ -65,7 +65,7 @@ def read_prompt_sets(
         context - train_tokens,
         completions=_completions(config, student),
         answers=_training_answers(config, grades_training),
-        keeps_rows=isinstance(config.reward, FunctionRewardConfig),
+        keep_rows=isinstance(config.reward, FunctionRewardConfig),
     )
     held_out: LoadedPrompts | None = None
     if data.eval is not None:
@@ -108,8 +108,7 @@ class _SetReader:
         room: int,
         completions: Completions | None = None,
         answers: RequiredAnswers | None = None,
-        *,
-        keeps_rows: bool = False,
+        keep_rows: bool = False,
     ) -> LoadedPrompts:
         """The prompts of what ``setting`` names; each has at most ``room`` tokens."""
         if room < 1:
@@ -126,7 +125,7 @@ class _SetReader:
             completions=completions,
             teacher_tokenizer=self.teacher_tokenizer,
             answers=answers,
-            keeps_rows=keeps_rows,
+            keep_rows=keep_rows,
         )
 
 

@@ -1,7 +1,7 @@
 """The rows of data sets become tokenised prompts; every row is checked, and an error names its place."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ def load_prompts(
     completions: Completions | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     answers: RequiredAnswers | None = None,
-    keeps_rows: bool = False,
+    keep_rows: bool = False,
 ) -> LoadedPrompts:
     """The prompts of ``source`` in the order of its rows; of each data set at most the first ``limit``.
 
@@ -102,7 +102,6 @@ def load_prompts(
     max_prompt_tokens: the most that the model takes; ``data.max_prompt_tokens`` may be less.
     completions: reads the completions of the data set into ``Prompt.completion_ids``.
     teacher_tokenizer: its chat template renders the teacher's prompts; by default the student's.
-    keeps_rows: each prompt has its row beside it.
 
     Raises ``ValueError`` naming file, line, what was found and what is allowed: for unreadable rows,
     missing or empty prompts, wrong types, duplicate uids, prompts that are too long (unless
@@ -112,9 +111,7 @@ def load_prompts(
     sources = data_sources(setting, source, data)
     loading = _Loading(prompts=SpooledPrompts() if data.streaming else [], kept=[0] * len(sources))
     readers = [
-        RowReader.of_source(
-            each.data, tokenizer, teacher_tokenizer, completions, keeps_row=keeps_rows
-        )
+        RowReader.of_source(each.data, tokenizer, teacher_tokenizer, completions)
         for each in sources
     ]
     limits = [_least(max_prompt_tokens, each.data.max_prompt_tokens) for each in sources]
@@ -122,7 +119,9 @@ def load_prompts(
     for row in numbered_rows(sources):
         uids.add(row.uid)
         reader = readers[row.source]
-        loading.add(row, reader.read(row), limits[row.source], reader.data.answer_field)
+        prompt = reader.read(row)
+        prompt = replace(prompt, row=dict(row.row)) if keep_rows else prompt
+        loading.add(row, prompt, limits[row.source], reader.data.answer_field)
     uids.require(lambda: numbered_rows(sources))
     notes = _require_short(setting, loading, filtered=data.filter_overlong_prompts)
     for each, kept in zip(sources, loading.kept, strict=True):

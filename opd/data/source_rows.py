@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from opd.config.data import DataConfig
-from opd.config.functions import load_function
+from opd.config.functions import USER_ERRORS, describe_error, load_function
 from opd.config.sources import DataSource
 from opd.data.arrow_rows import Row
 from opd.data.columns import read_uid
@@ -58,10 +58,10 @@ def _converted(rows: Iterator[Row], name: str) -> Iterator[Row]:
     for place, row in rows:
         try:
             converted: Any = convert(dict(row))
-        except Exception as error:  # the user's code may raise anything
+        except USER_ERRORS as error:
             raise ValueError(
-                f"{place}: data.function={name} failed ({type(error).__name__}: {error}); correct the "
-                "function or the row"
+                f"{place}: data.function={name} failed ({describe_error(error)}); correct the function "
+                "or the row"
             ) from error
         if converted is None:
             continue

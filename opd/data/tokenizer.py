@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from opd.config.student import StudentConfig
 from opd.data.chat import end_of_turn
 from opd.data.chat_template import read_chat_template
+from opd.model_head import read_model_config, unreadable_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,20 +97,21 @@ def read_tokenizer(
 
     Raises ValueError when there is no such model or template, or no end token.
     """
+    config = read_model_config(model, setting=setting, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{setting}={model} cannot be read as a model folder or hub id ({first})"
-        ) from None
+        max_length = int(text.max_position_embeddings)
+    except Exception as error:  # a damaged tokenizer.json raises what its parser raises
+        raise unreadable_model(setting, model, error) from None
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template("data.chat_template", chat_template)
     try:
         ends = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
         ends = None
+    except Exception as error:  # a generation_config.json of the wrong shape
+        raise unreadable_model(setting, model, error) from None
     listed = ends if isinstance(ends, list) else [ends]
     stop_ids = sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
     if not stop_ids:
@@ -118,7 +120,6 @@ def read_tokenizer(
         turn_end = end_of_turn(tokenizer, stop_ids)
     except ValueError:  # a template that renders no answer: a check says so where it is used
         turn_end = None
-    text = config.get_text_config()
     if turn_end is None or turn_end >= text.vocab_size:
         turn_end = plain_end(tokenizer, stop_ids)
     pad_id = tokenizer.pad_token_id
@@ -127,6 +128,6 @@ def read_tokenizer(
         declared_stop_ids=stop_ids,
         turn_end_id=turn_end,
         pad_id=stop_ids[0] if pad_id is None else pad_id,
-        max_length=text.max_position_embeddings,
+        max_length=max_length,
         vocab_size=text.vocab_size,
     )

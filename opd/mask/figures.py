@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from opd.mask.compare import MaskComparison, Overlap
 from opd.mask.describe import Description
+from opd.plain_text import figure_text
 
 CURVE_COLOURS = ("#4c78a8", "#e45756", "#7a7a7a")
 INK, GRID, OBSERVED = "#333333", "#dddddd", "#4c78a8"
@@ -56,12 +57,12 @@ def heat_map(description: Description, title: str, path: Path) -> None:
         axes = figure.add_subplot()
         top = max(float(np.nanmax(grid)), 1e-9)
         image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=top)
-        axes.set_xticks(range(len(modules)), modules, rotation=40, ha="right")
+        axes.set_xticks(range(len(modules)), [*map(figure_text, modules)], rotation=40, ha="right")
         step = max(1, len(layers) // 16)
         axes.set_yticks(range(0, len(layers), step), [str(n) for n in layers[::step]])
         axes.set_xlabel("module type")
         axes.set_ylabel("layer")
-        axes.set_title(f"{title}\n{_subtitle(description)}", fontsize=9)
+        axes.set_title(figure_text(f"{title}\n{_subtitle(description)}"), fontsize=9)
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(image, ax=axes, shrink=0.8)
         bar.set_label("kept weights, %")
@@ -96,13 +97,13 @@ def overlap_bars(comparison: MaskComparison, names: tuple[str, str], path: Path)
             chance = [100 * row.expected[level].mean / row.a if row.a else np.nan for row in rows]
             style = {"color": colour, "edgecolor": "white", "linewidth": 0.7, "zorder": 3}
             axes.scatter(chance, positions + height, s=34, label=LEVEL_LABELS[level], **style)
-        axes.set_yticks(positions, [row.name for row in rows])
+        axes.set_yticks(positions, [figure_text(row.name) for row in rows])
         axes.invert_yaxis()
         axes.set_xlim(left=0)
         axes.grid(axis="x", color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_xlabel("share of A's weights that B also keeps, %")
-        axes.set_title(f"A = {names[0]}\nB = {names[1]}", fontsize=9)
+        axes.set_title(figure_text(f"A = {names[0]}\nB = {names[1]}"), fontsize=9)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

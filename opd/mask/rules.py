@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from opd.checkpoint.chunks import Chunk, ChunkReader, Progress, chunk_values, float32
 from opd.checkpoint.stored import Stored
 from opd.checkpoint.tensors import Checkpoint, open_checkpoint, open_tensors
-from opd.config.functions import load_function
+from opd.config.functions import USER_ERRORS, describe_error, load_function
 from opd.mask.spool import spool_scores
 
 
@@ -56,7 +57,16 @@ def function(base: Checkpoint, name: str, spool: Path, progress: Progress) -> Ch
 
     def compute(parameter: str, stored: Stored) -> Iterator[np.ndarray]:
         weight = stored.read()
-        found = score(parameter, weight)
+        try:
+            found = score(parameter, weight)
+        except USER_ERRORS as error:
+            raise ValueError(
+                f"function={name} failed for {parameter} ({describe_error(error)}); correct the function"
+            ) from error
+        if not isinstance(found, torch.Tensor):
+            raise ValueError(
+                f"function={name} returned a {type(found).__name__} for {parameter}, expected a tensor"
+            )
         if tuple(found.shape) != stored.shape:
             raise ValueError(
                 f"function={name} returned scores of shape {list(found.shape)} for {parameter}, "

@@ -18,6 +18,7 @@ from opd.rollout.wire import TOKEN_VARIABLE, GenerateRequest, read_request, resp
 from opd.serving.app import MEDIA_TYPE, Refusal, bare_app, failure, read_body, require_token
 from opd.serving.client import CONFLICT
 from opd.serving.waiting import BoundedResponse
+from opd.timing import span
 from opd.types import Prompt, ReceiverState, Sampling
 
 log = logging.getLogger("opd.rollout")
@@ -148,7 +149,8 @@ def _generate(host: EngineHost, request: GenerateRequest) -> Response:
             f"requested is version {request.version} of run {request.run}, here is version "
             f"{state.version} of run {state.run}",
         )
-    rollouts = host.engine.generate(request.prompts, request.sampling)
+    with span("rollout", prompts=len(request.prompts)):
+        rollouts = host.engine.generate(request.prompts, request.sampling)
     return BoundedResponse(response_bytes(rollouts), media_type=MEDIA_TYPE)
 
 

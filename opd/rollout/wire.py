@@ -96,7 +96,7 @@ def read_request(body: bytes) -> GenerateRequest:
         raise ValueError("token_ids and lengths must be flat int32")
     if lengths.ndim != 1 or len(lengths) == 0 or len(lengths) != len(uids) or lengths.min() < 1:
         raise ValueError(
-            f"{len(lengths)} lengths and {len(uids)} uids must be as many, and positive"
+            f"lengths {list(lengths.shape)} and {len(uids)} uids must be as many, at least one, and positive"
         )
     if int(lengths.sum(dtype=np.int64)) != len(token_ids):
         raise ValueError(f"lengths must add up to the {len(token_ids)} token_ids")

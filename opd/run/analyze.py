@@ -15,7 +15,7 @@ from opd.analysis.summary import summarize
 from opd.analysis.tables import flatten, write_tables
 from opd.analysis.walk import AnalysisInputs, measure_checkpoints
 from opd.checkpoint.chunks import Progress, quiet
-from opd.run.model_names import given_base, resolved_model
+from opd.run.model_names import find_base, resolved_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +61,8 @@ def analyze(
 ) -> Analysis:
     """Compare two checkpoints: sparsity, spectra, placement, each beside its null model.
 
-    base, trained, other: folders, Hub ids, run folders or recipes (their students); without a base, the one
-    that the run ``trained`` started from. ``other`` is a second model trained from
+    base, trained, other: folders, Hub ids, run folders or recipes; ``base`` is by default what the run
+    ``trained`` started from; ``other`` is a second model trained from
     the same base. spectrum: exact, or fast (the 64 leading singular values with bounds). out: folder
     for tables, figures and the report; the same call resumes an interrupted one. prune: a curve of
     ``opd prune`` to put into the report. Raises ValueError for checkpoints that cannot be compared.
@@ -77,7 +77,7 @@ def analyze(
     if folder.is_file():
         raise ValueError(f"out={out} is a file: name a folder")
     inputs = AnalysisInputs(
-        base=given_base(base, trained),
+        base=find_base(trained, base),
         trained=resolved_model(trained),
         other=None if other is None else resolved_model(other),
         spectrum=Spectrum(spectrum),

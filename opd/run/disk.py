@@ -22,8 +22,8 @@ def check_space(config: Config, folder: Path, start: int) -> str | None:
     try:
         trusted = config.student.trust_remote_code
         facts = read_facts(config.student.model, trust_remote_code=trusted)
-    except ValueError:  # what cannot be read at all is reported elsewhere
-        return None
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return None  # a family of other layers than `opd plan` knows; unreadable ones are reported elsewhere
     each, model = checkpoint_bytes(config, facts), final_bytes(config, facts)
     count = written_at_once(config, start)
     held = sum(p.stat().st_size for p in folder.glob("checkpoints/**/*") if p.is_file())

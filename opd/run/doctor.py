@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from opd.run.hub import hub_answers
-from opd.run.hub_names import hub_names
+from opd.run.preflight import hub_names
 from opd.run.recipe import load_recipe
 from opd.run.self_check import compare_alone
 from opd.run.train import train
 
 
 def doctor(recipe: str, overrides: Sequence[str]) -> None:
-    """Print the plan and the findings. Raises ValueError with a sentence for each error."""
+    """Print the plan and the findings. Raises ValueError with one sentence for the first error."""
     train(recipe, *overrides, "dry_run=true")
     config = load_recipe(recipe, *overrides).config
     if hub_names(config) and not hub_answers():

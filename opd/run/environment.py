@@ -4,8 +4,12 @@ import os
 import sys
 from pathlib import Path
 
+from opd.config.schema import Config
+from opd.timing import TRACE_FOLDER
 from opd.vllm_start import CHILDREN
 
+TRACE_PARTS = "trace"
+"""The folder of a run in which every process writes its spans."""
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
@@ -23,6 +27,13 @@ def child_environment() -> dict[str, str]:
     if Path("/dev/nvidiactl").exists():
         return CHILDREN | os.environ
     return CHILDREN | KEEP_FREED_MEMORY | os.environ
+
+
+def trace_processes(config: Config, run_folder: Path) -> None:
+    """Have this process and those that it starts from now on write their spans, with profile=true."""
+    os.environ.pop(TRACE_FOLDER, None)
+    if config.profile:
+        os.environ[TRACE_FOLDER] = str((run_folder / TRACE_PARTS).resolve())
 
 
 def restart_keeping_memory() -> None:

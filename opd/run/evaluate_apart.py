@@ -10,6 +10,7 @@ from opd.checked_json import read_json
 from opd.config.student import DType
 from opd.run.environment import child_environment
 from opd.run.recipe import Recipe
+from opd.serving.parent import parent_variable
 
 
 def teacher_accuracy(recipe: Recipe, logs: Path) -> float | None:
@@ -52,7 +53,7 @@ def evaluate_apart(
         command = [sys.executable, "-m", "opd.cli.main", "eval", str(recipe.path)]
         done = subprocess.run(
             [*command, f"model={model}", f"out={out}", *recipe.overrides, *overrides],
-            env=child_environment(),
+            env=child_environment() | parent_variable(),
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -1,7 +1,7 @@
 """Generates completions for the training prompts of a recipe; they become a data set."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from opd.config.sources import data_sources
 from opd.data.source_rows import numbered_rows
 from opd.data.tokenizer import StudentTokenizer
 from opd.evaluate.grade import grader
+from opd.evaluate.reward import CompletionReward, grade_reward
 from opd.run.engine import load_engine
 from opd.run.model_names import resolved_model
 from opd.run.recipe import Recipe
@@ -49,7 +50,7 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
     sampling = replace(training_sampling(config), support_k=0)
     rollouts = loaded.engine.generate(loaded.prompts.train, sampling)
     counts = {"generated": len(rollouts), "truncated": 0, "empty": 0, "wrong": 0, "kept": 0}
-    is_right = _grade(config, only_correct)
+    reward = _reward(config, only_correct)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with Path(out).open("w", encoding="utf-8") as file:
         for rollout in rollouts:
@@ -57,7 +58,7 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
                 counts["truncated"] += 1
             elif len(rollout.token_ids) == 1:  # nothing but the end token
                 counts["empty"] += 1
-            elif not is_right(rollout, tokenizer):
+            elif reward(tokenizer.decode(rollout.token_ids.tolist()), rollout.prompt.answer) == 0:
                 counts["wrong"] += 1
             else:
                 counts["kept"] += 1
@@ -65,17 +66,10 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
     return counts
 
 
-def _grade(config: Config, only_correct: bool) -> Callable[[Rollout, StudentTokenizer], bool]:
-    """Whether a completion may be kept: any, or those that the recipe's grader finds correct."""
+def _reward(config: Config, only_correct: bool) -> CompletionReward:
     if not only_correct:
-        return lambda rollout, tokenizer: True
-    grade = grader(config.eval.grader.value, config.eval.marker)
-
-    def is_right(rollout: Rollout, tokenizer: StudentTokenizer) -> bool:
-        answer = rollout.prompt.answer
-        return answer is not None and grade(tokenizer.decode(rollout.token_ids.tolist()), answer)
-
-    return is_right
+        return lambda completion, answer: 1.0
+    return grade_reward(grader(config.eval.grader.value, config.eval.marker))
 
 
 def _rows(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:

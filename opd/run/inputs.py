@@ -46,7 +46,7 @@ def fingerprint_inputs(
     return found
 
 
-def require_same_inputs(folder: Path, found: dict[str, str], *, allow_changed: bool) -> None:
+def require_same_inputs(folder: Path, found: Mapping[str, str], *, allow_changed: bool) -> None:
     """ValueError when a resumed run would read other data or models than it began with."""
     before = _read(folder)
     changed = [name for name in found if before.get(name, found[name]) != found[name]]

@@ -8,16 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
 
 from opd.config.rollout import ServerRolloutConfig
 from opd.config.schema import Config
 from opd.faults import RunError
-from opd.heartbeat import beat_path
 from opd.rollout.client import ROLLOUT_URLS
 from opd.rollout.wire import TOKEN_VARIABLE
 from opd.run.commands import rank_commands, rollout_commands
-from opd.run.environment import child_environment
+from opd.run.environment import child_environment, trace_processes
 from opd.run.hang import HangWatch
 from opd.run.placement import Placement
 from opd.run.ranks import WorkerFailed, WorkerLost, started_ranks, wait_for_ranks
@@ -53,6 +51,7 @@ def run_processes(
     failure of a rank, ServerLost when a server cannot be started again.
     """
     config, logs = recipe.config, folder / "logs"
+    trace_processes(config, folder)
     logs.mkdir(parents=True, exist_ok=True)
     environment = {} if teacher_accuracy is None else {TEACHER_ACCURACY: repr(teacher_accuracy)}
     with (
@@ -70,7 +69,6 @@ def run_processes(
                 if restart == config.launch.restarts or STOP():
                     raise
                 _announce_restart(error, folder, restart + 1, config)
-    rmtree(beat_path(folder, 0).parent, ignore_errors=True)
     if not (folder / "final").is_dir():
         raise WorkerFailed(f"the run ended without a final model; look at {logs}")
 

@@ -4,12 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig
 
 from opd.config.adapter import ALL_LINEAR, LoraConfig
 from opd.config.schema import Config
 from opd.config.student import AUTO_ATTENTION
-from opd.model_head import decoder, head_spec, skeleton
+from opd.model_head import decoder, head_spec, read_model_config, skeleton
 from opd.train.weights import DROPOUT, JITTER
 
 
@@ -20,8 +19,8 @@ def check_student_model(config: Config) -> list[str]:
     that it does not have.
     """
     student = config.student
-    model_config = AutoConfig.from_pretrained(
-        student.model, trust_remote_code=student.trust_remote_code
+    model_config = read_model_config(
+        student.model, setting="student.model", trust_remote_code=student.trust_remote_code
     )
     quantised = model_config.to_dict().get("quantization_config")
     if quantised:

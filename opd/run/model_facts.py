@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from opd.checkpoint.files import split_revision
 from opd.config.adapter import ALL_LINEAR, LoraConfig
 from opd.model_head import head_spec, skeleton
 from opd.run.hub import hub_answers
@@ -122,7 +123,8 @@ def _read_config(model: str, trust_remote_code: bool) -> PreTrainedConfig:
     if folder.is_dir():
         return _from_pretrained(str(folder), trust_remote_code)
     try:
-        cached = try_to_load_from_cache(model, "config.json")
+        name, revision = split_revision(model)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:
         raise _unknown(model, "that is no name on it") from None
     if isinstance(cached, str):
@@ -137,11 +139,16 @@ def _from_pretrained(
     model: str, trust_remote_code: bool, *, local_files_only: bool = True
 ) -> PreTrainedConfig:
     try:
+        name, revision = split_revision(model)
         return AutoConfig.from_pretrained(
-            model, trust_remote_code=trust_remote_code, local_files_only=local_files_only
+            name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=local_files_only,
         )
-    except (OSError, ValueError) as error:
-        raise _unknown(model, str(error).strip().splitlines()[0]) from None
+    except Exception as error:  # each family of models refuses its settings in its own way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _unknown(model, reason) from None
 
 
 def _unknown(model: str, reason: str) -> ValueError:

@@ -1,92 +1,45 @@
-"""What may be given as a model: a folder, a hub id, a run, one of its checkpoints, or a recipe."""
+"""A run folder or a recipe's name, given as a model, means the final model of the run or the student."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from opd.run.recipe import Recipe, bundled_recipes, load_recipe
+from opd.run.recipe import bundled_recipes, find_recipe, load_recipe
 
-CHECKPOINTS = "checkpoints"
-MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
+RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
 def resolved_model(model: str) -> str:
-    """The folder or hub id of a model: of a run folder its final model, of a recipe its student.
+    """The final model of a run folder, the student of a recipe; any other name as it is.
 
-    ValueError for an unfinished run, and for a checkpoint, which is no plain model (``opened_model``).
+    A folder comes before a bundled recipe of its name. ValueError for an unfinished run.
     """
     folder = Path(model)
-    if is_checkpoint(folder):
-        raise ValueError(
-            f"{model} holds the training state of a run: make a model folder of it with "
-            f"`opd export model={model} out=FOLDER`, and name that"
-        )
-    if _is_run(folder):
-        if not (folder / "final" / "config.json").is_file():
-            raise ValueError(
-                f"the run {model} has no final/ yet: let it finish, or name one of its checkpoints/"
-            )
-        return str(folder / "final")
-    if folder.suffix in (".yaml", ".yml") or (not folder.exists() and model in bundled_recipes()):
+    if not folder.exists() and model in bundled_recipes():
         return load_recipe(model).config.student.model
-    return model
-
-
-@contextmanager
-def opened_model(model: str) -> Iterator[str]:
-    """The same, where a checkpoint of a run may be given too: inside, a model folder is made of it."""
-    if not is_checkpoint(Path(model)):
-        yield resolved_model(model)
-        return
-    from opd.run.export import export  # its training code is not needed for other models
-
-    with TemporaryDirectory(prefix="opd-model-") as folder:
-        out = Path(folder) / "model"
-        export(model, out)
-        yield str(out)
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether it is a checkpoint in a run folder, such as runs/x/checkpoints/step_000100."""
-    return folder.parent.name == CHECKPOINTS and (folder / MANIFEST).is_file()
-
-
-def run_of(model: str) -> Path | None:
-    """The run folder that a model belongs to: it is given, or its final/, or one of its checkpoints."""
-    folder = Path(model)
-    of_checkpoint = folder.parent.parent if is_checkpoint(folder) else None
-    of_final = folder.parent if folder.name == "final" else None
-    for found in (of_checkpoint, of_final, folder):
-        if found is not None and (found / "config.yaml").is_file():
-            return found
-    return None
-
-
-def recipe_of(model: str, *overrides: str) -> Recipe:
-    """The recipe of the run that a model belongs to, with overrides. ValueError when it belongs to none."""
-    run = run_of(model)
-    if run is None:
+    if folder.suffix in RECIPE_SUFFIXES and folder.is_file():
+        return load_recipe(find_recipe(model)).config.student.model
+    if not (folder / "metrics.jsonl").is_file() and not (folder / "final").is_dir():
+        return model
+    if not (folder / "final" / "config.json").is_file():
         raise ValueError(
-            f"{model} is no run folder and no checkpoint of a run, so it has no recipe: name one"
+            f"the run {model} has no final/ yet: let it finish, name one of its checkpoints/ (which "
+            "`opd eval` and `opd export` read), or the folder of a model"
         )
-    return load_recipe(run / "config.yaml", *overrides)
+    return str(folder / "final")
 
 
-def given_base(base: str | None, trained: str) -> str:
-    """The folder or hub id of ``base``, by default what the run ``trained`` started from."""
-    return base_of(trained) if base is None else resolved_model(base)
+def find_base(trained: str, base: str | None) -> str:
+    """``base``; by default the student that the run ``trained`` started from.
 
-
-def base_of(trained: str) -> str:
-    """The model that the run of ``trained`` started from. ValueError when it belongs to no run."""
-    if run_of(trained) is None:
-        raise ValueError(
-            f"base=... is missing, and trained={trained} is no run, whose own base is used: give the model "
-            "that training started from"
-        )
-    return recipe_of(trained).config.student.model
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file() or (folder / "final").is_dir()
+    ValueError when ``trained`` is not the folder of a run, or of something in it.
+    """
+    if base is not None:
+        return resolved_model(base)
+    folder = Path(trained)
+    for run in (folder, *folder.absolute().parents[:2]):
+        if (run / CONFIG).is_file() and (run / "metrics.jsonl").is_file():
+            return load_recipe(find_recipe(str(run / CONFIG))).config.student.model
+    raise ValueError(
+        f"base=... is missing, and trained={trained} is not a run folder that names it: give the folder "
+        "or Hub id of the model that training started from"
+    )

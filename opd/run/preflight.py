@@ -1,6 +1,7 @@
 """Checks before anything expensive: one sentence for each configuration error."""
 
 import importlib.util
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,6 +15,7 @@ from opd.config.optim import clipped_warmup
 from opd.config.reward import GroupRewardConfig
 from opd.config.rollout import training_sampling
 from opd.config.schema import Config, problems
+from opd.config.sources import source_paths
 from opd.config.teacher import (
     PoolTeacherConfig,
     SelfTeacherConfig,
@@ -24,15 +26,14 @@ from opd.data.stream import ShuffledPrompts
 from opd.data.tokenizer import StudentTokenizer, read_student_tokenizer
 from opd.evaluate.reward import reward_function
 from opd.rollout.client import require_servers_fit
-from opd.run.attempts import Attempts, FirstError
+from opd.run.collected_errors import CollectedErrors
 from opd.run.devices import find_cards, needs_vllm, require_devices
 from opd.run.disk import check_space
-from opd.run.engine_limits import require_head_sizes
+from opd.run.engine_limits import require_engines_run
 from opd.run.findings import findings
 from opd.run.folder import open_folder
-from opd.run.gradable import require_gradable, ungradable_answers
+from opd.run.gradable import require_gradable
 from opd.run.hub import hub_answers
-from opd.run.hub_names import hub_names, require_cached
 from opd.run.inputs import fingerprint_inputs, require_same_inputs
 from opd.run.mask import require_mask_fits
 from opd.run.model_check import check_student_model
@@ -44,7 +45,7 @@ from opd.teacher.connect import describe_transport, scored_vocabulary, teacher_i
 from opd.teacher.vocabulary import read_vocabulary
 from opd.types import Prompt, TeacherInfo
 
-FIRST_ERROR = FirstError()
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,80 +70,65 @@ class Preflight:
     findings: tuple[str, ...] = ()
 
 
-def check(recipe: Recipe, folder: Path, attempts: Attempts = FIRST_ERROR) -> Preflight:
-    """Check settings, packages, GPUs, run folder, model, data, teacher, functions and mask, in this order.
+def check(recipe: Recipe, folder: Path) -> Preflight:
+    """Raise ValueError for the first kind of error: settings, packages, GPUs, folder, model, data, teacher.
 
-    Raises ValueError for the first error, or, with ``attempts=EveryError()``, with a sentence for each that
-    can be found without what failed. launch.processes is a number already (``resolved``).
+    A dry run goes on after an error as far as it can, and the ValueError has a line for each.
+    launch.processes is a number already (``resolved``).
     """
+    errors = CollectedErrors(collect=recipe.config.dry_run)
+    with errors.together():
+        return _check(recipe, folder, errors)
+    raise AssertionError("together() raises what it finds")
+
+
+def _check(recipe: Recipe, folder: Path, errors: CollectedErrors) -> Preflight:
     config = recipe.config
     found = [*problems(config), *_missing_packages(config)]
     if found:
         raise ValueError("\n".join(found))
     cards = find_cards()
-    attempts.make(lambda: require_devices(config, cards))
-    start = attempts.make(lambda: open_folder(recipe, folder)) or 0
+    require_devices(config, cards)
+    start = 0
+    with errors.each():
+        start = open_folder(recipe, folder)
     if config.launch.engine == LaunchEngine.deepspeed:
-        attempts.make(lambda: _require_launch_file(config))
-    attempts.make(lambda: _require_functions(config))
+        _require_launch_file(config)
     unseen = hub_names(config)
-    if unseen and not hub_answers():
-        if config.dry_run:
-            attempts.require_none_failed()
-            placement = place(config, cards, read_shape=lambda model: None)
-            return Preflight(start=start, placement=placement, unseen=tuple(unseen))
-        require_cached(unseen)
-    attempts.make(lambda: require_head_sizes(config, cards))
-    about_model = attempts.make(lambda: check_student_model(config)) or []
-    tokenizer = attempts.make(
-        lambda: read_student_tokenizer(config.student, config.data.chat_template)
+    if unseen and config.dry_run and not hub_answers():
+        placement = place(config, cards, read_shape=lambda model: None)
+        return Preflight(start=start, placement=placement, unseen=tuple(unseen))
+    tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
+    if not cards.count:
+        with errors.each():
+            require_engines_run(config)
+    with errors.each():
+        _require_functions(config)
+    prompts = read_prompt_sets(config, tokenizer)
+    with errors.each():
+        require_gradable(config, prompts)
+    placement = _placed(config, cards, prompts)
+    ShuffledPrompts(
+        prompts.train, config.train.prompts_per_step, config.seed, groups=prompts.groups
     )
-    attempts.make(lambda: require_mask_fits(recipe, folder))
-    if tokenizer is None:
-        attempts.require_none_failed()
-    assert tokenizer is not None
-    prompts = attempts.make(lambda: read_prompt_sets(config, tokenizer))
-    if prompts is None:
-        attempts.require_none_failed()
-    assert prompts is not None
-    return _check_prompts(recipe, folder, attempts, cards, start, tokenizer, prompts, about_model)
-
-
-def _check_prompts(
-    recipe: Recipe,
-    folder: Path,
-    attempts: Attempts,
-    cards: Cards,
-    start: int,
-    tokenizer: StudentTokenizer,
-    prompts: PromptSets,
-    about_model: list[str],
-) -> Preflight:
-    """What needs the prompts; see ``check``."""
-    config = recipe.config
-    placement = attempts.make(lambda: _placed(config, cards, prompts))
-    disk = attempts.make(lambda: check_space(config, folder, start))
-    attempts.make(lambda: _require_enough_prompts(config, prompts))
-    found = [*_adjustments(config), *about_model]
-    found += attempts.make(lambda: findings(config, tokenizer, prompts)) or []
-    found += ungradable_answers(config, prompts)
+    _require_divergence_prompts(config, prompts)
+    found = [
+        *_adjustments(config),
+        *check_student_model(config),
+        *findings(config, tokenizer, prompts),
+    ]
+    disk = check_space(config, folder, start)
     transport, infos = None, []
     if has_teacher(config) and not isinstance(config.teacher, SelfTeacherConfig):
-        transport, infos = attempts.make(lambda: _check_teacher(config, tokenizer, prompts)) or (
-            None,
-            [],
-        )
+        with errors.each():
+            transport, infos = _check_teacher(config, tokenizer, prompts)
     inputs = fingerprint_inputs(config, prompts, infos)
     if 0 < start < config.train.steps:
-        allowed = config.run.allow_changed_inputs
-        attempts.make(lambda: require_same_inputs(folder, inputs, allow_changed=allowed))
+        require_same_inputs(folder, inputs, allow_changed=config.run.allow_changed_inputs)
     if isinstance(config.teacher, SelfTeacherConfig):
-        most = config.teacher.max_model_len or tokenizer.max_length
-        attempts.make(lambda: _require_teacher_prompts_fit(prompts, most))
-    attempts.make(lambda: require_gradable(config, prompts))
-    attempts.make(lambda: require_servers_fit(config, tokenizer.stop_ids, prompts.max_length))
-    attempts.require_none_failed()
-    assert placement is not None
+        _require_teacher_prompts_fit(prompts, config.teacher.max_model_len or tokenizer.max_length)
+    require_mask_fits(recipe, folder)
+    require_servers_fit(config, tokenizer.stop_ids, prompts.max_length)
     return Preflight(
         start=start,
         placement=placement,
@@ -155,10 +141,7 @@ def _check_prompts(
     )
 
 
-def _require_enough_prompts(config: Config, prompts: PromptSets) -> None:
-    ShuffledPrompts(
-        prompts.train, config.train.prompts_per_step, config.seed, groups=prompts.groups
-    )
+def _require_divergence_prompts(config: Config, prompts: PromptSets) -> None:
     if prompts.divergence and len(prompts.divergence) < count_processes(config):
         raise ValueError(
             f"eval.kl_prompts leaves {len(prompts.divergence)} held-out prompts for "
@@ -200,6 +183,25 @@ def _adjustments(config: Config) -> list[str]:
     return [
         f"optim.warmup_steps={config.optim.warmup_steps} is longer than train.steps="
         f"{config.train.steps}: {warmup} steps of warm-up are used"
+    ]
+
+
+def hub_names(config: Config) -> list[str]:
+    """Settings that name a model or data set on a hub: owner/name, and no such local path."""
+    teacher = config.teacher
+    members = teacher.members if isinstance(teacher, PoolTeacherConfig) else {}
+    named = [
+        ("student.model", config.student.model),
+        ("teacher.model", teacher.model),
+        *((f"teacher.members.{name}", member) for name, member in members.items()),
+        *(("data.train", path) for path in source_paths(config.data.train)),
+        *(("data.eval", path) for path in source_paths(config.data.eval)),
+        *(("eval.kl_data", path) for path in source_paths(config.eval.kl_data)),
+    ]
+    return [
+        f"{setting}={name}"
+        for setting, name in named
+        if name and HUB_NAME.fullmatch(name) and not Path(name).exists()
     ]
 
 

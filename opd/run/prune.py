@@ -20,8 +20,9 @@ from opd.config.schema import problems
 from opd.data.prompt_sets import read_prompt_sets
 from opd.data.tokenizer import read_student_tokenizer
 from opd.mask.figures import prune_curve
+from opd.mask.rules import trained_weights
 from opd.run.evaluate_apart import evaluate_apart
-from opd.run.model_names import given_base, recipe_of, resolved_model
+from opd.run.model_names import find_base
 from opd.run.recipe import Recipe, load_recipe
 
 CURVE = "prune.json"
@@ -32,11 +33,11 @@ class PruneArguments:
     """Keys of `opd prune`; settings of the recipe may follow."""
 
     base: str | None = None
-    """Folder, hub id, run folder or recipe (its student); by default the model that the run started from."""
+    """What training started from: folder, Hub id, run or recipe; by default that of the run `trained`."""
     trained: str = MISSING
     """The finished run (a run folder or a checkpoint)."""
-    recipe: str | None = None
-    """The recipe whose held-out prompts are used for evaluation; by default that of the run."""
+    recipe: str = MISSING
+    """The recipe whose held-out prompts are used for evaluation."""
     out: str = MISSING
     """Folder for prune.json, prune.png and the evaluations' logs."""
     shares: list[float] = bounded([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
@@ -76,10 +77,7 @@ def parse_prune(words: Sequence[str]) -> PruneCall:
     """Parse a call. Raises ValueError before any model is read."""
     own, overrides = split_arguments(PruneArguments, words)
     arguments = parse_arguments(PruneArguments, own)
-    if arguments.recipe is None:
-        recipe = recipe_of(arguments.trained, *overrides)
-    else:
-        recipe = load_recipe(arguments.recipe, *overrides)
+    recipe = load_recipe(arguments.recipe, *overrides)
     _require_valid(arguments, recipe)
     return PruneCall(arguments=arguments, recipe=recipe, overrides=overrides)
 
@@ -92,10 +90,10 @@ def prune(call: PruneCall) -> dict[str, Any]:
     """
     arguments, recipe = call.arguments, call.recipe
     dtype = torch_dtype(engine_dtype(recipe.config).value)
-    base = given_base(arguments.base, arguments.trained)
+    base = find_base(arguments.trained, arguments.base)
     changed = ChangedWeights(
         base=open_checkpoint(base),
-        trained=open_checkpoint(resolved_model(arguments.trained)),
+        trained=trained_weights(arguments.trained),
         dtype=dtype,
     )
     moved = changed.count()
@@ -106,7 +104,7 @@ def prune(call: PruneCall) -> dict[str, Any]:
     result: dict[str, Any] = {
         "base": base,
         "trained": arguments.trained,
-        "recipe": arguments.recipe or str(recipe.path),
+        "recipe": arguments.recipe,
         "overrides": call.overrides,
         "seed": arguments.seed,
         "dtype": dtype_name(dtype),

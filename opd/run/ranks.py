@@ -1,11 +1,13 @@
 """The ranks of a run as child processes: start them, watch them, end them."""
 
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 
 from opd.faults import RunError
 from opd.heartbeat import beat_path
@@ -20,7 +22,9 @@ from opd.serving.parent import parent_variable
 
 POLL_S = 0.2
 STACKS_S = 1.0
-TAIL_LINES = 25
+ERROR_CHARACTERS = 500
+EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
+"""The line under a stack trace that names the exception."""
 
 
 class WorkerFailed(RunError):
@@ -39,7 +43,6 @@ def started_ranks(
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank, command in enumerate(commands):
-            beat_path(logs.parent, rank).unlink(missing_ok=True)
             ranks.append(_start(command, environment, rank, logs))
         yield ranks
     finally:
@@ -48,6 +51,7 @@ def started_ranks(
             process.kill()
         for process in ranks:
             process.wait()
+        rmtree(beat_path(logs.parent, 0).parent, ignore_errors=True)
 
 
 def _start(
@@ -145,8 +149,15 @@ def _raise_failure(log: Path, rank: int, status: int) -> None:
         raise WorkerFailed(f"{marked[-1]} (details: {log})")
     if status < 0:
         raise WorkerLost(f"process {rank} was ended by {_signal_name(-status)} (details: {log})")
-    tail = "\n".join(lines[-TAIL_LINES:])
-    raise WorkerLost(f"process {rank} ended with status {status}; the end of {log}:\n{tail}")
+    raise WorkerLost(
+        f"process {rank} ended with status {status}: {_last_error(lines)} (details: {log})"
+    )
+
+
+def _last_error(lines: Sequence[str]) -> str:
+    """The line of the last exception in a log, else the last line with words."""
+    found = [line for line in lines if EXCEPTION.match(line)] or [s for s in lines if s.strip()]
+    return found[-1].strip()[:ERROR_CHARACTERS] if found else "it wrote nothing"
 
 
 def _signal_name(number: int) -> str:

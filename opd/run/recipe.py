@@ -21,7 +21,6 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd.config.functions import function_beside
 from opd.config.schema import GROUPS, Config, register
 from opd.run.recipe_errors import (
     explain,
@@ -29,6 +28,7 @@ from opd.run.recipe_errors import (
     unknown_setting,
     unreadable,
 )
+from opd.run.recipe_functions import find_functions
 from opd.run.recipe_limits import read_variable, require_own_targets
 
 CONF = "pkg://opd.conf"
@@ -36,7 +36,6 @@ PRIMARY = (
     "opd recipe"  # the recipe's name for Hydra: whatever its file is called, it shadows nothing
 )
 METHODS = Path(__file__).parent.parent / "conf" / "method"
-FUNCTION_SETTINGS = ("reward.function", "loss.path", "data.function", "mask.function")
 RECIPE_FOLDERS = (
     Path(__file__).parent.parent / "recipes",  # installed
     Path(__file__).parent.parent.parent / "recipes",  # a clone
@@ -163,7 +162,7 @@ def _parsed(override: str) -> Override:
 
 
 def _prepare(recipe: Path) -> None:
-    """Register schema, group choices and the recipe, and resolve ``${here:x}`` (see ``_beside``).
+    """Register schema, group choices and the recipe, and resolve ``${here:x}`` to x beside the recipe.
 
     ``${choice:optim,{sgd:0.1,else:1e-3}}`` is the value for the group's choice (see ``_typed``), so
     that ``optim=sgd`` alone comes with a suitable learning rate.
@@ -179,7 +178,7 @@ def _prepare(recipe: Path) -> None:
     if {"config", "choices"} <= content.keys():
         content = _recipe_of_a_run(content)
     ConfigStore.instance().store(name=PRIMARY, node=content)
-    OmegaConf.register_new_resolver("here", lambda path: _beside(recipe, path), replace=True)
+    OmegaConf.register_new_resolver("here", lambda path: str(recipe.parent / path), replace=True)
     OmegaConf.register_new_resolver("oc.env", read_variable, replace=True)
 
 
@@ -195,21 +194,9 @@ def _recipe_of_a_run(description: DictConfig) -> DictConfig:
 
 
 def _search_path(recipe: Path) -> str:
-    """The override with which a recipe can name files beside it, and bundled recipes, in its defaults."""
-    folders = (str(folder).replace("'", "\\'") for folder in _source_folders(recipe))
-    listed = ",".join(f"'file://{folder}'" for folder in folders)
-    return f"hydra.searchpath=[{listed}]"
-
-
-def _source_folders(recipe: Path) -> list[Path]:
-    """Where the files lie that a recipe may build on: its own folder, then those of bundled recipes."""
-    return [recipe.parent, *(f for f in RECIPE_FOLDERS if f.is_dir() and f != recipe.parent)]
-
-
-def _beside(recipe: Path, path: str) -> str:
-    """``path`` beside the recipe, or, if it is only there, beside a bundled recipe that it builds on."""
-    found = [folder / path for folder in _source_folders(recipe)]
-    return str(next((place for place in found if place.exists()), found[0]))
+    """The override with which a recipe can name other files beside it in its defaults."""
+    folder = str(recipe.parent).replace("'", "\\'")
+    return f"hydra.searchpath=['file://{folder}']"
 
 
 def _hydra_arguments(recipe: Path) -> list[str]:
@@ -264,10 +251,7 @@ def _typed(cfg: DictConfig, choices: Any, recipe: Path, overrides: Sequence[str]
     added = next(_added_keys(bare, ""), None)
     if added is not None:
         raise ValueError(unknown_setting(added))
-    for key in FUNCTION_SETTINGS:
-        name = OmegaConf.select(bare, key, default=None)
-        if isinstance(name, str):
-            OmegaConf.update(bare, key, function_beside(recipe.parent, name))
+    find_functions(bare, recipe.parent)
     config = OmegaConf.to_object(bare)
     if not isinstance(config, Config):
         raise ValueError(
@@ -294,7 +278,7 @@ def _added_keys(node: Any, path: str) -> Iterator[str]:
         assert isinstance(key, str), "settings have names"
         if key not in known:
             yield f"{path}{key}"
-        elif not OmegaConf.is_interpolation(node, key):
+        elif not OmegaConf.is_interpolation(node, str(key)):
             yield from _added_keys(node._get_node(key), f"{path}{key}.")
 
 

@@ -99,7 +99,8 @@ def unknown_setting(key: str) -> str:
             "choice too, or remove the setting"
         )
     leaves = {k.split(".")[-1]: k for k in known}
-    near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
+    near = difflib.get_close_matches(key, GROUPS, n=1, cutoff=0.6)
+    near += difflib.get_close_matches(key, known, n=2, cutoff=0.6)
     near += [leaves[n] for n in difflib.get_close_matches(key.split(".")[-1], leaves, n=2)]
     siblings = [k for k in known if k.rsplit(".", 1)[0] == key.rsplit(".", 1)[0] and "." in key]
     meant = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""

@@ -19,6 +19,7 @@ from opd.serving.server import serve
 from opd.teacher.app import teacher_app
 from opd.teacher.wire import TOKEN_VARIABLE as TEACHER_TOKEN
 from opd.teacher.work_queue import WorkQueue
+from opd.timing import name_process
 
 
 def serve_teacher(config: TeacherServerConfig) -> None:
@@ -37,6 +38,7 @@ def serve_teacher(config: TeacherServerConfig) -> None:
         )
         return teacher_app(work, config, token=token)
 
+    name_process(f"teacher {config.model}")
     serve(application, config, token=token, variable=TEACHER_TOKEN)
 
 
@@ -51,6 +53,7 @@ def serve_rollouts(config: RolloutServerConfig) -> None:
         build = partial(build_engine_host, config)
         return rollout_app(build, token=token, max_request_bytes=config.max_request_bytes)
 
+    name_process(f"rollout {config.model}")
     serve(application, config, token=token, variable=ROLLOUT_TOKEN)
 
 

@@ -14,7 +14,6 @@ from opd.config.mask import StudyMaskConfig
 from opd.config.schema import problems
 from opd.config.teacher import has_teacher
 from opd.data.preview import preview
-from opd.run.attempts import EveryError
 from opd.run.commands import engine_settings
 from opd.run.devices import (
     find_cards,
@@ -22,6 +21,7 @@ from opd.run.devices import (
     require_running_servers,
     resolved,
 )
+from opd.run.environment import trace_processes
 from opd.run.evaluate_apart import teacher_accuracy
 from opd.run.folder import DRY_RUN, describe, description
 from opd.run.hang import leave_on_hang
@@ -34,6 +34,7 @@ from opd.run.plan_table import plan_table
 from opd.run.preflight import Preflight, check
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder, sweep
 from opd.run.results import Run
+from opd.run.revisions import pinned
 from opd.run.stop import STOP
 from opd.run.study import run_study
 from opd.run.temporary import temporary_folder
@@ -90,7 +91,7 @@ def train_all(recipe: str | Path, *overrides: str) -> list[Run]:
 
 def run_one(recipe: Recipe, folder: Path) -> None:
     """Check, train and report one run; with ``dry_run`` only check and print the plan."""
-    recipe = resolved(recipe, find_cards())
+    recipe = resolved(pinned(recipe), find_cards())
     if recipe.config.dry_run:
         _dry_run(recipe, folder)
         return
@@ -100,7 +101,7 @@ def run_one(recipe: Recipe, folder: Path) -> None:
 
 def _dry_run(recipe: Recipe, folder: Path) -> None:
     console = Console(markup=False)
-    checked = check(recipe, folder, EveryError())
+    checked = check(recipe, folder)
     console.print(plan_table(recipe, checked, folder))
     _print_first_prompt(console, recipe, checked)
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,6 +169,7 @@ def join(recipe: Recipe) -> NoReturn:
         prepare_mask(recipe, folder, _cannot_run_first)
     config = recipe.config
     ranks = count_processes(config)
+    trace_processes(config, folder)
     leave_on_hang(folder, int(os.environ["RANK"]), ranks, config.launch.deadlines)
     leave_after(recipe)
 
@@ -178,7 +180,7 @@ def joined_recipe(recipe: Recipe) -> Recipe:
     Raises ValueError where this run cannot be started in this way.
     """
     cards = find_cards()
-    recipe = resolved(recipe, cards)
+    recipe = resolved(pinned(recipe), cards)
     config = recipe.config
     found = problems(config)
     if found:

@@ -16,6 +16,7 @@ from opd.config.train import MaskScores
 from opd.faults import RunError
 from opd.heartbeat import Heartbeat
 from opd.phases import RunPhase
+from opd.run.environment import TRACE_PARTS
 from opd.run.launch import TEACHER_ACCURACY
 from opd.run.mask import SCORES
 from opd.run.recipe import Recipe, composed, find_recipe, run_folder
@@ -25,14 +26,18 @@ from opd.run.stop import STOP
 from opd.serving.parent import watch_parent
 from opd.teacher.connect import describe_transport
 from opd.teacher.vocabulary import read_vocabulary
+from opd.timing import name_process, write_trace
 from opd.tracking.report import write_report
 from opd.train.weights import export
+
+TRACE = "trace.json"
 
 
 def run_rank(recipe: Recipe, terminal: TextIO) -> int:
     """Run this rank to its end and return its exit status; collective."""
     config, folder = recipe.config, run_folder(recipe)
     faulthandler.register(signal.SIGUSR1)  # what the launcher wants to know of a run that hangs
+    name_process(f"rank {os.environ.get('RANK', '0')}")
     heartbeat = Heartbeat(folder, int(os.environ.get("RANK", "0")))
     accuracy = os.environ.get(TEACHER_ACCURACY)
     try:
@@ -63,6 +68,8 @@ def run_rank(recipe: Recipe, terminal: TextIO) -> int:
     except (RunError, OSError) as error:
         return _explained(error, FAILED)
     heartbeat.enter(RunPhase.done, training.loop.steps)
+    if config.profile and training.world.is_main:
+        write_trace(folder / TRACE_PARTS, folder / TRACE)
     return DONE
 
 

@@ -9,6 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 
 MEDIA_TYPE = "application/octet-stream"
+MOST_CHARACTERS = 500
+"""Of a refusal: it may repeat what a client sent."""
 BODY_S = 60.0
 BODY_BYTES_PER_S = 4 << 20
 """A body is refused that has not arrived after ``BODY_S`` and the time that it takes at this rate."""
@@ -48,8 +50,9 @@ def bare_app(title: str, fault: Callable[[], str | None] = lambda: None) -> Fast
 
 
 def refusal_response(refusal: Refusal) -> Response:
-    """The refusal as plain text."""
-    return PlainTextResponse(str(refusal), status_code=refusal.status)
+    """The refusal as plain text, in one line, of which a foreign value makes at most a part."""
+    words = " ".join(str(refusal).split())
+    return PlainTextResponse(words[:MOST_CHARACTERS], status_code=refusal.status)
 
 
 def require_token(request: Request, token: str | None, variable: str) -> None:

@@ -92,7 +92,7 @@ class ServiceSupervisor:
         except RunError:
             if self._stop.is_set():
                 return False
-            return self._restart("could not be started again")
+            return self._restart("ended before it was ready")
         self.is_ready = True
         return True
 

@@ -9,6 +9,7 @@ from opd.config.teacher import ServedTeacherConfig
 from opd.interfaces import Progress
 from opd.serving.app import MEDIA_TYPE
 from opd.serving.client import ServiceClient, parsed
+from opd.teacher.answer import require_answer
 from opd.teacher.batches import group_by_tokens, progress_bar, score_concurrently
 from opd.teacher.transport import bytes_per_target, transports
 from opd.teacher.vocabulary import Vocabulary, require_fit
@@ -17,7 +18,6 @@ from opd.teacher.wire import (
     read_head_rows,
     read_response,
     request_bytes,
-    require_answer,
     scored_rollouts,
     wire_request_from,
 )

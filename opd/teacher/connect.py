@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from opd.checkpoint.tensors import torch_dtype
 from opd.config.student import DType
@@ -16,6 +16,7 @@ from opd.config.teacher import (
     TeacherTokenizer,
 )
 from opd.interfaces import Progress
+from opd.model_head import read_model_config
 from opd.teacher.client import ServerTeacher, server_connection
 from opd.teacher.model_info import max_positions, read_info, require_divisible_heads
 from opd.teacher.sleeping import SleepSwitch
@@ -84,7 +85,7 @@ def scored_vocabulary(config: TeacherConfig, student: Vocabulary) -> Vocabulary:
     assert config.model is not None, "a rule requires teacher.model with tokenizer=own"
     vocabulary = read_vocabulary(
         AutoTokenizer.from_pretrained(config.model),
-        AutoConfig.from_pretrained(config.model).get_text_config().vocab_size,
+        read_model_config(config.model, setting="teacher.model").get_text_config().vocab_size,
     )
     return replace(
         vocabulary,
@@ -161,6 +162,7 @@ def _served_info(
 
 
 def _read_info(config: TeacherConfig, setting: str, model: str, student: Vocabulary) -> TeacherInfo:
+    read_model_config(model, setting=setting)
     try:
         info = read_info(
             model,

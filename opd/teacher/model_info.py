@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from opd.checkpoint.family import is_tied
 from opd.checkpoint.files import model_folder
 from opd.checkpoint.tensors import open_checkpoint, torch_dtype
 from opd.head import HeadSpec
-from opd.model_head import head_spec, head_width
+from opd.model_head import head_spec, head_width, read_model_config
 from opd.reference import TOKENS
 from opd.teacher.vocabulary import base_and_added, fingerprint
 from opd.types import TeacherInfo
@@ -26,7 +26,7 @@ def read_info(model: str, *, max_length: int, dtype: torch.dtype | None = None) 
 
     ``dtype`` is the compute precision, by default the one in its config.
     """
-    config = AutoConfig.from_pretrained(model)
+    config = read_model_config(model)
     text = config.get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(model)
     compute_dtype = dtype or read_dtype(model)
@@ -47,14 +47,14 @@ def read_info(model: str, *, max_length: int, dtype: torch.dtype | None = None) 
 
 def read_dtype(model: str) -> torch.dtype:
     """The number format in a checkpoint's config; float32 where it names none."""
-    config = AutoConfig.from_pretrained(model)
+    config = read_model_config(model)
     found = config.get_text_config().dtype or config.dtype or torch.float32
     return torch_dtype(found) if isinstance(found, str) else found
 
 
 def read_spec(model: str) -> HeadSpec:
     """The ``HeadSpec`` of a checkpoint's config."""
-    return head_spec(AutoConfig.from_pretrained(model))
+    return head_spec(read_model_config(model))
 
 
 def probe_text(model: str) -> list[int]:
@@ -69,7 +69,7 @@ def probe_text(model: str) -> list[int]:
 
 def max_positions(model: str) -> int:
     """``max_position_embeddings`` of the checkpoint's config."""
-    return AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+    return read_model_config(model).get_text_config().max_position_embeddings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ class LayerShape:
 
 def read_layer_shape(model: str) -> LayerShape | None:
     """What a checkpoint's config says about heads and MLP; None where it names no heads."""
-    text = AutoConfig.from_pretrained(model).get_text_config().to_dict()
+    text = read_model_config(model).get_text_config().to_dict()
     heads, width = text.get("num_attention_heads"), text.get("intermediate_size")
     if heads is None:
         return None

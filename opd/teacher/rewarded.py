@@ -8,7 +8,8 @@ from opd.faults import RunError
 from opd.interfaces import Teacher
 from opd.types import FloatArray, Rollout, ScoredRollout, TeacherInfo
 
-Rewards = Callable[[Sequence[Rollout]], list[float]]
+Reward = Callable[[Sequence[Rollout]], Sequence[float]]
+"""rollouts [B] -> rewards [B]"""
 STD_EPSILON = 1e-4
 """Added to a group's standard deviation, as TRL does; it bounds an advantage by 1e4 times the distance."""
 
@@ -19,15 +20,15 @@ class RewardedTeacher:
     The group of a completion is the rollouts of its prompt in the same call.
     """
 
-    def __init__(self, teacher: Teacher, rewards: Rewards, *, scale_rewards: bool) -> None:
+    def __init__(self, teacher: Teacher, reward: Reward, *, scale_rewards: bool) -> None:
         self._teacher = teacher
-        self._rewards = rewards
+        self._reward = reward
         self._scale = scale_rewards
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """See ``Teacher``. RunError when a reward cannot be had or is not a finite number."""
+        """See ``Teacher``. RunError with the prompt's uid when a reward is not a finite number."""
         scored = self._teacher.score(rollouts)
-        rewards = _finite_rewards(self._rewards, rollouts)
+        rewards = _finite_rewards(self._reward, rollouts)
         groups: dict[str, list[float]] = {}
         for rollout, reward in zip(rollouts, rewards, strict=True):
             groups.setdefault(rollout.prompt.uid, []).append(reward)
@@ -68,7 +69,7 @@ def advantage(reward: float, group: Sequence[float], *, scale_rewards: bool) -> 
     return (reward - mean) / (spread + STD_EPSILON)
 
 
-def _finite_rewards(function: Rewards, rollouts: Sequence[Rollout]) -> list[float]:
+def _finite_rewards(function: Reward, rollouts: Sequence[Rollout]) -> list[float]:
     try:
         rewards = function(rollouts)
     except ValueError as error:

@@ -12,6 +12,7 @@ import torch
 from opd.teacher.backend import Backend, ServerBackend
 from opd.teacher.response import compute_hidden, score_request
 from opd.teacher.wire import WireRequest, WireResponse
+from opd.timing import span
 
 Result = TypeVar("Result")
 
@@ -180,7 +181,9 @@ class WorkQueue:
 def _score_jobs(backend: Backend, group: Sequence[ScoreJob]) -> None:
     """Finish or fail every job; one that fails in the head does not affect the others."""
     try:
-        states = compute_hidden(backend, [job.request for job in group])
+        tokens = sum(len(job.request.token_ids) for job in group)
+        with span("hidden states", requests=len(group), tokens=tokens):
+            states = compute_hidden(backend, [job.request for job in group])
     except Exception as error:
         for job in group:
             job.done.set_exception(error)

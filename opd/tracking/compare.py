@@ -1,13 +1,12 @@
 """Compares runs: the settings in which they differ, and the best run by each metric."""
 
-import csv
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.config.schema import GROUPS
+from opd.plain_text import write_csv
 from opd.tracking.formatting import number
 from opd.tracking.runs import RunRecord, flat, read_run
 
@@ -85,9 +84,9 @@ def _rank(run: RunRecord) -> tuple[bool, float, float, float]:
 def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Setting -> its value in each run, for the settings in which the runs differ.
 
-    Where the runs chose other options of a group, the choice explains a key of the group that some of them
-    lack, and one that has its option's own value in all of them (loss.kind=jsd of loss=jsd): both are left
-    out, the former unless the runs that have it differ in it.
+    A key that some runs lack because they chose another option of its group is left out, since the
+    choice explains it, unless the runs that have it differ in it; so is one that repeats the choice,
+    as ``loss.kind=jsd`` does beside ``loss=jsd``.
     """
     choices = {
         group: [str(run.choices.get(group, "")) for run in runs]
@@ -99,28 +98,12 @@ def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
         values = [_typed(each[key]) if key in each else "" for each in leaves]
         present = {_typed(each[key]) for each in leaves if key in each}
         is_missing = any(key not in each for each in leaves)
-        if key.split(".")[0] in differing and _follow_from_choices(runs, key, values):
+        chosen = differing.get(key.split(".")[0])
+        if chosen is not None and all(v in ("", c) for v, c in zip(values, chosen, strict=True)):
             continue
-        if len(present) > 1 or (is_missing and key.split(".")[0] not in differing):
+        if len(present) > 1 or (is_missing and chosen is None):
             differing[key] = values
     return differing
-
-
-def _follow_from_choices(runs: Sequence[RunRecord], key: str, values: Sequence[str]) -> bool:
-    """Whether every run's value of a group's key is the one that its option of the group comes with."""
-    group, _, name = key.partition(".")
-    options = [GROUPS.get(group, {}).get(run.choices.get(group, "")) for run in runs]
-    own = [_own_value(option, name) for option in options if option is not None]
-    return own == list(values)
-
-
-def _own_value(option: Any, name: str) -> str | None:
-    """What an option of a group (a dataclass, or one with values) sets a field to; None if it does not."""
-    found = {
-        f.name: f.default if isinstance(option, type) else getattr(option, f.name)
-        for f in fields(option)
-    }
-    return _typed(found[name]) if name in found else None
 
 
 def _typed(value: object) -> str:
@@ -202,7 +185,10 @@ def _caveats(comparison: RunComparison) -> list[str]:
 
 
 def table(comparison: RunComparison) -> list[dict[str, str | float | int | None]]:
-    """The rows of the CSV file, one for each run; numbers stay numbers."""
+    """The rows of the CSV file, one for each run; numbers stay numbers.
+
+    A metric's name is none that a setting has (``loss`` is a setting, ``training loss`` a metric).
+    """
     rows = []
     for entry in comparison.entries:
         run = entry.run
@@ -222,9 +208,9 @@ def table(comparison: RunComparison) -> list[dict[str, str | float | int | None]
             }
         generated = run.series("tokens/generated").values
         row |= {
-            "final loss": run.series("loss/total").last,
+            "training loss": run.series("loss/total").last,
             "teacher nll": run.series("teacher/nll").last,
-            "final length": run.series("rollout/length").last,
+            "length": run.series("rollout/length").last,
             "tokens generated": sum(generated) if generated else None,
             "seconds": max(run.wall().values(), default=0.0) or None,
         }
@@ -239,10 +225,7 @@ def _without_empty_columns(
     return [{name: row[name] for name in kept} for row in rows]
 
 
-def write_csv(comparison: RunComparison, path: Path) -> None:
+def write_table(comparison: RunComparison, path: Path) -> None:
     """The table as CSV with a header; a missing number is an empty cell."""
     rows = table(comparison)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, list(rows[0]), rows)

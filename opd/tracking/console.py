@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
@@ -47,6 +47,8 @@ _COLUMNS = (
     _Column("time/teacher", "teacher", "s", 7, "dim"),
     _Column("time/learn", "learn", "s", 6, "dim"),
 )
+_REWARD = replace(_COLUMNS[1], metric="reward/mean", heading="reward", unit="mean")
+"""In place of the teacher's column where no teacher scores."""
 _STEP_WIDTH = 9
 _WIDTH = 80
 _EXTRAS = (
@@ -71,6 +73,7 @@ class ConsoleTracker:
         self._console = console
         self._steps = steps
         self._lines_since_heading = _HEADER_EVERY
+        self._columns = _COLUMNS
         self._before: dict[str, float] = {}
         self._teacher: dict[str, float] = {}
         for metrics in earlier:
@@ -80,11 +83,13 @@ class ConsoleTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line for the training step, one for each evaluated task."""
         if any(column.metric in metrics for column in _COLUMNS):
+            if _REWARD.metric in metrics and _COLUMNS[1].metric not in metrics:
+                self._columns = (_COLUMNS[0], _REWARD, *_COLUMNS[2:])
             if self._lines_since_heading >= _HEADER_EVERY:
                 self._print_heading()
             self._lines_since_heading += 1
             self._print(self._line(step, metrics))
-            if SKIPPED in metrics and "loss/total" not in metrics:
+            if SKIPPED in metrics and "optim/grad_norm" not in metrics:
                 self._print(Text(_NOT_FINITE, style="yellow"))
         for task in evaluation_tasks(metrics):
             self._print(self._evaluation(step, task, metrics))
@@ -96,22 +101,25 @@ class ConsoleTracker:
         """Nothing to do: every line is printed at once."""
 
     def _print(self, line: Text) -> None:
+        line.rstrip()
+        if self._console.no_color:  # Rich leaves bold and dim in
+            line = Text(line.plain)
         self._console.print(line, no_wrap=True, overflow="ignore", crop=False, soft_wrap=True)
 
     def _print_heading(self) -> None:
         self._lines_since_heading = 0
         for step, cells in (
-            ("step", [column.heading for column in _COLUMNS]),
-            ("", [column.unit for column in _COLUMNS]),
+            ("step", [column.heading for column in self._columns]),
+            ("", [column.unit for column in self._columns]),
         ):
             line = Text(step.rjust(_STEP_WIDTH), style="cyan")
-            for column, cell in zip(_COLUMNS, cells, strict=True):
+            for column, cell in zip(self._columns, cells, strict=True):
                 line.append(f" {cell:>{column.width}}")
             self._print(line)
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> Text:
         line = Text(f"{step}/{self._steps}".rjust(_STEP_WIDTH))
-        for column in _COLUMNS:
+        for column in self._columns:
             value = number(metrics.get(column.metric))
             line.append(f" {value:>{column.width}}", style=column.style)
         return line

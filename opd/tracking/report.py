@@ -9,7 +9,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from opd.tracking.compare import RunComparison, compare, conclusions, table, write_csv
+from opd.tracking.compare import RunComparison, compare, conclusions, table, write_table
 from opd.tracking.formatting import duration, number
 from opd.tracking.panels import comparison_panels, other_panels, run_line, run_panels
 from opd.tracking.runs import RunRecord, read_started_run
@@ -22,7 +22,7 @@ COMPARISON_CSV = "comparison.csv"
 _TRANSCRIPTS = 8
 _FULL_COLOUR_NATS = 3.0
 _TASK_COLUMNS = ("before", "accuracy", "best", "teacher", "gap closed", "mean@k", "reverse KL")
-_LAST_COLUMNS = ("final loss", "seconds")
+_LAST_COLUMNS = ("training loss", "seconds")
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -67,7 +67,7 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, 
     )
     Path(out).mkdir(parents=True, exist_ok=True)
     csv_path = Path(out) / COMPARISON_CSV
-    write_csv(comparison, csv_path)
+    write_table(comparison, csv_path)
     return _write_page(Path(out) / COMPARISON, page), csv_path
 
 

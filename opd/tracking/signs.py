@@ -130,9 +130,9 @@ def _start_and_now(
 
 def _kl_explosion(first: Sequence[Row], last: Sequence[Row]) -> str | None:
     for metric in KL_METRICS:
-        found = _start_and_now(first, last, metric)
-        if found is not None:
-            start, now = found
+        before, values = _values(first, metric), _values(last, metric)
+        if before and len(values) == WINDOW:
+            start, now = min(before), fmean(values)  # it may explode within the first steps
             if now > KL_GROWTH * start and now > start + KL_LEAST:
                 return (
                     f"the divergence explodes: {metric} is {now:.3g} nats a token, and began at {start:.3g}: "

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from opd.plain_text import figure_text
 from opd.tracking.runs import RunRecord
 
 T_95 = (
@@ -208,7 +209,7 @@ def _draw_figure(arms: Arms, title: str, path: Path) -> None:
                 axes.set_yticklabels([])
         for axes in (curves, *finals):
             axes.grid(alpha=0.25)
-        figure.suptitle(title)
+        figure.suptitle(figure_text(title))
         figure.savefig(path)
 
 
@@ -223,7 +224,7 @@ def _draw_curves(axes: Any, arms: Arms) -> None:
                 by_step.setdefault(step, []).append(value)
         steps = sorted(by_step)
         means = [_mean(by_step[step]) for step in steps]
-        axes.plot(steps, means, color=f"C{number}", linewidth=2, label=arm)
+        axes.plot(steps, means, color=f"C{number}", linewidth=2, label=figure_text(arm))
     axes.set(xlabel="optimizer step", ylabel=measure.name, title="thin: seeds, thick: their mean")
     axes.legend(frameon=False)
 
@@ -237,5 +238,5 @@ def _draw_intervals(axes: Any, arms: Arms, measure: Measure) -> None:
         axes.errorbar(over_seeds.mean, -number, xerr=half, fmt="o", capsize=4, **style)
         axes.scatter(values, [0.2 - number] * len(values), alpha=0.5, s=14, **style)
     axes.set(xlabel=measure.name, title="mean, 95 % interval, seeds")
-    axes.set_yticks([-n for n in range(len(arms.runs))], list(arms.runs))
+    axes.set_yticks([-n for n in range(len(arms.runs))], [figure_text(name) for name in arms.runs])
     axes.set_ylim(0.6 - len(arms.runs), 0.6)

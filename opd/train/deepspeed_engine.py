@@ -234,25 +234,25 @@ class DeepSpeedEngine:
 
     def _set_state(self, parameter: Any, key: str, value: torch.Tensor) -> None:
         """Set this rank's part of a master or an optimizer state to that of the whole, flat ``value``."""
-        optimizer = self._engine.optimizer
+        state_key = None if key == "master" else key
         if self._zero == 0:
             master = self._masters.get(id(parameter), parameter)
-            states: Any = self._engine.basic_optimizer
-            state: Any = master if key == "master" else states.state[master][key]
-            state.view(-1).copy_(value)
+            basic: Any = self._engine.basic_optimizer
+            states = basic.state[master]
+            whole: Any = master if state_key is None else states[state_key]
+            whole.view(-1).copy_(value)
         elif self._zero < 3:
             mapping = parameter._hp_mapping
             if mapping is not None:  # else all of it is on another rank
                 own = mapping.lp_fragment_address
-                part = mapping.get_hp_fragment(None if key == "master" else key)
+                part = mapping.get_hp_fragment(state_key)
                 part.copy_(value[own.start : own.start + own.numel])
         else:
-            part, _ = optimizer._get_fp32_opt_state_partition(
-                parameter, False, None if key == "master" else key
-            )
+            optimizer: Any = self._engine.optimizer
+            part, _ = optimizer._get_fp32_opt_state_partition(parameter, False, state_key)
             start = self._world.rank * len(part)
-            own = value[start : start + len(part)]  # the last part is padded
-            part[: len(own)].copy_(own)
+            unpadded = value[start : start + len(part)]  # the last part is padded
+            part[: len(unpadded)].copy_(unpadded)
 
     @cached_property
     def _masters(self) -> dict[int, torch.Tensor]:

@@ -11,26 +11,7 @@ from opd.interfaces import Loss
 from opd.train.saved_states import Layout
 
 
-class WeightAccess(Protocol):
-    """Reads and writes parameters that may be divided over ranks; all but ``parts`` is collective."""
-
-    @contextmanager
-    def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-        """Inside, each parameter holds its full tensor; collective."""
-        ...
-
-    def parts(self, parameter: torch.nn.Parameter) -> list[tuple[torch.Tensor, int]]:
-        """This rank's parts of a parameter: flat writable views, each with its first coordinate."""
-        ...
-
-    def rewrite(
-        self, parameter: torch.nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        """Replace a trained parameter and its master by ``change`` of the full master; collective."""
-        ...
-
-
-class TrainingEngine(WeightAccess, Protocol):
+class TrainingEngine(Protocol):
     """Runs the student forward and backward, and steps its optimizer.
 
     "collective" means that every rank calls the method, with the same parameters in the same order.
@@ -54,6 +35,21 @@ class TrainingEngine(WeightAccess, Protocol):
 
         Where the norm is not finite, on all ranks alike, no weight and no optimizer state changes.
         """
+        ...
+
+    @contextmanager
+    def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+        """Inside, each parameter holds its full tensor; collective."""
+        ...
+
+    def parts(self, parameter: torch.nn.Parameter) -> list[tuple[torch.Tensor, int]]:
+        """This rank's parts of a parameter: flat writable views, each with its first coordinate."""
+        ...
+
+    def rewrite(
+        self, parameter: torch.nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Replace a trained parameter and its master by ``change`` of the full master; collective."""
         ...
 
     def full_state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:

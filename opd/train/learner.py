@@ -17,6 +17,7 @@ from opd.checkpoint.tensors import Stored
 from opd.config.train import MaskScores, TrainConfig
 from opd.interfaces import Loss, Progress
 from opd.packing import Packing, micro_batches, padding
+from opd.timing import span
 from opd.train.checkpoint_layout import stored_buffers
 from opd.train.engine import TrainingEngine
 from opd.train.finite import SkippedSteps, find_loss_fault, require_finite_weights
@@ -104,18 +105,21 @@ class StudentLearner:
         with self._progress.track("learn", len(batches)) as advance, self._router_load.counting():
             for number, batch in enumerate(batches, start=1):
                 self._router_load.expect(batch.attention_mask_BT)
-                out = self._engine.forward(batch, self._loss)
+                with span("forward", tokens=batch.tokens):
+                    out = self._engine.forward(batch, self._loss)
                 losses.append(float(out.total.detach()))
                 totals.add(out, batch)
                 last = number == len(batches)
                 fault = self._find_loss_fault(losses, scored) if last else None
                 # gradients of NaN make every engine leave its step out
                 scale = math.nan if fault else 1.0
-                self._engine.backward(out.total / counts["denominator"] * scale, last=last)
+                with span("backward", tokens=batch.tokens):
+                    self._engine.backward(out.total / counts["denominator"] * scale, last=last)
                 advance(1)
         lr = self._learning_rate(self.version)
         self._recorder.before_step(self.version)
-        norm = self._engine.step(lr)
+        with span("optimizer"):
+            norm = self._engine.step(lr)
         self.version += 1
         if fault is None and not math.isfinite(norm):
             fault = f"the gradient norm is {norm}"

@@ -6,11 +6,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 from transformers import initialization as transformers_initialization
 
 from opd.config.student import StudentConfig
-from opd.model_head import skeleton
+from opd.model_head import read_model_config, skeleton
 from opd.train.checkpoint_layout import stored_buffers
 from opd.train.weights import choose_attention, load_student, load_weights
 
@@ -30,7 +29,7 @@ def load_for_training(
     """
     if dtype == torch.float32 and partition is None:
         return load_student(model, config, dtype=dtype)
-    settings = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    settings = read_model_config(model, trust_remote_code=config.trust_remote_code)
     made = skeleton(settings, trust_remote_code=config.trust_remote_code)
     if any(True for _ in stored_buffers(made)):
         return load_student(model, config, dtype=torch.float32)

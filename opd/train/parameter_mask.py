@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from opd.mask.mask import Mask
 from opd.train.checkpoint_layout import layer_key
 from opd.train.compact import MaskedWeight
-from opd.train.engine import WeightAccess
+from opd.train.engine import TrainingEngine
 from opd.train.weights import checkpoint_layout, named_weights
 
 
@@ -32,7 +32,7 @@ class ParameterMask(Protocol):
         """Gradients of trained coordinates, in the order of the parameters, for the gradient norm."""
         ...
 
-    def write_back(self, engine: WeightAccess) -> None:
+    def write_back(self, engine: TrainingEngine) -> None:
         """Make the model's weights agree with the mask after an optimizer step or a load; collective."""
         ...
 
@@ -50,7 +50,7 @@ class DenseTraining:
     def gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self._model.parameters() if p.grad is not None]
 
-    def write_back(self, engine: WeightAccess) -> None:
+    def write_back(self, engine: TrainingEngine) -> None:
         """Nothing to do."""
 
 
@@ -82,7 +82,7 @@ class SparseTraining:
         return [p.trained.grad for p in self._trained if p.trained.grad is not None]
 
     @torch.no_grad()
-    def write_back(self, engine: WeightAccess) -> None:
+    def write_back(self, engine: TrainingEngine) -> None:
         """Write the trained values into the dense weights, a layer at a time."""
         for _, layer in groupby(self._trained, key=lambda p: layer_key(p.name)):
             compact = [(p.trained, p.masked) for p in layer if p.masked is not None]
@@ -91,7 +91,7 @@ class SparseTraining:
                     _write_back(values, masked, engine)
 
 
-def _write_back(values: torch.Tensor, masked: MaskedWeight, engine: WeightAccess) -> None:
+def _write_back(values: torch.Tensor, masked: MaskedWeight, engine: TrainingEngine) -> None:
     """Write all values [kept] into this rank's parts of the dense weight."""
     index = masked.index
     for part, start in engine.parts(masked.frozen):
@@ -158,7 +158,7 @@ class RestoredTraining:
         ]
 
     @torch.no_grad()
-    def write_back(self, engine: WeightAccess) -> None:
+    def write_back(self, engine: TrainingEngine) -> None:
         for each in self._restored:
             engine.rewrite(each.parameter, each.restored)
 

@@ -15,23 +15,7 @@ from opd.train.saved_states import Layout, open_states
 from opd.train.student import Student
 
 
-class WholeWeights:
-    """Implements ``WeightAccess`` for parameters that are whole and are their own masters."""
-
-    @contextmanager
-    def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-        yield
-
-    def parts(self, parameter: torch.nn.Parameter) -> list[tuple[torch.Tensor, int]]:
-        return [(parameter.data.view(-1), 0)]
-
-    def rewrite(
-        self, parameter: torch.nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        parameter.data.copy_(change(parameter.data))
-
-
-class TorchEngine(WholeWeights):
+class TorchEngine:
     """Implements ``TrainingEngine`` in one process without DeepSpeed.
 
     ``gradients`` returns those that the norm counts. bf16 keeps fp32 weights and computes under autocast.
@@ -82,6 +66,18 @@ class TorchEngine(WholeWeights):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
+
+    @contextmanager
+    def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+        yield
+
+    def parts(self, parameter: torch.nn.Parameter) -> list[tuple[torch.Tensor, int]]:
+        return [(parameter.data.view(-1), 0)]
+
+    def rewrite(
+        self, parameter: torch.nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        parameter.data.copy_(change(parameter.data))
 
     def full_state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         return parameter.data if key == "master" else self._optimizer.state[parameter][key]

@@ -8,13 +8,13 @@ import torch
 from opd.batch import Batch
 from opd.teacher.scoring import tail_logps, union_ids
 from opd.train.student import with_sequence_gaps
-from opd.types import Correction, Weighting
+from opd.types import Correction, DivergenceKind, Weighting
 from tests.conformance.dense64 import Choice, Tokens
 
 N, V, K = 14, 19, 5
 LENGTHS = [5, 1, 4, 3, 1]  # completions; the fourth was read from a data set
 SUPPORTS = ("full", "teacher_top_k", "student_top_k", "union", "intersection")
-KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")
+KINDS = tuple(kind.value for kind in DivergenceKind)
 CHOICES = [
     Choice(weighting=weighting, correction=correction, clip=clip)
     for weighting in Weighting

@@ -1,5 +1,7 @@
 """A configuration becomes the loss that its settings describe."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -100,3 +102,10 @@ def test_metrics_of_a_loss_with_a_reward_are_those_of_both() -> None:
         "loss/reward_advantage",
         "loss/clip_share",
     } == out.sums.keys()
+
+
+def test_the_page_of_losses_has_a_row_for_every_divergence() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "losses.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    for kind in DivergenceKind:
+        assert any(f"`{kind}`" in row for row in rows), f"docs/losses.md has no formula of {kind}"

@@ -1,22 +1,26 @@
 """Many ranks at one teacher: a real HTTP server and real clients, a back end that sleeps per token."""
 
+import os
+import random
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Event, Thread
 
 import httpx
+import numpy as np
 import pytest
 
 from opd.config.teacher import ServerTeacherConfig
 from opd.serving.app import MEDIA_TYPE
 from opd.serving.child import RunningService
+from opd.serving.receiving import receive
 from opd.teacher.client import ServerTeacher
 from opd.teacher.local import LocalTeacher
-from opd.teacher.wire import Want, request_bytes, wire_request_from
+from opd.teacher.wire import Want, read_response, request_bytes, wire_request_from
 from opd.types import ScoredRollout, ScoreRequest
 from tests.support.stub_teacher import STUDENT, TOKEN, VOCAB, StubBackend, numbered, running_stub
 
@@ -192,3 +196,115 @@ def _mib(server: RunningService) -> float:
 def _watch(server: RunningService, before: float, growth: list[float], ended: Event) -> None:
     while not ended.wait(0.5):
         growth.append(_mib(server) - before)
+
+
+LOAD_S = float(os.environ.get("OPD_LOAD_SECONDS", "600"))
+"""How long the hostile load lasts; its first tenth, at most a minute, is not measured."""
+CUT, MALFORMED = 0.05, 0.02
+KNOWN = 32
+"""Different requests, whose scores are computed beforehand."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Tally:
+    """What one client sent and got."""
+
+    answered: int = 0
+    wrong: int = 0
+    failed: int = 0
+    cut: int = 0
+    refused: int = 0
+    accepted_malformed: int = 0
+
+
+def _known_requests() -> list[tuple[bytes, np.ndarray]]:
+    """(body, right log-probs) of each."""
+    rollouts = [numbered(number, 200) for number in range(KNOWN)]
+    local = LocalTeacher(StubBackend(1e9), request=ScoreRequest(), student=STUDENT)
+    bodies = [
+        request_bytes(wire_request_from([each], ScoreRequest(), want=Want.logps, vocab_size=VOCAB))
+        for each in rollouts
+    ]
+    scored = local.score(rollouts)
+    return [(body, np.asarray(each.logps)) for body, each in zip(bodies, scored, strict=True)]
+
+
+def _malform(body: bytes, draw: random.Random) -> bytes:
+    """A body that no reader can take: cut short, noise, or another format."""
+    kinds = (body[: draw.randrange(len(body))], draw.randbytes(200), body.replace(b"opd-", b"odd-"))
+    return draw.choice(kinds)
+
+
+def _hostile_client(
+    server: RunningService, number: int, known: list[tuple[bytes, np.ndarray]], until: float
+) -> Tally:
+    draw, tally = random.Random(number), Tally()
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": MEDIA_TYPE}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=300, trust_env=False) as client:
+        while time.monotonic() < until:
+            body, logps = draw.choice(known)
+            kind = draw.random()
+            if kind < CUT:
+                _send_and_leave(server, body, draw)
+                tally.cut += 1
+                continue
+            is_malformed = kind < CUT + MALFORMED
+            content = _malform(body, draw) if is_malformed else body
+            status, answer = _post(client, content)
+            if is_malformed:
+                tally.refused += status == 400
+                tally.accepted_malformed += status != 400
+            elif status == 200:
+                tally.answered += 1
+                tally.wrong += not np.array_equal(read_response(answer).logps, logps)
+            else:
+                tally.failed += 1
+    return tally
+
+
+def _post(client: httpx.Client, content: bytes) -> tuple[int, bytes]:
+    """Status and body, behind the lines about a wait if there are any."""
+    with client.stream("POST", "/score", content=content) as stream:
+        response = receive(stream, timeout=300, max_bytes=1 << 20, tokens=1)
+    return response.status_code, response.content
+
+
+def _send_and_leave(server: RunningService, body: bytes, draw: random.Random) -> None:
+    """A part of a request, or all of it, and a closed connection."""
+    head = (
+        f"POST /score HTTP/1.1\r\nHost: stub\r\nAuthorization: Bearer {TOKEN}\r\n"
+        f"Content-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    whole = head.encode() + body
+    with _connection(server) as link:
+        link.sendall(whole[: draw.choice((len(head) // 2, len(whole) - 7, len(whole)))])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LOAD_S + 1200)
+def test_cut_connections_and_malformed_bodies_harm_nobody(tmp_path: Path) -> None:
+    known = _known_requests()
+    growth, ended = list[float](), Event()
+    with running_stub(1e7, tmp_path / "log", max_waiting_tokens=1 << 16) as server:
+        started = time.monotonic()
+        watcher = Thread(target=_watch, args=(server, 0.0, growth, ended))
+        watcher.start()
+        with ThreadPoolExecutor(RANKS) as pool:
+            until = started + LOAD_S
+            tallies = list(
+                pool.map(lambda n: _hostile_client(server, n, known, until), range(RANKS))
+            )
+        ended.set()
+        watcher.join()
+        assert httpx.get(f"{server.url}/health", timeout=60).text == "ok"
+    total = {f.name: sum(getattr(t, f.name) for t in tallies) for f in fields(Tally)}
+    warm = int(len(growth) * min(60.0, LOAD_S / 4) / LOAD_S)
+    settled = growth[warm:]
+    early, late = (float(np.median(part)) for part in (settled[:40], settled[-40:]))
+    print(f"{total}, {early:.0f} MiB after the start, {late:.0f} MiB at the end")
+    assert min(t.answered for t in tallies) > 0, "no client starves"
+    assert total["answered"] > 50 * RANKS
+    assert (total["wrong"], total["failed"], total["accepted_malformed"]) == (0, 0, 0)
+    assert total["cut"] > 0.02 * total["answered"]
+    assert total["refused"] > 0.01 * total["answered"]
+    assert late < 1.02 * early

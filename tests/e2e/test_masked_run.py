@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from opd.checkpoint.tensors import open_checkpoint
 from opd.mask.mask import Mask
-from opd.run.export import export
 from tests.support.command import SMALL, opd
 
 pytestmark = pytest.mark.timeout(1500)  # the fixture is two runs
@@ -72,18 +71,6 @@ def test_a_run_that_stopped_goes_on_and_moves_on(run: Path) -> None:
     halfway = load_file(run.parent / "halfway" / "model.safetensors")
     final = load_file(run / "final" / "model.safetensors")
     assert any(not torch.equal(halfway[name], final[name]) for name in final)
-
-
-def test_a_masked_checkpoint_of_two_ranks_is_exported_as_the_model_of_its_step(
-    run: Path, tmp_path: Path
-) -> None:
-    for step, model in ((2, run.parent / "halfway"), (4, run / "final")):
-        checkpoint = run / "checkpoints" / f"step_{step:06d}"
-        assert export(str(checkpoint), tmp_path / str(step)) == step
-        found, expected = (
-            load_file(f / "model.safetensors") for f in (tmp_path / str(step), model)
-        )
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_only_the_values_of_the_mask_travel_to_the_rollout_server(run: Path) -> None:

@@ -15,6 +15,7 @@ from opd.rollout.seeds import request_seed
 from opd.sync.ema import FILE as MOVING_AVERAGE
 from opd.sync.ema import EMAWeights
 from opd.train.learner import StudentLearner
+from opd.train.saved_states import random_states, read_rank_state
 from opd.types import Prompt, Sampling
 from opd.world import World
 from tests.support.learners import TINY_VOCAB, Setup, build_learner, fixed_scores, tiny_model
@@ -58,6 +59,20 @@ def test_a_checkpoint_holds_the_state_of_every_part(tmp_path: Path) -> None:
     torch.manual_seed(6)
     trained(0).load(str(tmp_path))
     assert torch.equal(torch.rand(3), drawn), "dropout goes on with the same numbers"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_another_number_of_ranks_shares_what_each_rank_saved(tmp_path: Path, size: int) -> None:
+    for rank, (ever, top) in enumerate([("a", 1.0), ("b", 2.0)]):
+        record = {"ever": {ever: torch.ones(2)}, "tops": {10: {ever: torch.full((1,), top)}}}
+        state = {"version": 10, "random": random_states(ALONE.device), "record": record}
+        torch.save(state, tmp_path / f"rank_{rank}.pt")
+    world = World(rank=size - 1, size=size, local_rank=0, device=ALONE.device)
+    found = read_rank_state(str(tmp_path), world)
+    assert found["version"] == 10
+    assert ("random" in found) == (size == 2), "states of two ranks would be drawn from thrice"
+    assert set(found["record"]["ever"]) == ({"b"} if size == 2 else {"a", "b"})
+    assert set(found["record"]["tops"][10]) == ({"b"} if size == 2 else {"a", "b"})
 
 
 def test_what_is_not_in_a_checkpoint_is_a_function_of_seed_step_and_prompt() -> None:

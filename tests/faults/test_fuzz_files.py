@@ -16,6 +16,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from opd.checkpoint.tensors import open_checkpoint
+from opd.cli.main import readable
 from opd.config.data import DataConfig
 from opd.config.launch import merged_deepspeed
 from opd.config.train import Precision
@@ -42,8 +43,7 @@ def refused(read: Callable[[], object]) -> bool:
     try:
         read()
     except ValueError as error:
-        message = str(error)
-        require_sentence("".join(c if c.isprintable() else "?" for c in message))
+        require_sentence(readable(str(error)))
         return True
     return False
 

@@ -48,10 +48,19 @@ def long_run(home: Path) -> Path:
     return undisturbed(home, "long", *LONG)
 
 
+def kill_points(draw: random.Random) -> list[tuple[str, RunPhase]]:
+    """Every process in every phase, shuffled; kills at the start follow one after which a rank starts."""
+    points = [*product(("launcher", "rank", "teacher"), PHASES)]
+    draw.shuffle(points)
+    killed = [point for point in points if point[0] != "teacher"]
+    for who, point in zip(("launcher", "rank", "teacher"), killed, strict=False):
+        points.insert(points.index(point) + 1, (who, RunPhase.start))
+    return points
+
+
 @pytest.mark.slow
 def test_every_process_is_killed_in_every_phase(home: Path, long_run: Path) -> None:
-    points = [*product(("launcher", "rank", "teacher"), (RunPhase.start, *PHASES))]
-    random.Random(1).shuffle(points)
+    points = kill_points(random.Random(1))
     run, step = DisturbedRun(home, "points", *LONG), 0
     for number, (who, phase) in enumerate(points):
         step = run.kill(who, phase, 0 if phase == RunPhase.start else step + 1).step or step

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from opd.run.export import export
 from tests.support.command import SMALL, opd
 
 COMMAND = [
     "train", "quickstart", *SMALL, "rollout=transformers", "teacher=local", "train.steps=4",
     "save.every=2", "eval.every=0", "train.precision=fp32", "optim=sgd", "rollout.n=1",
+    "train.prompts_per_step=8", "data.eval_limit=4", "eval.kl_prompts=0",
+    "rollout.batch_size=1",  # else the draws of a completion depend on its batch
 ]  # fmt: skip
 STUDENT = Path(__file__).parents[2] / "recipes" / "quickstart" / "student"
 ALONE = ["launch.engine=torch", "launch.processes=1"]
@@ -20,14 +21,6 @@ ALONE = ["launch.engine=torch", "launch.processes=1"]
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "model.safetensors")
-
-
-def assert_checkpoint_is_exported_as_final(run: Path, out: Path) -> None:
-    """The last checkpoint, by torch or of two ranks in ZeRO-3, makes the final model bit for bit."""
-    assert export(str(run / "checkpoints" / "step_000004"), out) == 4
-    exported, final = load_file(out / "model.safetensors"), weights(run)
-    assert exported.keys() == final.keys()
-    assert all(torch.equal(exported[name], final[name]) for name in final)
 
 
 def test_a_moved_run_goes_on_with_the_same_bits_and_elsewhere_within_rounding(
@@ -51,8 +44,6 @@ def test_a_moved_run_goes_on_with_the_same_bits_and_elsewhere_within_rounding(
     start, there = load_file(STUDENT / "model.safetensors"), weights(tmp_path / "elsewhere")
     for name in expected:
         moved_by = (expected[name] - start[name]).norm()
-        assert float((there[name] - expected[name]).norm() / moved_by) < 1e-2, name
-    for run in ("moved", "elsewhere"):
-        assert_checkpoint_is_exported_as_final(tmp_path / run, tmp_path / f"{run}_exported")
+        assert float((there[name] - expected[name]).norm() / moved_by) < 1e-3, name
     rows = [json.loads(r) for r in (tmp_path / "elsewhere/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]

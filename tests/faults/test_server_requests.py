@@ -24,12 +24,12 @@ from opd.serving.hosts import HostCheck
 from opd.serving.waiting import BoundedResponse
 from opd.sync.receiver import WeightReceiver
 from opd.sync.sender import WeightSender
+from opd.teacher.answer import require_answer
 from opd.teacher.wire import (
     Want,
     WireRequest,
     read_response,
     request_bytes,
-    require_answer,
 )
 from opd.types import Prompt, Sampling
 from tests.support.stub_teacher import VOCAB

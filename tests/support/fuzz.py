@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", tempfile.gettempdir() + "/opd_hypothesis")
@@ -27,6 +27,7 @@ def fuzz(check: Callable[..., None], *inputs: SearchStrategy[Any], examples: int
         database=None,
         derandomize=examples < 100,
         print_blob=True,
+        phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )(given(*inputs)(check))
     checked()

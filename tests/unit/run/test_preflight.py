@@ -1,23 +1,19 @@
 """Checks before a run: settings that are used otherwise than written are reported."""
 
+import json
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from opd.cli.main import run
 from opd.config.optim import clipped_warmup
 from opd.config.schema import problems
-from opd.data.prompt_sets import PromptSets
-from opd.run import engine_limits, preflight
-from opd.run.attempts import EveryError
-from opd.run.engine_limits import require_head_sizes
-from opd.run.gradable import ungradable_answers
+from opd.run.engine_limits import require_engines_run
 from opd.run.placement import Cards
 from opd.run.preflight import check
 from opd.run.recipe import Recipe, composed, find_recipe
 from opd.train.optimizers import LearningRate
-from opd.types import Prompt
 
 QUICKSTART = find_recipe("quickstart")
 
@@ -55,66 +51,51 @@ def test_the_plan_of_a_dry_run_shows_the_findings(
     assert "optim.warmup_steps=40 is longer than train.steps=5" in printed
 
 
-def test_a_dry_run_names_every_error_and_a_run_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    occupied = tmp_path / "occupied"
+def tiny_student(folder: Path, heads: int) -> Path:
+    """The quickstart's student with another number of heads; its weights are not read."""
+    shutil.copytree(find_recipe("quickstart").parent / "quickstart" / "student", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"head_dim": 16, "num_attention_heads": heads, "num_key_value_heads": heads}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.usefixtures("_without_gpus")
+def test_a_dry_run_reports_every_error_that_it_can_find(tmp_path: Path) -> None:
+    student = tiny_student(tmp_path / "student", 8)
+    occupied = tmp_path / "run"
     occupied.mkdir()
-    (occupied / "mine.txt").touch()
-    (tmp_path / "eval.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\nbroken\n')
-    recipe = short_trial("loss=function", "loss.path=none.py:f", "data.eval=eval.jsonl")
-    with pytest.raises(ValueError, match=r"holds files but no config\.yaml") as every:
-        check(recipe, occupied, EveryError())
-    for words in ("there is no file", "eval.jsonl:2: malformed JSON"):
-        assert words in str(every.value)
-    with pytest.raises(ValueError, match=r"holds files but no config\.yaml") as first:
-        check(recipe, occupied)
-    assert "\n" not in str(first.value)
+    (occupied / "notes.txt").write_text("mine")
+    overrides = [
+        f"student.model={student}",
+        "reward=function",
+        "reward.function=nowhere.py:f",
+        "loss.reward_weight=1.0",
+        "rollout.n=2",
+        "eval.grader=number",
+        "data.eval_answer_field=prompt",
+    ]
+    with pytest.raises(ValueError) as failure:
+        check(short_trial(*overrides, "dry_run=true"), occupied)
+    lines = str(failure.value).splitlines()
+    assert len(lines) == 4
+    assert "so it is not a run" in lines[0]
+    assert "attention heads of 16" in lines[1]
+    assert lines[1].endswith("use rollout=transformers")
+    assert "nowhere.py" in lines[2]
+    assert "the grader number compares" in lines[3]
+    with pytest.raises(ValueError, match="so it is not a run") as first:
+        check(short_trial(*overrides), occupied)
+    assert len(str(first.value).splitlines()) == 1
 
 
-def test_a_path_that_looks_like_a_hub_id_is_named_at_once_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preflight, "hub_answers", lambda: False)
-    with pytest.raises(ValueError, match=r"student\.model=models/absent: there is no such path"):
-        check(short_trial("student.model=models/absent"), tmp_path / "run")
+@pytest.mark.usefixtures("_without_gpus")
+def test_transformers_runs_heads_that_vllm_does_not(tmp_path: Path) -> None:
+    student = tiny_student(tmp_path / "student", 8)
+    config = short_trial(f"student.model={student}", "rollout=transformers").config
+    require_engines_run(config)
 
 
-@pytest.mark.parametrize(
-    ("answer", "kind", "found"),
-    [
-        ("so 1+1 is # 2", "after", "even a completion that gives the answer itself is wrong"),
-        ("2", "after", None),
-        ("First we add. " * 10, "exact", "must repeat the whole text"),
-        ("2", "exact", None),
-    ],
-)
-def test_answers_that_do_not_suit_the_grader_are_found(
-    answer: str, kind: str, found: str | None
-) -> None:
-    prompt = Prompt(uid="a", token_ids=np.array([1], np.int32), answer=answer)
-    sets = PromptSets(train=[], eval=[prompt], divergence=[], max_length=9, teacher_max_length=9)
-    sentences = ungradable_answers(short_trial(f"eval.grader={kind}").config, sets)
-    assert [found in sentence for sentence in sentences] == ([True] if found else [])
-
-
-def test_a_head_size_that_vllm_lacks_on_a_cpu_is_named_with_the_way_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = short_trial("teacher=local").config
-    monkeypatch.setattr(engine_limits, "cpu_head_sizes", lambda: (64, 128))
-    with pytest.raises(
-        ValueError, match=r"heads of size 32, .* 64, 128 on a CPU: use rollout=trans"
-    ):
-        require_head_sizes(config, Cards(count=0))
-    monkeypatch.setattr(engine_limits, "cpu_head_sizes", lambda: (32,))
-    require_head_sizes(config, Cards(count=0))
-
-
-def test_head_sizes_are_read_from_the_source_of_vllm() -> None:
-    source = (
-        "class A:\n    def get_supported_head_sizes(cls) -> list[int]:\n        return [32, 64]\n"
-    )
-    assert engine_limits.returned_list(source) == (32, 64)
-    assert engine_limits.returned_list("x = 1") is None
+@pytest.fixture
+def _without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd.run.preflight.find_cards", lambda: Cards(count=0))

@@ -42,48 +42,6 @@ def test_a_recipe_builds_on_another_one_beside_it() -> None:
     assert (config.train.steps, config.student.model) == (7, "student")
 
 
-@pytest.mark.parametrize("given", ["mine.py:f", "./mine.py:f", "deeper/mine.py:f"])
-def test_a_function_may_lie_beside_the_recipe_or_in_the_working_directory(
-    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    home, beside = tmp_path / "home", tmp_path / "recipes"
-    for folder in (home, beside / "deeper"):
-        folder.mkdir(parents=True)
-    (beside / "mine.yaml").write_text(OWN)
-    path = given.partition(":")[0]
-    (beside / path).write_text("def f(completion): return 2.0")
-    monkeypatch.chdir(home)
-
-    def function() -> str:
-        overrides = ["reward=function", f"reward.function={given}"]
-        reward = composed(find_recipe("../recipes/mine.yaml"), overrides).config.reward
-        assert isinstance(reward, FunctionRewardConfig)
-        return reward.function
-
-    assert function() == f"{beside / path}:f"
-    (home / path).parent.mkdir(exist_ok=True)
-    (home / path).write_text("def f(completion): return 1.0")
-    assert function() == given, "the working directory comes first"
-
-
-def test_a_recipe_builds_on_a_bundled_one_by_name(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(
-        "defaults: [quickstart, {override loss: jsd}, _self_]\ntrain: {steps: 7}\n"
-    )
-    mine, bundled = composed(tmp_path / "mine.yaml", []), load_recipe("quickstart")
-    assert (mine.config.train.steps, mine.choices["loss"]) == (7, "jsd")
-    assert mine.config.run.name == "mine"
-    assert mine.config.student.model == bundled.config.student.model
-    assert Path(mine.config.student.model).is_dir()
-    rates: list[tuple[float, str]] = []
-
-    def job(recipe: Recipe, _: str) -> None:
-        rates.append((recipe.config.optim.lr, str(recipe.config.data.train)))
-
-    sweep(tmp_path / "mine.yaml", ["optim.lr=1e-3,1e-2"], job)
-    assert rates == [(lr, bundled.config.data.train) for lr in (1e-3, 1e-2)]
-
-
 @pytest.mark.usefixtures("_names_of_ours")
 @pytest.mark.parametrize("name", ["base.yaml", "mine.yaml"])
 def test_a_sweep_of_a_recipe_called_as_ours_runs_each_job(name: str) -> None:
@@ -178,3 +136,32 @@ def test_the_config_of_a_run_is_a_recipe_for_the_same_run(
     assert again.plain == recipe.plain
     assert again.choices | {"method": ""} == recipe.choices | {"method": ""}
     assert load_recipe(tmp_path / "config.yaml", "train.steps=7").config.train.steps == 7
+
+
+def test_a_function_s_file_beside_the_recipe_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for folder in (home, elsewhere):
+        folder.mkdir()
+    (home / "mine.yaml").write_text(
+        OWN.replace("_self_", "{override reward: function}, _self_")
+        + "reward: {function: my_reward.py:f}\n"
+    )
+    for name in ("my_reward.py", "rows.py"):
+        (home / name).write_text("")
+    monkeypatch.chdir(elsewhere)
+
+    def functions(*overrides: str) -> tuple[str, str | None]:
+        recipe = composed(home / "mine.yaml", [*overrides])
+        assert isinstance(recipe.config.reward, FunctionRewardConfig)
+        assert recipe.plain["reward"]["function"] == recipe.config.reward.function
+        return recipe.config.reward.function, recipe.config.data.function
+
+    assert functions("data.function=rows.py:g") == (
+        f"{home}/my_reward.py:f",
+        f"{home}/rows.py:g",
+    )
+    assert functions("data.function=none.py:g")[1] == "none.py:g"
+    (elsewhere / "my_reward.py").write_text("")
+    assert functions()[0] == "my_reward.py:f", "the working directory comes first"

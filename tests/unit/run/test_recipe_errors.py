@@ -6,7 +6,7 @@ import pytest
 
 from opd.cli.main import run
 from opd.config.schema import FORMER_NAMES
-from opd.run.recipe import composed, find_recipe
+from opd.run.recipe import composed, find_recipe, load_recipe
 from opd.run.recipe_errors import known_keys
 
 QUICKSTART = find_recipe("quickstart")
@@ -70,3 +70,8 @@ def test_an_unknown_setting_comes_with_the_nearest_ones(tmp_path: Path) -> None:
     expected = "there is no setting train.step: did you mean train.steps"
     assert message(QUICKSTART, "train.step=1").startswith(expected)
     assert message(written(tmp_path, "train.step")).startswith(expected)
+
+
+def test_a_misspelt_group_is_suggested() -> None:
+    with pytest.raises(ValueError, match="did you mean loss"):
+        load_recipe("quickstart", "los=jsd")

@@ -1,20 +1,20 @@
 """Which devices each server of a teacher gets, and what its settings become."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from opd.config.teacher import ServedTeacherConfig
 from opd.run import teacher_servers
-from opd.run.commands import ChildCommand, teacher_server_config
+from opd.run.commands import teacher_server_config
 from opd.run.place import place
 from opd.run.placement import Cards, PlacedServer
 from opd.run.recipe import load_recipe
 from opd.run.teacher_servers import started_teachers
-from opd.serving.child import RunningService
 
 EIGHT = Cards(count=8)
 POOL = ("teacher=pool", "teacher.model=null", "+teacher.members.a=m", "+teacher.members.b=n")
@@ -26,11 +26,14 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
 
     @contextmanager
-    def start(command: ChildCommand, *, log_path: Path, token: str) -> Iterator[RunningService]:
-        found[log_path.name] = command.environment.get("CUDA_VISIBLE_DEVICES")
-        yield RunningService(url=f"http://{log_path.stem}:1", token=token, pid=1)
+    def start(
+        *_: object, log_path: Path, token: str, environment: Mapping[str, str], **__: object
+    ) -> Iterator[SimpleNamespace]:
+        found[log_path.name] = environment.get("CUDA_VISIBLE_DEVICES")
+        url = f"http://{log_path.stem}:1"
+        yield SimpleNamespace(url=url, token=token, status=lambda: None, close=lambda: None)
 
-    monkeypatch.setattr(teacher_servers, "_running", start)
+    monkeypatch.setattr(teacher_servers, "started_service", start)
     return found
 
 

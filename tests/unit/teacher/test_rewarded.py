@@ -1,5 +1,6 @@
 """A reward beside the teacher: groups, spread, and rewards that are no numbers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from opd.config.eval import EvalConfig
 from opd.config.functions import load_function
 from opd.config.reward import FunctionRewardConfig
 from opd.evaluate.grade import grader
-from opd.evaluate.reward import Completed, RewardFunction, grade_reward, reward_function
+from opd.evaluate.reward import RewardFunction, RewardInput, grade_reward, reward_function
 from opd.faults import RunError
 from opd.teacher.no_teacher import NoTeacher
 from opd.teacher.rewarded import RewardedTeacher, advantage
@@ -90,6 +91,7 @@ def test_a_reward_that_is_no_number_is_refused_by_name() -> None:
 
 
 FUNCTIONS = """
+import asyncio
 import numpy as np
 import torch
 def none(c, a): return None
@@ -102,6 +104,20 @@ def boom(c, a): raise KeyError("x")
 def refuses(c, a): raise ValueError("not a proof")
 def single(c, a): return np.float32(len(c))
 def right(c, a): return c == a
+def by_name(row, completion, prompt, answer=None):
+    return [row["level"], completion, prompt, answer] == [2, "b", "2?", "b"]
+def rest(completion, weight=0.5): return weight
+async def later(completion, row):
+    await asyncio.sleep(0.01 if completion == "a" else 0)
+    return row["level"]
+def batched(completions, rows): return [len(completions) + row["level"] for row in rows]
+async def batched_later(rows): return np.array([row["level"] for row in rows])
+def short(completions): return [1.0]
+def word(completions): return "ab"
+def scalar(completions): return 1.0
+async def breaks(completion): raise KeyError("x")
+def strange(completion, reference): return 1.0
+def many(a, b, c): return 1.0
 def tensor(c, a): return torch.tensor(0.5)
 """
 
@@ -131,7 +147,7 @@ def test_a_function_that_gives_no_reward_is_named_with_the_prompt(
     function = _function_reward(tmp_path, name)
     judge = RewardedTeacher(
         NO_TEACHER,
-        lambda rs: function([Completed(completion="abc", uid=r.prompt.uid) for r in rs]),
+        lambda rs: function([RewardInput(text="abc", prompt=r.prompt) for r in rs]),
         scale_rewards=True,
     )
     with pytest.raises(RunError, match=rf"prompt a: reward\.function=.*mine\.py:{name} .*{words}"):
@@ -140,82 +156,66 @@ def test_a_function_that_gives_no_reward_is_named_with_the_prompt(
 
 @pytest.mark.parametrize(("name", "reward"), [("single", 3.0), ("right", 1.0), ("tensor", 0.5)])
 def test_a_function_may_return_any_number(name: str, reward: float, tmp_path: Path) -> None:
-    (found,) = _function_reward(tmp_path, name)([Completed(completion="abc", answer="abc")])
+    prompt = replace(rollout("a", 1).prompt, answer="abc")
+    (found,) = _function_reward(tmp_path, name)([RewardInput(text="abc", prompt=prompt)])
     assert (found, type(found)) == (reward, float)
 
 
-def test_a_grader_rewards_right_answers_and_no_answer_gets_nothing() -> None:
-    reward = grade_reward(grader("after", "#"))
-    pairs = [("1+2#3", "3"), ("1+2#4", "3"), ("3", None)]
-    assert reward([Completed(completion=c, answer=a) for c, a in pairs]) == [1.0, 0.0, 0.0]
-
-
-NAMED = """
-import asyncio
-def by_name(row, completion): return len(completion) + row["weight"]
-def with_others(completion, **others): return sorted(others) == ["answer", "prompt", "row"]
-def of_all(completions, rows, scale=2):
-    return [scale * len(c) + r["weight"] for c, r in zip(completions, rows)]
-def of_all_with_others(prompts, completions, **others): return [p == "ask" for p in prompts]
-def too_few(completions): return [1.0]
-def too_few_fails(completions): raise KeyError("x")
-def unknown(completion, reference, other): return 1.0
-together = []
-async def each(completion, answer):
-    together.append(completion)
-    while len(together) < 2: await asyncio.sleep(0)
-    return float(completion == answer)
-async def breaks(completion): raise OSError("no judge")
-async def of_all_async(completions, answers):
-    await asyncio.sleep(0)
-    return [float(c == a) for c, a in zip(completions, answers)]
-"""
-TWO = [
-    Completed(completion="abc", answer="abc", prompt="ask", row={"weight": 10}, uid="p"),
-    Completed(completion="ab", answer="abc", prompt="ask", row={"weight": 20}, uid="q"),
-]
-
-
-def _named(tmp_path: Path, name: str) -> RewardFunction:
-    (tmp_path / "named.py").write_text(NAMED)
-    config = FunctionRewardConfig(function=f"{tmp_path / 'named.py'}:{name}")
-    return reward_function(config, EvalConfig())
+def _two() -> list[RewardInput]:
+    return [
+        RewardInput(
+            text=text,
+            prompt=replace(
+                rollout(f"p{level}", 1).prompt, answer="b", text=f"{level}?", row={"level": level}
+            ),
+        )
+        for level, text in ((1, "a"), (2, "b"))
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "rewards"),
     [
-        ("by_name", [13.0, 22.0]),
-        ("with_others", [1.0, 1.0]),
-        ("of_all", [16.0, 24.0]),
-        ("of_all_with_others", [1.0, 1.0]),
-        ("each", [1.0, 0.0]),
-        ("of_all_async", [1.0, 0.0]),
+        ("by_name", [0.0, 1.0]),
+        ("rest", [0.5, 0.5]),
+        ("later", [1.0, 2.0]),
+        ("batched", [3.0, 4.0]),
+        ("batched_later", [1.0, 2.0]),
     ],
 )
 def test_a_function_gets_what_its_parameters_name(
     name: str, rewards: list[float], tmp_path: Path
 ) -> None:
-    assert _named(tmp_path, name)(TWO) == rewards
+    assert _function_reward(tmp_path, name)(_two()) == rewards
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("too_few", "returned 1 values for 2 completions"),
-        ("too_few_fails", r"failed \(KeyError: 'x'\)"),
-        (
-            "unknown",
-            r"parameters \(completion, reference, other\): allowed are some of completion, answer",
-        ),
-        ("breaks", r"prompt p: .*failed \(OSError: no judge\)"),
+        ("short", r"returned 1 values for 2 completions; expected a list"),
+        ("word", r"returned a str for 2 completions"),
+        ("scalar", r"returned a float for 2 completions"),
+        ("breaks", r"prompt p1: reward.function=.*:breaks failed \(KeyError: 'x'\)"),
     ],
 )
-def test_a_function_that_cannot_be_called_so_is_one_sentence(
+def test_a_batched_or_async_function_that_gives_no_rewards_is_one_sentence(
     name: str, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        _named(tmp_path, name)(TWO)
+        _function_reward(tmp_path, name)(_two())
+
+
+@pytest.mark.parametrize("name", ["strange", "many"])
+def test_parameters_that_nothing_is_known_for_are_refused_at_the_start(
+    name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="expected some of completion, answer, prompt, row"):
+        _function_reward(tmp_path, name)
+
+
+def test_a_grader_rewards_right_answers_and_no_answer_gets_nothing() -> None:
+    reward = grade_reward(grader("after", "#"))
+    assert (reward("1+2#3", "3"), reward("1+2#4", "3"), reward("3", None)) == (1.0, 0.0, 0.0)
 
 
 def test_a_function_is_found_by_name_or_refused_by_name() -> None:

@@ -8,19 +8,7 @@ import yaml
 from opd.tracking.jsonl import JsonlTracker
 
 
-def make_run(
-    folder,
-    *,
-    steps=120,
-    stop=None,
-    optim="adamw",
-    lr=1e-3,
-    top=0.9,
-    seed=0,
-    task="sums",
-    loss="reverse_kl",
-    kind=None,
-):
+def make_run(folder, *, steps=120, stop=None, optim="adamw", lr=1e-3, top=0.9, seed=0, task="sums"):
     """A run that learns towards ``top``; ``stop`` ends it early, as a crash would."""
     noise = random.Random(f"{optim}{lr}{seed}")
     config = {
@@ -30,11 +18,9 @@ def make_run(
         "optim": {"lr": lr, "betas": [0.9, 0.95]} if optim == "adamw" else {"lr": lr},
         "train": {"steps": steps, "prompts_per_step": 64},
     }
-    if kind is not None:
-        config["loss"] = {"kind": kind}
     about = {
         "config": config,
-        "choices": {"optim": optim, "loss": loss},
+        "choices": {"optim": optim, "loss": "reverse_kl"},
         "command": f"opd train quickstart optim={optim} optim.lr={lr}",
         "git": "0123abc",
         "versions": {"opd": "0.1.0", "torch": "2.13.0"},

@@ -127,3 +127,30 @@ def test_a_resumed_run_compares_with_the_evaluation_before_training():
     tracker = ConsoleTracker(Console(file=file, width=80), steps=9, earlier=earlier)
     tracker.log(2, {"eval/addition/accuracy": 0.75})
     assert "accuracy 0.750 (+0.500)  teacher 1.000" in file.getvalue()
+
+
+def test_without_a_teacher_the_lines_show_the_reward():
+    row = {key: value for key, value in ROW.items() if key != "teacher/nll"} | {"reward/mean": 0.25}
+    lines = printed(lambda tracker, _: tracker.log(1, row)).splitlines()
+    assert lines[0].split()[:3] == ["step", "loss", "reward"]
+    assert lines[-1].split()[2] == "0.2500"
+    both = printed(lambda tracker, _: tracker.log(1, ROW | {"reward/mean": 0.25}))
+    assert "teacher" in both.splitlines()[0]
+
+
+def test_lines_have_no_blanks_at_their_end_and_no_color_means_no_escapes(monkeypatch):
+    def log(tracker, _):
+        tracker.log(1, ROW | EVAL)
+
+    assert all(line == line.rstrip() for line in printed(log).splitlines())
+    assert "\x1b" in printed(log, terminal=True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in printed(log, terminal=True)
+
+
+def test_a_skipped_step_is_marked_and_the_steps_after_it_are_not():
+    def log(tracker, _):
+        tracker.log(1, {"optim/lr": 0.1, "optim/skipped_steps": 1.0})
+        tracker.log(2, ROW | {"optim/skipped_steps": 1.0})
+
+    assert printed(log).count("skipped: its loss or gradient norm is not finite") == 1

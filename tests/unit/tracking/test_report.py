@@ -4,12 +4,14 @@ import csv
 import io
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 import yaml
 from rich.console import Console
 
-from opd.tracking.compare import compare, conclusions
+from opd.config.schema import GROUPS, Config
+from opd.tracking.compare import compare, conclusions, table
 from opd.tracking.jsonl import JsonlTracker
 from opd.tracking.panels import other_panels, run_panels
 from opd.tracking.plots import smooth
@@ -107,31 +109,27 @@ def test_a_comparison_ranks_runs_and_names_what_differs(runs, tmp_path):
     assert "optim.betas" not in rows[0], "explained by the choice of optim"
 
 
-def test_a_loss_is_a_setting_and_a_figure_each_with_its_own_column(tmp_path):
-    folders = [
-        make_run(tmp_path / f"of {name}", steps=20, loss=name, kind=kind)
-        for name, kind in (("jsd", "jsd"), ("topk_reverse_kl", "reverse_kl"))
-    ]
-    page_path, csv_path = compare_runs(folders, tmp_path / "out")
+def test_a_comparison_of_losses_keeps_their_names_beside_their_values(runs, tmp_path):
+    for kind in ("jsd", "reverse_kl"):
+        shutil.copytree(runs["adamw"], tmp_path / kind)
+        about = yaml.safe_load((tmp_path / kind / "config.yaml").read_text())
+        about["choices"]["loss"] = kind
+        about["config"]["loss"] = {"kind": kind, "beta": 0.5 if kind == "jsd" else 0.1}
+        (tmp_path / kind / "config.yaml").write_text(yaml.safe_dump(about))
+    folders = [tmp_path / "jsd", tmp_path / "reverse_kl"]
+    page, csv_path = compare_runs(folders, tmp_path)
     rows = {row["run"]: row for row in csv.DictReader(csv_path.read_text().splitlines())}
-    assert {name: row["loss"] for name, row in rows.items()} == {
-        "of jsd": "jsd",
-        "of topk_reverse_kl": "topk_reverse_kl",
-    }
-    assert all(0 < float(row["final loss"]) < 1 for row in rows.values())
-    assert "loss.kind" not in rows["of jsd"], "the choice loss=jsd says it"
-    page = page_path.read_text()
-    assert page.count(">jsd</td>") == 1
-    assert "loss.kind" not in page
-    assert "final loss" in page
+    assert [rows[kind]["loss"] for kind in ("jsd", "reverse_kl")] == ["jsd", "reverse_kl"]
+    last = read_run(folders[0]).series("loss/total").last
+    assert float(rows["jsd"]["training loss"]) == pytest.approx(last)
+    assert (rows["jsd"]["loss.beta"], "loss.kind" in rows["jsd"]) == ("0.5", False)
+    assert '<td class="word">jsd</td>' in page.read_text()
 
 
-def test_a_setting_that_is_not_its_choices_own_is_shown_beside_the_choice(tmp_path):
-    folders = [
-        make_run(tmp_path / loss, steps=20, loss=loss, kind=kind)
-        for loss, kind in (("jsd", "skew_kl"), ("topk_reverse_kl", "reverse_kl"))
-    ]
-    assert compare(folders).settings == ["loss", "loss.kind"]
+def test_no_metric_of_a_comparison_has_the_name_of_a_setting(runs):
+    comparison = compare([runs["adamw"]])
+    settings = {*GROUPS, *(field.name for field in fields(Config) if field.name != "run")}
+    assert not settings & set(table(comparison)[0])
 
 
 def test_conclusions_name_the_winner_its_settings_and_what_to_beware_of(runs):
@@ -170,9 +168,9 @@ def test_a_run_that_crashed_at_once_is_kept_in_a_comparison(runs, tmp_path):
     shutil.copy(runs["slow"] / "config.yaml", tmp_path / "dead")
     (tmp_path / "dead" / "metrics.jsonl").touch()
     folders = [tmp_path / "dead", runs["adamw"]]
-    page, table = compare_runs(folders, tmp_path)
+    page, csv_path = compare_runs(folders, tmp_path)
     assert "crashed before its first step" in page.read_text()
-    assert [row["run"] for row in csv.DictReader(table.read_text().splitlines())] == [
+    assert [row["run"] for row in csv.DictReader(csv_path.read_text().splitlines())] == [
         "adamw",
         "dead",
     ]
