@@ -28,6 +28,7 @@ from opd.run.recipe_errors import (
     unknown_setting,
     unreadable,
 )
+from opd.run.recipe_files import RECIPE_FOLDERS, beside, search_path
 from opd.run.recipe_functions import find_functions
 from opd.run.recipe_limits import read_variable, require_own_targets
 
@@ -36,10 +37,6 @@ PRIMARY = (
     "opd recipe"  # the recipe's name for Hydra: whatever its file is called, it shadows nothing
 )
 METHODS = Path(__file__).parent.parent / "conf" / "method"
-RECIPE_FOLDERS = (
-    Path(__file__).parent.parent / "recipes",  # installed
-    Path(__file__).parent.parent.parent / "recipes",  # a clone
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +106,7 @@ def _compose(recipe: Path, overrides: Sequence[str]) -> DictConfig:
     """What Hydra composes; ValueError when it would run code that is not Hydra's."""
     # the bundled defaults come first, so that a file base.yaml beside the recipe is not taken for them
     with initialize_config_module(CONF.removeprefix("pkg://"), version_base="1.3"):
-        cfg = compose(PRIMARY, [_search_path(recipe), *overrides], return_hydra_config=True)
+        cfg = compose(PRIMARY, [search_path(recipe), *overrides], return_hydra_config=True)
     require_own_targets(OmegaConf.to_container(cfg.hydra, resolve=False))
     return cfg
 
@@ -178,7 +175,7 @@ def _prepare(recipe: Path) -> None:
     if {"config", "choices"} <= content.keys():
         content = _recipe_of_a_run(content)
     ConfigStore.instance().store(name=PRIMARY, node=content)
-    OmegaConf.register_new_resolver("here", lambda path: str(recipe.parent / path), replace=True)
+    OmegaConf.register_new_resolver("here", lambda path: beside(recipe, path), replace=True)
     OmegaConf.register_new_resolver("oc.env", read_variable, replace=True)
 
 
@@ -193,17 +190,11 @@ def _recipe_of_a_run(description: DictConfig) -> DictConfig:
     return OmegaConf.merge({"defaults": ["base", *overridden, "_self_"]}, settings)  # pyright: ignore
 
 
-def _search_path(recipe: Path) -> str:
-    """The override with which a recipe can name other files beside it in its defaults."""
-    folder = str(recipe.parent).replace("'", "\\'")
-    return f"hydra.searchpath=['file://{folder}']"
-
-
 def _hydra_arguments(recipe: Path) -> list[str]:
     """Arguments that make a recipe the primary config of Hydra."""
     return [
         f"--config-name={PRIMARY}",
-        _search_path(recipe),
+        search_path(recipe),
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
     ]

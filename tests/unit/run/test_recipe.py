@@ -42,6 +42,24 @@ def test_a_recipe_builds_on_another_one_beside_it() -> None:
     assert (config.train.steps, config.student.model) == (7, "student")
 
 
+def test_a_recipe_builds_on_a_bundled_one_by_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [quickstart, {override loss: jsd}, _self_]\ntrain: {steps: 7}\n"
+    )
+    mine, bundled = composed(tmp_path / "mine.yaml", []), load_recipe("quickstart")
+    assert (mine.config.train.steps, mine.choices["loss"]) == (7, "jsd")
+    assert mine.config.run.name == "mine"
+    assert mine.config.student.model == bundled.config.student.model
+    assert Path(mine.config.student.model).is_dir()
+    rates: list[tuple[float, str]] = []
+
+    def job(recipe: Recipe, _: str) -> None:
+        rates.append((recipe.config.optim.lr, str(recipe.config.data.train)))
+
+    sweep(tmp_path / "mine.yaml", ["optim.lr=1e-3,1e-2"], job)
+    assert rates == [(lr, bundled.config.data.train) for lr in (1e-3, 1e-2)]
+
+
 @pytest.mark.usefixtures("_names_of_ours")
 @pytest.mark.parametrize("name", ["base.yaml", "mine.yaml"])
 def test_a_sweep_of_a_recipe_called_as_ours_runs_each_job(name: str) -> None:
