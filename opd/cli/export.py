@@ -10,7 +10,8 @@ from opd.config.arguments import parse_arguments
 
 HELP = """usage: opd export model=RUN out=DIR
 
-Write the final model of a run, or one of its checkpoints, as a Hugging Face folder with a model card.
+Write the final model of a run, or one of its checkpoints, as a Hugging Face folder with a model
+card.
 
 example: opd export model=runs/quickstart/checkpoints/step_000040 out=step_40
 """

@@ -28,13 +28,15 @@ def parse_command_line(
     help_text: str,
     *,
     positionals: Sequence[str] = (),
+    optional: int = 0,
     flags: Sequence[str] = (),
     shown: type | None = None,
 ) -> CommandLine:
     """Positionals named ``positionals``, key=value settings, and flags.
 
-    --help prints ``help_text``, followed by the keys of ``shown``, and ends the process with status
-    0. ValueError for an unknown flag, and for positionals that are missing or too many.
+    The last ``optional`` positionals may be left out. --help prints ``help_text``, followed by the keys
+    of ``shown``, and ends the process with status 0. ValueError for an unknown flag, and for positionals
+    that are missing or too many.
     """
     if any(argument in HELP_FLAGS for argument in arguments):
         print(help_text if shown is None else f"{help_text}\n{describe_keys(shown)}")
@@ -50,7 +52,7 @@ def parse_command_line(
     rest = [argument for argument in arguments if argument not in given_flags]
     settings = [argument for argument in rest if "=" in argument or argument.startswith("~")]
     given = [argument for argument in rest if argument not in settings]
-    if len(given) < len(positionals):
+    if len(given) < len(positionals) - optional:
         raise ValueError(f"{positionals[len(given)]} is missing: {usage(help_text)}")
     if len(given) > len(positionals):
         extra = given[len(positionals)]

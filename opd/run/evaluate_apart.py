@@ -10,6 +10,7 @@ from opd.checked_json import read_json
 from opd.config.student import DType
 from opd.run.environment import child_environment
 from opd.run.recipe import Recipe
+from opd.run.stages import stage
 from opd.serving.parent import parent_variable
 
 
@@ -28,7 +29,8 @@ def teacher_accuracy(recipe: Recipe, logs: Path) -> float | None:
         overrides.append(f"rollout.dtype={teacher.dtype.value}")
     others = [o for o in recipe.overrides if not o.startswith("rollout.dtype=")]
     changed = replace(recipe, overrides=others)
-    metrics = evaluate_apart(changed, teacher.model, overrides, logs / "teacher_eval.log")
+    with stage("evaluate the teacher"):
+        metrics = evaluate_apart(changed, teacher.model, overrides, logs / "teacher_eval.log")
     return None if metrics is None else metrics[f"eval/{config.eval.task}/accuracy"]
 
 

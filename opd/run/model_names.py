@@ -35,11 +35,19 @@ def find_base(trained: str, base: str | None) -> str:
     """
     if base is not None:
         return resolved_model(base)
-    folder = Path(trained)
-    for run in (folder, *folder.absolute().parents[:2]):
-        if (run / CONFIG).is_file() and (run / "metrics.jsonl").is_file():
-            return load_recipe(find_recipe(str(run / CONFIG))).config.student.model
+    written = recipe_file(trained)
+    if written is not None:
+        return load_recipe(written).config.student.model
     raise ValueError(
         f"base=... is missing, and trained={trained} is not a run folder that names it: give the folder "
         "or Hub id of the model that training started from"
     )
+
+
+def recipe_file(model: str) -> Path | None:
+    """The settings (config.yaml) of the run that a model belongs to; None where it belongs to none."""
+    folder = Path(model)
+    for run in (folder, *folder.absolute().parents[:2]):
+        if (run / CONFIG).is_file() and (run / "metrics.jsonl").is_file():
+            return run / CONFIG
+    return None

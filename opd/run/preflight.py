@@ -32,8 +32,8 @@ from opd.run.disk import check_space
 from opd.run.engine_limits import require_engines_run
 from opd.run.findings import findings
 from opd.run.folder import open_folder
-from opd.run.gradable import require_gradable
-from opd.run.hub import hub_answers
+from opd.run.gradable import require_gradable, ungradable_answers
+from opd.run.hub import hub_answers, is_cached
 from opd.run.inputs import fingerprint_inputs, require_same_inputs
 from opd.run.mask import require_mask_fits
 from opd.run.model_check import check_student_model
@@ -95,9 +95,11 @@ def _check(recipe: Recipe, folder: Path, errors: CollectedErrors) -> Preflight:
     if config.launch.engine == LaunchEngine.deepspeed:
         _require_launch_file(config)
     unseen = hub_names(config)
-    if unseen and config.dry_run and not hub_answers():
-        placement = place(config, cards, read_shape=lambda model: None)
-        return Preflight(start=start, placement=placement, unseen=tuple(unseen))
+    if unseen and not hub_answers():
+        if config.dry_run:
+            placement = place(config, cards, read_shape=lambda model: None)
+            return Preflight(start=start, placement=placement, unseen=tuple(unseen))
+        _require_cached(unseen)
     tokenizer = read_student_tokenizer(config.student, config.data.chat_template)
     if not cards.count:
         with errors.each():
@@ -116,6 +118,7 @@ def _check(recipe: Recipe, folder: Path, errors: CollectedErrors) -> Preflight:
         *_adjustments(config),
         *check_student_model(config),
         *findings(config, tokenizer, prompts),
+        *ungradable_answers(config, prompts),
     ]
     disk = check_space(config, folder, start)
     transport, infos = None, []
@@ -203,6 +206,16 @@ def hub_names(config: Config) -> list[str]:
         for setting, name in named
         if name and HUB_NAME.fullmatch(name) and not Path(name).exists()
     ]
+
+
+def _require_cached(named: list[str]) -> None:
+    """ValueError for those of ``hub_names`` of which nothing is in the caches of this machine."""
+    absent = [one for one in named if not is_cached(one.partition("=")[2])]
+    if absent:
+        raise ValueError(
+            f"{', '.join(absent)}: there is no such path in {Path.cwd()}, nothing of that name is in the "
+            "cache, and the hub cannot be reached: correct the path, or download it where it can be"
+        )
 
 
 def _missing_packages(config: Config) -> list[str]:

@@ -24,6 +24,7 @@ from opd.mask.rules import trained_weights
 from opd.run.evaluate_apart import evaluate_apart
 from opd.run.model_names import find_base
 from opd.run.recipe import Recipe, load_recipe
+from opd.run.stages import stage
 
 CURVE = "prune.json"
 
@@ -96,7 +97,8 @@ def prune(call: PruneCall) -> dict[str, Any]:
         trained=trained_weights(arguments.trained),
         dtype=dtype,
     )
-    moved = changed.count()
+    with stage("compare the two models"):
+        moved = changed.count()
     if not moved:
         raise ValueError(f"trained={arguments.trained} does not differ from base={base} in {dtype}")
     out = Path(arguments.out)
@@ -173,8 +175,9 @@ def _accuracy(
     log = out / "logs" / f"{order.value}_{count}.log"
     with tempfile.TemporaryDirectory(dir=out) as folder:
         model = Path(folder) / "model"
-        changed.write(count, order, seed, model)
-        metrics = evaluate_apart(recipe, str(model), ["eval.k=0"], log)
+        with stage(f"evaluate with {count} changes reverted, {order.value} first"):
+            changed.write(count, order, seed, model)
+            metrics = evaluate_apart(recipe, str(model), ["eval.k=0"], log)
     if metrics is None:
         raise ValueError(f"a pruned model could not be evaluated: {log} says why")
     return metrics[f"eval/{recipe.config.eval.task}/accuracy"]

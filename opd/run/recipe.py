@@ -29,6 +29,7 @@ from opd.run.recipe_errors import (
     unknown_setting,
     unreadable,
 )
+from opd.run.recipe_files import RECIPE_FOLDERS, beside, search_path
 from opd.run.recipe_functions import find_functions
 from opd.run.recipe_limits import read_variable, require_own_targets
 
@@ -37,10 +38,6 @@ PRIMARY = (
     "opd recipe"  # the recipe's name for Hydra: whatever its file is called, it shadows nothing
 )
 METHODS = Path(__file__).parent.parent / "conf" / "method"
-RECIPE_FOLDERS = (
-    Path(__file__).parent.parent / "recipes",  # installed
-    Path(__file__).parent.parent.parent / "recipes",  # a clone
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +107,7 @@ def _compose(recipe: Path, overrides: Sequence[str]) -> DictConfig:
     """What Hydra composes; ValueError when it would run code that is not Hydra's."""
     # the bundled defaults come first, so that a file base.yaml beside the recipe is not taken for them
     with initialize_config_module(CONF.removeprefix("pkg://"), version_base="1.3"):
-        cfg = compose(PRIMARY, [_search_path(recipe), *overrides], return_hydra_config=True)
+        cfg = compose(PRIMARY, [search_path(recipe), *overrides], return_hydra_config=True)
     require_own_targets(OmegaConf.to_container(cfg.hydra, resolve=False))
     return cfg
 
@@ -179,7 +176,7 @@ def _prepare(recipe: Path) -> None:
     if {"config", "choices"} <= content.keys():
         content = _recipe_of_a_run(content)
     ConfigStore.instance().store(name=PRIMARY, node=content)
-    OmegaConf.register_new_resolver("here", lambda path: _beside(recipe, path), replace=True)
+    OmegaConf.register_new_resolver("here", lambda path: beside(recipe, path), replace=True)
     OmegaConf.register_new_resolver("oc.env", read_variable, replace=True)
 
 
@@ -194,29 +191,11 @@ def _recipe_of_a_run(description: DictConfig) -> DictConfig:
     return OmegaConf.merge({"defaults": ["base", *overridden, "_self_"]}, settings)  # pyright: ignore
 
 
-def _search_path(recipe: Path) -> str:
-    """The override with which a recipe can name files beside it, and bundled recipes, in its defaults."""
-    folders = (str(folder).replace("'", "\\'") for folder in _source_folders(recipe))
-    listed = ",".join(f"'file://{folder}'" for folder in folders)
-    return f"hydra.searchpath=[{listed}]"
-
-
-def _source_folders(recipe: Path) -> list[Path]:
-    """Where the files lie that a recipe may build on: its own folder, then those of bundled recipes."""
-    return [recipe.parent, *(f for f in RECIPE_FOLDERS if f.is_dir() and f != recipe.parent)]
-
-
-def _beside(recipe: Path, path: str) -> str:
-    """``path`` beside the recipe, or, if it is only there, beside a bundled recipe that it builds on."""
-    found = [folder / path for folder in _source_folders(recipe)]
-    return str(next((place for place in found if place.exists()), found[0]))
-
-
 def _hydra_arguments(recipe: Path) -> list[str]:
     """Arguments that make a recipe the primary config of Hydra."""
     return [
         f"--config-name={PRIMARY}",
-        _search_path(recipe),
+        search_path(recipe),
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
     ]

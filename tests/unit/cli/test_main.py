@@ -9,6 +9,7 @@ import pytest
 import opd
 from opd.cli.main import COMMANDS, run
 from opd.cli.mask import VERBS
+from opd.run.model_names import recipe_file
 from opd.run.recipe import find_recipe
 from tests.support.command import OPD, environment
 
@@ -171,3 +172,21 @@ def test_a_teacher_server_prints_its_address(tmp_path: Path) -> None:
     server.terminate()
     server.communicate()
     assert int(address.rsplit(":", 1)[1]) > 0
+
+
+@pytest.mark.parametrize("part", ["", "final", "checkpoints/step_000002"])
+def test_a_model_of_a_run_has_the_settings_of_the_run(part: str, tmp_path: Path) -> None:
+    run_folder = tmp_path / "x"
+    (run_folder / part).mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run_folder / name).touch()
+    assert recipe_file(str(run_folder / part)) == run_folder / "config.yaml"
+    assert recipe_file(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("model", [[], ["model=recipes/quickstart/student"]])
+def test_eval_needs_a_recipe_or_a_model_of_a_run(
+    model: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["eval", *model]) == 2
+    assert "RECIPE is missing, and model= is of no run" in capsys.readouterr().err

@@ -4,16 +4,21 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from opd.cli.main import run
 from opd.config.optim import clipped_warmup
 from opd.config.schema import problems
+from opd.data.prompt_sets import PromptSets
+from opd.run import preflight
 from opd.run.engine_limits import require_engines_run
+from opd.run.gradable import ungradable_answers
 from opd.run.placement import Cards
 from opd.run.preflight import check
 from opd.run.recipe import Recipe, composed, find_recipe
 from opd.train.optimizers import LearningRate
+from opd.types import Prompt
 
 QUICKSTART = find_recipe("quickstart")
 
@@ -99,3 +104,29 @@ def test_transformers_runs_heads_that_vllm_does_not(tmp_path: Path) -> None:
 @pytest.fixture
 def _without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opd.run.preflight.find_cards", lambda: Cards(count=0))
+
+
+def test_a_path_that_looks_like_a_hub_id_is_named_at_once_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "hub_answers", lambda: False)
+    with pytest.raises(ValueError, match=r"student\.model=models/absent: there is no such path"):
+        check(short_trial("student.model=models/absent"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "found"),
+    [
+        ("so 1+1 is # 2", "after", "even a completion that gives the answer itself is wrong"),
+        ("2", "after", None),
+        ("First we add. " * 10, "exact", "must repeat the whole text"),
+        ("2", "exact", None),
+    ],
+)
+def test_answers_that_do_not_suit_the_grader_are_found(
+    answer: str, kind: str, found: str | None
+) -> None:
+    prompt = Prompt(uid="a", token_ids=np.array([1], np.int32), answer=answer)
+    sets = PromptSets(train=[], eval=[prompt], divergence=[], max_length=9, teacher_max_length=9)
+    sentences = ungradable_answers(short_trial(f"eval.grader={kind}").config, sets)
+    assert [found in sentence for sentence in sentences] == ([True] if found else [])
