@@ -48,4 +48,6 @@ def test_updated_weights_do_not_depend_on_how_a_batch_is_cut(
 @pytest.mark.parametrize("loss", LOSSES)
 def test_metrics_do_not_depend_on_how_a_batch_is_cut(stepped: Results, loss: str, cut: str) -> None:
     (whole,), (found,) = (stepped.reports(f"{loss}/{name}") for name in (WHOLE, cut))
+    for metrics in (whole, found):
+        del metrics["tokens/padding"]  # this is about the cut
     assert found == pytest.approx(whole, rel=5e-6, abs=1e-6)
