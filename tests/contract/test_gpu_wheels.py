@@ -73,12 +73,14 @@ KNOWN = (
         (
             "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer",
             "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
+            "deepspeed.runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer",
         ),
         one_of=True,
     ),
     Known("train/deepspeed_engine.py", "wrapped", ("accelerate.optimizer:AcceleratedOptimizer",)),
     Known("train/deepspeed_engine.py", "self._optimizer"),
     Known("train/deepspeed_engine.py", "mapping", (f"{FRAGMENTS}:tensor_fragment",)),
+    Known("train/deepspeed_engine.py", "part"),
     Known("train/deepspeed_engine.py", "own", (f"{FRAGMENTS}:fragment_address",)),
 )
 """The class of what is used, where a value has no annotation that says it."""

@@ -77,7 +77,7 @@ def run_learner(name: str, folder: Path, out: Path, world: World) -> None:
     tokenizer = read_student_tokenizer(config.student)
     with loaded_whole(how == "whole"):
         model, parameter_mask, own = assembly.build_model(config, mask, world, PROBE)
-    learner = build_learner(
+    learner, _ = build_learner(
         config, model, parameter_mask, no_teachers(tokenizer, world), tokenizer, world,
         SilentProgress(), lambda step, row: None, own,
     )  # fmt: skip
