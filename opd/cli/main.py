@@ -66,6 +66,8 @@ example: opd train quickstart loss=jsd optim.lr=1e-4
 def main() -> None:
     """Entry point; exits with the status of ``run``."""
     warnings.filterwarnings("ignore", message=".*hydra.searchpath.*")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, also in the logs of a run
     _leave(run(sys.argv[1:]))
 
 

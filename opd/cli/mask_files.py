@@ -28,11 +28,11 @@ from opd.mask.discover import discover_mask
 from opd.mask.figures import heat_map, overlap_bars
 from opd.mask.mask import Mask
 from opd.run.mask import score
-from opd.run.model_names import resolved_model
+from opd.run.model_names import find_base, resolved_model
 from opd.run.recipe import load_recipe
 from opd.run.train import run_one
 
-DISCOVER = """usage: opd mask discover base=MODEL rule=RULE density=SHARE out=MASK [key=value ...]
+DISCOVER = """usage: opd mask discover rule=RULE density=SHARE out=MASK [base=MODEL] [key=value ...]
 
 Find a mask by a rule. docs/masks.md explains each rule and its cost.
 
@@ -62,8 +62,8 @@ example: opd mask combine intersection a.safetensors b.safetensors out=both.safe
 class DiscoverArguments(RuleConfig):
     """Keys of `opd mask discover`."""
 
-    base: str = MISSING
-    """Folder or Hub id of the model whose weights are masked."""
+    base: str | None = None
+    """The model whose weights are masked; by default that of the run `trained`, or of `recipe`."""
     out: str = MISSING
     """Mask file to write."""
     overwrite: bool = False
@@ -108,6 +108,7 @@ def discover(argv: list[str]) -> None:
         settings, overrides = split_arguments(DiscoverArguments, settings)
     arguments = parse_arguments(DiscoverArguments, settings)
     out = _require_writable(arguments.out, arguments.overwrite)
+    model = _base(arguments, overrides)
     rule = RuleConfig(**{f.name: getattr(arguments, f.name) for f in fields(RuleConfig)})
     command = shlex.join(["opd", "mask", "discover", *argv])
     with TemporaryDirectory(prefix="opd-mask-") as folder, progress_bar() as progress:
@@ -119,12 +120,20 @@ def discover(argv: list[str]) -> None:
                 f"{', '.join(LIVE_RULES)} without scores=FILE"
             )
         require_valid_rule(rule)
-        base = open_checkpoint(resolved_model(arguments.base))
+        base = open_checkpoint(model)
         like = None if rule.like is None else Mask.read(rule.like)
         summary = discover_mask(base, rule, out, like=like, command=command, progress=progress)
     Console(markup=False).print(discovery_table(summary))
     for warning in summary.warnings:
         print(f"opd: warning: {warning}", file=sys.stderr)
+
+
+def _base(arguments: DiscoverArguments, overrides: list[str]) -> str:
+    if arguments.base is None and arguments.recipe is not None:
+        return load_recipe(arguments.recipe, *overrides).config.student.model
+    if arguments.base is None and arguments.trained is None:
+        raise ValueError("base=... is missing: give the folder or Hub id of the model to mask")
+    return find_base(arguments.trained or "", arguments.base)
 
 
 def _live_scores(
@@ -137,7 +146,8 @@ def _live_scores(
             "or scores=FILE of such a run"
         )
     recipe = load_recipe(arguments.recipe, *overrides)
-    _require_same_model(resolved_model(arguments.base), recipe.config.student.model)
+    if arguments.base is not None:
+        _require_same_model(resolved_model(arguments.base), recipe.config.student.model)
     return str(score(recipe, rule.rule, rule.steps, folder, run_one))
 
 

@@ -83,6 +83,7 @@ def _train(
     """Run all ranks once, from the last checkpoint to the end."""
     config, logs = recipe.config, folder / "logs"
     commands = rank_commands(recipe, placement, folder, port=_free_port())
+    print(f"load and compare the models ... (logs: {logs})", flush=True)
     with started_ranks(commands, environment, logs) as ranks:
         watch = HangWatch(folder, len(ranks), config.launch.deadlines)
         wait_for_ranks(ranks, logs, watch, lambda: _are_ready(servers))

@@ -122,16 +122,16 @@ def _read_config(model: str, trust_remote_code: bool) -> PreTrainedConfig:
     folder = Path(resolved_model(model))
     if folder.is_dir():
         return _from_pretrained(str(folder), trust_remote_code)
+    name, revision = split_revision(model)
     try:
-        name, revision = split_revision(model)
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:
         raise _unknown(model, "that is no name on it") from None
     if isinstance(cached, str):
         return _from_pretrained(str(Path(cached).parent), trust_remote_code)
     known: dict[str, dict[str, Any]] = json.loads(TABLE.read_text())
-    if model in known:
-        return AutoConfig.for_model(**known[model])
+    if name in known:
+        return AutoConfig.for_model(**known[name])
     return _from_pretrained(model, trust_remote_code, local_files_only=not hub_answers())
 
 

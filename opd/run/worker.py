@@ -4,6 +4,7 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -40,6 +41,7 @@ def run_rank(recipe: Recipe, terminal: TextIO) -> int:
     name_process(f"rank {os.environ.get('RANK', '0')}")
     heartbeat = Heartbeat(folder, int(os.environ.get("RANK", "0")))
     accuracy = os.environ.get(TEACHER_ACCURACY)
+    start = time.perf_counter()
     try:
         training = build_training(
             config,
@@ -52,6 +54,9 @@ def run_rank(recipe: Recipe, terminal: TextIO) -> int:
         )
         _describe_teacher(config, training)
         print("\n".join(compare_at_start(config, training)), file=sys.stderr)
+        if training.world.is_main:
+            seconds = time.perf_counter() - start
+            print(f"models loaded and compared: {seconds:.1f} s", file=terminal, flush=True)
     except ValueError as error:
         return _explained(error, USAGE_ERROR)
     except (RunError, OSError) as error:

@@ -99,6 +99,10 @@ def test_help_explains_every_key_to_the_end(capsys: pytest.CaptureFixture[str]) 
     ("words", "expected"),
     [
         (["discover", "out=m"], ["base=... is missing"]),
+        (
+            ["discover", "out=m", "trained=base"],
+            ["base=... is missing", "trained=base is not a run"],
+        ),
         (["discover", "base=base"], ["out=... is missing"]),
         (["discover", "base=base", "out=m", "densty=1"], ["densty", "did you mean density?"]),
         (

@@ -51,7 +51,7 @@ COUNTS = {
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_facts, "hub_answers", lambda: False)
-    monkeypatch.setattr(model_facts, "try_to_load_from_cache", lambda *names: None)
+    monkeypatch.setattr(model_facts, "try_to_load_from_cache", lambda *names, revision: None)
 
 
 @pytest.mark.parametrize("model", COUNTS)
