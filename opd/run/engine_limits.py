@@ -14,16 +14,28 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def require_engines_run(config: Config) -> None:
-    """ValueError for a model whose attention heads vLLM has no kernel for on CPUs."""
+    """ValueError for a model whose attention heads vLLM has no kernel for on CPUs.
+
+    What cannot be read, and what has no such heads, is left to other checks.
+    """
     for setting, model, remedy in _models(config):
-        trusted = config.student.trust_remote_code
-        text = AutoConfig.from_pretrained(model, trust_remote_code=trusted).get_text_config()
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if size not in CPU_HEAD_SIZES:
+        size = _head_size(model, trust_remote_code=config.student.trust_remote_code)
+        if size is not None and size not in CPU_HEAD_SIZES:
             raise ValueError(
                 f"{setting}={model} has attention heads of {size}, and vLLM on CPUs runs "
                 f"{', '.join(map(str, CPU_HEAD_SIZES))}: use {remedy}"
             )
+
+
+def _head_size(model: str, *, trust_remote_code: bool) -> int | None:
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
+    text = config.get_text_config()
+    width, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    own = getattr(text, "head_dim", None)
+    return own or (width // heads if width and heads else None)
 
 
 def _models(config: Config) -> Iterator[tuple[str, str, str]]:
