@@ -60,7 +60,7 @@ def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(home: Path, setting: str, *overrides: str) -> tuple[Path, list[dict[str, Any]]]:
     """Run the page's ``opd train`` command that has ``setting``; its folder and its metrics."""
     (command,) = [c for c in COMMANDS if c[1] == "train" and any(w.startswith(setting) for w in c)]
-    return ran(home, setting.strip("="), *command[1:], *overrides)
+    return ran(home, setting.strip("=").replace("=", "_"), *command[1:], *overrides)
 
 
 def ran(home: Path, name: str, *arguments: str) -> tuple[Path, list[dict[str, Any]]]:

@@ -84,7 +84,7 @@ def test_the_commands_lead_from_a_run_to_a_model_and_back(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["export"], ["base=... is missing"]),
+        (["export"], ["trained=... is missing"]),
         (["export", "bse=a"], ["bse", "did you mean base?"]),
         (["export", "--base", "a"], ["--base", "written key=value, as base=..."]),
         (["export", "base=a", "base=b"], ["twice"]),
