@@ -10,7 +10,8 @@ from opd.config.eval import EvalConfig
 from opd.config.functions import load_function
 from opd.config.reward import FunctionRewardConfig
 from opd.data.source_rows import source_rows
-from opd.evaluate.reward import reward_function
+from opd.evaluate.reward import RewardInput, reward_function
+from opd.faults import RunError
 from opd.teacher.no_teacher import NoTeacher
 from opd.teacher.rewarded import RewardedTeacher
 from opd.types import FinishReason, Prompt, Rollout
@@ -35,10 +36,9 @@ BODIES = {
     "own error": "raise type('E', (Exception,), {'__str__': lambda s: 1/0})()",
 }
 HEADS = {
-    "one argument": "def reward(completion): return 1.0",
-    "three arguments": "def reward(a, b, c): return 1.0",
-    "keywords only": "def reward(*, completion, answer): return 1.0",
-    "coroutine": "async def reward(completion, answer): return 1.0",
+    "of other names": "def reward(a): return 1.0",
+    "async": "async def reward(completion): raise KeyError('x')",
+    "async exits": "async def reward(completion): raise SystemExit",
 } | {name: f"def reward(completion, answer):\n    {body}" for name, body in BODIES.items()}
 
 
@@ -60,7 +60,6 @@ def require_one_sentence(message: str, *parts: str) -> None:
         assert part in message
 
 
-@pytest.mark.filterwarnings("ignore:coroutine")
 @pytest.mark.parametrize("name", HEADS)
 def test_a_reward_function_that_fails_is_named_with_its_row(tmp_path: Path, name: str) -> None:
     file = tmp_path / "mine.py"
@@ -69,12 +68,22 @@ def test_a_reward_function_that_fails_is_named_with_its_row(tmp_path: Path, name
     function = reward_function(FunctionRewardConfig(function=setting), EvalConfig())
     teacher = RewardedTeacher(
         NoTeacher(vocab_size=9, max_length=9),
-        lambda each: function(each.text, each.prompt.answer),
+        lambda those: function([RewardInput(text=r.text, prompt=r.prompt) for r in those]),
         scale_rewards=True,
     )
-    with pytest.raises(ValueError, match=r"expected a finite number|correct the function") as error:
+    with pytest.raises(RunError, match=r"expected a finite number|correct the function") as error:
         teacher.score([rollout()])
     require_one_sentence(str(error.value), "prompt row7", f"reward.function={setting}")
+
+
+@pytest.mark.parametrize("parameters", ["a, b, c", "completion, b"])
+def test_a_reward_function_of_other_parameters_is_refused(tmp_path: Path, parameters: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"def reward({parameters}): return 1.0")
+    setting = f"{file}:reward"
+    with pytest.raises(ValueError, match="expected some of completion, answer, prompt") as error:
+        reward_function(FunctionRewardConfig(function=setting), EvalConfig())
+    require_one_sentence(str(error.value), f"reward.function={setting}", parameters)
 
 
 @pytest.mark.parametrize(
