@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 
 from opd.types import ScoredRollout
 
@@ -41,9 +42,8 @@ def arrange(lengths: Sequence[int], packing: Packing) -> Layout:
     Little is padded when the longest come first.
     """
     if packing == Packing.one_row:
-        ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-        starts = [end - length for end, length in zip(ends, lengths, strict=True)]
-        return Layout(rows=[0] * len(lengths), starts=starts, width=ends[-1])
+        *starts, width = accumulate(lengths, initial=0)
+        return Layout(rows=[0] * len(lengths), starts=starts, width=width)
     width = max(lengths)
     if packing == Packing.off:
         return Layout(rows=list(range(len(lengths))), starts=[0] * len(lengths), width=width)

@@ -11,6 +11,7 @@ from opd.run.engine import load_engine
 from opd.run.export import is_checkpoint, write_model
 from opd.run.model_names import resolved_model
 from opd.run.recipe import Recipe, load_recipe
+from opd.run.revisions import pinned
 from opd.types import Evaluation
 
 
@@ -22,7 +23,7 @@ def evaluate(recipe: Recipe | str | Path, *overrides: str, model: str | None = N
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, *overrides)
-    config = recipe.config
+    config = pinned(recipe).config
     found = problems(config)
     if config.data.eval is None:
         found.append("data.eval is not set: there is nothing to evaluate on")

@@ -17,6 +17,7 @@ from opd.evaluate.reward import CompletionReward, grade_reward
 from opd.run.engine import load_engine
 from opd.run.model_names import resolved_model
 from opd.run.recipe import Recipe
+from opd.run.revisions import pinned
 from opd.types import FinishReason, Rollout
 
 
@@ -28,7 +29,7 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
     ``only_correct`` so are those that the recipe's grader finds wrong. Returns the numbers of
     generated, truncated, empty, wrong and kept completions. Raises ValueError for configuration errors.
     """
-    config = recipe.config
+    config = pinned(recipe).config
     name = config.teacher.model if model is None else resolved_model(model)
     if name is None:
         raise ValueError(

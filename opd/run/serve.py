@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from fastapi import FastAPI
@@ -15,6 +16,7 @@ from opd.config.rollout import RolloutServerConfig
 from opd.config.teacher import TeacherServerConfig
 from opd.rollout.app import rollout_app
 from opd.rollout.wire import TOKEN_VARIABLE as ROLLOUT_TOKEN
+from opd.run.model_names import resolved_model
 from opd.serving.server import serve
 from opd.teacher.app import teacher_app
 from opd.teacher.wire import TOKEN_VARIABLE as TEACHER_TOKEN
@@ -28,6 +30,7 @@ def serve_teacher(config: TeacherServerConfig) -> None:
     ``ValueError`` when the address is taken, or not loopback and there is no token.
     """
     token = os.environ.get(TEACHER_TOKEN)
+    config = replace(config, model=resolved_model(config.model))
 
     def application() -> FastAPI:
         work = WorkQueue(
@@ -48,6 +51,7 @@ def serve_rollouts(config: RolloutServerConfig) -> None:
     ``ValueError`` when the address is taken, or not loopback and there is no token.
     """
     token = os.environ.get(ROLLOUT_TOKEN)
+    config = replace(config, model=resolved_model(config.model))
 
     def application() -> FastAPI:
         build = partial(build_engine_host, config)

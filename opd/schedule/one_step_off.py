@@ -53,7 +53,7 @@ class OneStepOff:
         if staleness > self._max_staleness:
             raise RunError(
                 f"step {step} would learn from completions that are {staleness} steps old, "
-                f"schedule.max_staleness={self._max_staleness} allows fewer"
+                f"allowed are schedule.max_staleness={self._max_staleness}"
             )
         return replace(batch, metrics={**batch.metrics, "schedule/staleness": float(staleness)})
 

@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from opd.checkpoint.files import model_folder, split_revision
+from opd.run.model_names import resolved_model
 from opd.run.recipe import load_recipe
 from opd.run.revisions import pinned
 
@@ -49,6 +50,10 @@ def test_a_run_uses_and_records_the_folder_of_the_commit(cache: Path) -> None:
     assert recipe.plain["student"]["model"] == str(cache / OLD)
     unpinned = load_recipe("quickstart")
     assert pinned(unpinned) is unpinned
+
+
+def test_a_model_given_to_a_command_may_have_a_revision(cache: Path) -> None:
+    assert resolved_model("org/tiny@v1") == str(cache / OLD)
 
 
 def test_an_unknown_revision_is_one_sentence(cache: Path) -> None:
