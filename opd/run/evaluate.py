@@ -11,7 +11,7 @@ from opd.run.engine import load_engine
 from opd.run.export import is_checkpoint, write_model
 from opd.run.model_names import resolved_model
 from opd.run.recipe import Recipe, load_recipe
-from opd.run.revisions import pinned
+from opd.run.revisions import pinned, pinned_model
 from opd.types import Evaluation
 
 
@@ -33,7 +33,9 @@ def evaluate(recipe: Recipe | str | Path, *overrides: str, model: str | None = N
     if model is not None and is_checkpoint(model):
         with TemporaryDirectory(prefix="opd-eval-") as folder:
             return _evaluated(config, str(write_model(model, Path(folder) / "model")))
-    return _evaluated(config, config.student.model if model is None else resolved_model(model))
+    return _evaluated(
+        config, config.student.model if model is None else pinned_model(resolved_model(model))
+    )
 
 
 def _evaluated(config: Config, name: str) -> Evaluation:

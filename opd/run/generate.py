@@ -17,7 +17,7 @@ from opd.evaluate.reward import CompletionReward, grade_reward
 from opd.run.engine import load_engine
 from opd.run.model_names import resolved_model
 from opd.run.recipe import Recipe
-from opd.run.revisions import pinned
+from opd.run.revisions import pinned, pinned_model
 from opd.types import FinishReason, Rollout
 
 
@@ -30,7 +30,7 @@ def generate(recipe: Recipe, *, model: str | None, out: str, only_correct: bool)
     generated, truncated, empty, wrong and kept completions. Raises ValueError for configuration errors.
     """
     config = pinned(recipe).config
-    name = config.teacher.model if model is None else resolved_model(model)
+    name = config.teacher.model if model is None else pinned_model(resolved_model(model))
     if name is None:
         raise ValueError(
             "found no model to generate with: give model=..., or teacher.model in the recipe"

@@ -119,8 +119,7 @@ def read_facts(model: str, *, trust_remote_code: bool = False) -> ModelFacts:
 
 
 def _read_config(model: str, trust_remote_code: bool) -> PreTrainedConfig:
-    # a plan downloads no weights
-    folder = Path(model if split_revision(model)[1] else resolved_model(model))
+    folder = Path(resolved_model(model))
     if folder.is_dir():
         return _from_pretrained(str(folder), trust_remote_code)
     name, revision = split_revision(model)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from opd.checkpoint.files import model_folder, split_revision
 from opd.run.recipe import bundled_recipes, find_recipe, load_recipe
 
 CONFIG = "config.yaml"
@@ -14,8 +13,6 @@ def resolved_model(model: str) -> str:
 
     A folder comes before a bundled recipe of its name. ValueError for an unfinished run.
     """
-    if split_revision(model)[1] is not None:
-        return str(model_folder(model))
     folder = Path(model)
     if not folder.exists() and model in bundled_recipes():
         return load_recipe(model).config.student.model

@@ -14,11 +14,16 @@ def pinned(recipe: Recipe) -> Recipe:
     not accessible.
     """
     found = [
-        f"{setting}='{model_folder(model)}'"
+        f"{setting}='{pinned_model(model)}'"
         for setting, model in _models(recipe.config).items()
-        if model is not None and split_revision(model)[1] is not None
+        if model is not None and pinned_model(model) != model
     ]
     return composed(recipe.path, [*recipe.overrides, *found]) if found else recipe
+
+
+def pinned_model(model: str) -> str:
+    """The folder of a model given as ``name@revision``, which is downloaded; any other name as it is."""
+    return model if split_revision(model)[1] is None else str(model_folder(model))
 
 
 def _models(config: Config) -> dict[str, str | None]:

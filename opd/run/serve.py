@@ -16,7 +16,7 @@ from opd.config.rollout import RolloutServerConfig
 from opd.config.teacher import TeacherServerConfig
 from opd.rollout.app import rollout_app
 from opd.rollout.wire import TOKEN_VARIABLE as ROLLOUT_TOKEN
-from opd.run.model_names import resolved_model
+from opd.run.revisions import pinned_model
 from opd.serving.server import serve
 from opd.teacher.app import teacher_app
 from opd.teacher.wire import TOKEN_VARIABLE as TEACHER_TOKEN
@@ -30,7 +30,7 @@ def serve_teacher(config: TeacherServerConfig) -> None:
     ``ValueError`` when the address is taken, or not loopback and there is no token.
     """
     token = os.environ.get(TEACHER_TOKEN)
-    config = replace(config, model=resolved_model(config.model))
+    config = replace(config, model=pinned_model(config.model))
 
     def application() -> FastAPI:
         work = WorkQueue(
@@ -51,7 +51,7 @@ def serve_rollouts(config: RolloutServerConfig) -> None:
     ``ValueError`` when the address is taken, or not loopback and there is no token.
     """
     token = os.environ.get(ROLLOUT_TOKEN)
-    config = replace(config, model=resolved_model(config.model))
+    config = replace(config, model=pinned_model(config.model))
 
     def application() -> FastAPI:
         build = partial(build_engine_host, config)

@@ -7,9 +7,8 @@ import pytest
 from huggingface_hub import constants
 
 from opd.checkpoint.files import model_folder, split_revision
-from opd.run.model_names import resolved_model
 from opd.run.recipe import load_recipe
-from opd.run.revisions import pinned
+from opd.run.revisions import pinned, pinned_model
 
 STUDENT = Path(__file__).parents[3] / "recipes" / "quickstart" / "student"
 OLD, NEW = "a" * 40, "b" * 40
@@ -53,7 +52,8 @@ def test_a_run_uses_and_records_the_folder_of_the_commit(cache: Path) -> None:
 
 
 def test_a_model_given_to_a_command_may_have_a_revision(cache: Path) -> None:
-    assert resolved_model("org/tiny@v1") == str(cache / OLD)
+    assert pinned_model("org/tiny@v1") == str(cache / OLD)
+    assert pinned_model("org/tiny") == "org/tiny"
 
 
 def test_an_unknown_revision_is_one_sentence(cache: Path) -> None:
